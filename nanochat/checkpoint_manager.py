@@ -1,0 +1,233 @@
+"""Checkpoints on disk, in nanochat's layout.
+
+| file of step s | content | needed to |
+|---|---|---|
+| `model_{s:06d}.pt` | state_dict | use the model |
+| `meta_{s:06d}.json` | step, model_config, user_config, ... | use the model |
+| `optim_{s:06d}_rank{r}.pt` | one rank's optimizer state | train on |
+| `state_{s:06d}_rank{r}.pt` | one rank's data position and random states | train on bit-identically (nanochat has no such file) |
+
+Each file is written to a temporary name, synced and renamed, the model last and only when every rank has written
+its part: where there is a `model_*.pt`, the checkpoint is complete, and a kill never costs an earlier one.
+"""
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat.cli import UsageError
+from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, write_text_atomic
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+
+
+class CheckpointNotFound(UsageError, FileNotFoundError):
+    """There is no such checkpoint; the message says where it was looked for and how to get one."""
+
+
+def log0(message: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.info(message)
+
+
+def _save(data: Any, path: Path) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(data, temporary)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"cannot write {path}: {reason}; make room or fix permissions there, earlier checkpoints are intact") from error
+
+
+def _load(path: Path, device) -> Any:
+    """torch.load that reads only tensors and plain values, after a check of every byte against the file's checksums."""
+    if not path.exists():
+        raise CheckpointNotFound(f"no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is None:
+            return torch.load(path, map_location=device, weights_only=True)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{path} is truncated, corrupt or not a checkpoint ({str(error).splitlines()[0]}); use another step") from error
+    raise UsageError(f"{path} is corrupt (checksum of {broken} does not match); use another step")
+
+
+def save_checkpoint(checkpoint_dir: str | os.PathLike, step: int, model_data: dict, optimizer_data: dict | None, meta_data: dict,
+                    rank: int = 0, train_state: dict | None = None) -> None:
+    """Writes one step. Rank 0 writes model and meta, every rank its own optimizer shard and train state.
+
+    With `optimizer_data` all ranks must call it: rank 0 waits for the others before the model file appears.
+    Raises UsageError if a file cannot be written.
+    """
+    folder = Path(checkpoint_dir)
+    if train_state is not None:
+        _save(train_state, folder / f"state_{step:06d}_rank{rank}.pt")
+    if optimizer_data is not None:
+        _save(optimizer_data, folder / f"optim_{step:06d}_rank{rank}.pt")
+        if is_ddp_initialized():
+            dist.barrier()
+    if rank == 0:
+        try:
+            write_text_atomic(folder / f"meta_{step:06d}.json", json.dumps(meta_data, indent=2))
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}; make room or fix permissions there") from error
+        _save(model_data, folder / f"model_{step:06d}.pt")
+        log0(f"Saved checkpoint of step {step} to {folder}")
+
+
+def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
+    path = Path(checkpoint_dir) / f"meta_{step:06d}.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta["model_config"]
+    except FileNotFoundError:
+        steps = list_steps(checkpoint_dir)
+        raise CheckpointNotFound(f"no checkpoint of step {step} in {checkpoint_dir}; there is "
+                                 + (f"step {', '.join(map(str, steps))}" if steps else "none")) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is corrupt ({type(error).__name__}: {error}); use another step") from error
+    return meta
+
+
+def load_checkpoint(checkpoint_dir: str | os.PathLike, step: int, device, load_optimizer: bool = False, rank: int = 0):
+    """(model state_dict, this rank's optimizer state_dict or None, meta). Raises UsageError for a missing or corrupt file."""
+    folder = Path(checkpoint_dir)
+    meta = load_meta(folder, step)
+    model_data = _load(folder / f"model_{step:06d}.pt", device)
+    optimizer_data = _load(folder / f"optim_{step:06d}_rank{rank}.pt", device) if load_optimizer else None
+    return model_data, optimizer_data, meta
+
+
+def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int) -> dict | None:
+    """This rank's data position and random states, or None for a checkpoint without them (nanochat's own)."""
+    path = Path(checkpoint_dir) / f"state_{step:06d}_rank{rank}.pt"
+    return _load(path, "cpu") if path.exists() else None
+
+
+def model_from_config(model_config: dict) -> GPT:
+    """An empty model on the meta device. Raises UsageError if the configuration is none of ours."""
+    config = {"window_pattern": "L", **model_config}  # absent before windows existed
+    try:
+        with torch.device("meta"):
+            return GPT(GPTConfig(**config))
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"the checkpoint's model_config does not fit this version: {error}") from error
+
+
+def load_weights(model: GPT, model_data: dict, device) -> None:
+    """Moves an empty model to `device` and fills it, strictly; tensors are cast to the model's own storage dtypes.
+
+    Back-fills the residual scalars of older checkpoints. Raises UsageError if keys or shapes differ.
+    """
+    model_data = {key.removeprefix("_orig_mod."): value for key, value in model_data.items()}
+    n_layer = model.config.n_layer
+    model_data.setdefault("resid_lambdas", torch.ones(n_layer))
+    model_data.setdefault("x0_lambdas", torch.zeros(n_layer))
+    model.to_empty(device=device)
+    model.init_buffers()
+    try:
+        model.load_state_dict(model_data, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UsageError(f"the checkpoint is of another shape than the model: {lines[0]}"
+                         + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from error
+
+
+def build_model(checkpoint_dir: str | os.PathLike, step: int, device, phase: str):
+    """(model, tokenizer, meta) of one step; phase `train` keeps float32 master weights, `eval` stores what inference reads."""
+    assert phase in ("train", "eval"), f"unknown phase {phase!r}"
+    model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
+    model = model_from_config(meta["model_config"])
+    load_weights(model, model_data, device)
+    if phase == "eval":
+        model.eval()
+        model.cast_for_inference()
+    else:
+        model.train()
+    tokenizer = get_tokenizer()
+    if tokenizer.get_vocab_size() != model.config.vocab_size:
+        raise UsageError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
+                         "use the base directory that the model was trained in")
+    return model, tokenizer, meta
+
+
+def list_models(checkpoints_dir: str | os.PathLike) -> list[str]:
+    folder = Path(checkpoints_dir)
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def list_steps(checkpoint_dir: str | os.PathLike) -> list[int]:
+    """Steps of complete checkpoints, ascending."""
+    folder = Path(checkpoint_dir)
+    names = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def find_largest_model(checkpoints_dir: str | os.PathLike) -> str:
+    """The tag `d<number>...` with the largest number, else the most recently changed. Raises CheckpointNotFound."""
+    tags = list_models(checkpoints_dir)
+    if not tags:
+        raise CheckpointNotFound(f"no model in {checkpoints_dir}; train one with python -m scripts.base_train")
+    depths = [(int(match[1]), tag) for tag in tags if (match := re.match(r"d(\d+)", tag))]
+    if depths:
+        deepest = max(depth for depth, _ in depths)
+        return next(tag for depth, tag in depths if depth == deepest)
+    return max(tags, key=lambda tag: (Path(checkpoints_dir) / tag).stat().st_mtime)
+
+
+def find_last_step(checkpoint_dir: str | os.PathLike) -> int:
+    """Raises CheckpointNotFound if there is no complete checkpoint."""
+    steps = list_steps(checkpoint_dir)
+    if not steps:
+        raise CheckpointNotFound(f"no checkpoint in {checkpoint_dir}")
+    return steps[-1]
+
+
+def find_checkpoint(checkpoints_dir: str | os.PathLike, model_tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
+    """(folder, step) by tag and step; by default the largest model's last step. Says what was chosen, and among what."""
+    tags = list_models(checkpoints_dir)
+    if model_tag is not None and model_tag not in tags:
+        raise CheckpointNotFound(f"no model {model_tag!r} in {checkpoints_dir}; there is {', '.join(tags) or 'none'}")
+    tag = model_tag if model_tag is not None else find_largest_model(checkpoints_dir)
+    folder = Path(checkpoints_dir) / tag
+    chosen = find_last_step(folder) if step is None else step
+    choices = f" (of {', '.join(tags)}; choose with --model-tag)" if model_tag is None and len(tags) > 1 else ""
+    log0(f"Model {tag}{choices}, step {chosen}, from {folder}")
+    return folder, chosen
+
+
+def load_model_from_dir(checkpoints_dir: str | os.PathLike, device, phase: str, model_tag: str | None = None, step: int | None = None):
+    """(model, tokenizer, meta); the defaults of `find_checkpoint`."""
+    folder, step = find_checkpoint(checkpoints_dir, model_tag, step)
+    return build_model(folder, step, device, phase)
+
+
+def checkpoints_dir_of(source: str) -> str:
+    return os.path.join(get_base_dir(), SOURCES[source])
+
+
+def load_model(source: str, *args, **kwargs):
+    """`load_model_from_dir` for a stage of the pipeline: `base`, `mid`, `sft` or `rl`. Raises KeyError for another."""
+    return load_model_from_dir(checkpoints_dir_of(source), *args, **kwargs)
+
+
+def load_optimizer_state(source: str, device, rank: int, model_tag: str | None = None, step: int | None = None) -> dict | None:
+    """This rank's optimizer shard, or None (logged) if there is none."""
+    folder, step = find_checkpoint(checkpoints_dir_of(source), model_tag, step)
+    path = folder / f"optim_{step:06d}_rank{rank}.pt"
+    if not path.exists():
+        log0(f"No optimizer state at {path}")
+        return None
+    return _load(path, device)

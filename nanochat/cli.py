@@ -1,0 +1,84 @@
+"""The edge of every command: flags, and errors that are the user's to mend.
+
+* `UsageError` says what is wrong and what to do, in one line; `command` turns it into exit status 2.
+* `ArgumentParser` takes `--flag-name` and `--flag_name` alike (older nanochat used underscores) and never
+  guesses an abbreviated flag.
+* `positive_int` and friends check a number where it enters.
+"""
+import argparse
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UsageError(Exception):
+    """A bad flag, file or setting. The message is one line: what is wrong, and what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` with dashes and underscores equal, no abbreviations and one-line errors."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        args = sys.argv[1:] if args is None else list(args)
+        dashed = []
+        for position, arg in enumerate(args):
+            if arg == "--":
+                dashed += args[position:]
+                break
+            flag = re.match(r"--\w[\w-]*", arg)
+            dashed.append(flag[0].replace("_", "-") + arg[flag.end():] if flag else arg)
+        return super().parse_known_args(dashed, namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
+    def parse(text: str):
+        try:
+            value = convert(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not math.isfinite(value) or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+    return parse
+
+
+positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
+int_or_off = _number(int, lambda v: v == -1 or v > 0, "a whole number above 0, or -1 for off")
+positive_float = _number(float, lambda v: v > 0, "a number above 0")
+non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
+fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+def command(main: Callable) -> Callable[..., int]:
+    """Decorator of a script's `main(argv=None)`: a `UsageError` becomes one line on stderr and exit status 2.
+
+    Ctrl-C ends with status 130 and a full disk or a missing permission is named like any other bad input.
+    """
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except UsageError as error:
+            message = str(error)
+        except OSError as error:
+            if error.filename is None and error.errno not in (28, 30, 122):  # disk full, read-only, quota
+                raise
+            message = f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another NANOCHAT_BASE_DIR"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        return 2
+    return run

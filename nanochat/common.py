@@ -1,0 +1,294 @@
+"""What every module needs: compute dtype, base directory, logging, devices and ranks, safe files, peak speeds."""
+import contextlib
+import logging
+import os
+import random
+import re
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+
+from nanochat.cli import UsageError
+
+# -----------------------------------------------------------------------------
+# Compute dtype: matmuls and activations run in it, master weights stay float32.
+
+
+def _cpu_has_native_bf16() -> bool:
+    """True where bf16 dot products are instructions (AVX512-BF16 or AMX); emulated bf16 is slower than fp32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _resolve_compute_dtype() -> tuple[torch.dtype, str]:
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if wanted := os.environ.get("NANOCHAT_DTYPE"):
+        if wanted not in named:
+            raise KeyError(f"NANOCHAT_DTYPE={wanted} is unknown: use one of {', '.join(named)}")
+        return named[wanted], "set by NANOCHAT_DTYPE"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return torch.bfloat16, f"CUDA compute capability {major}.{minor} has bf16 tensor cores"
+        return torch.float32, f"CUDA compute capability {major}.{minor} is below 8.0: no bf16 tensor cores"
+    if torch.backends.mps.is_available():
+        return torch.float32, "MPS"
+    if _cpu_has_native_bf16():
+        return torch.bfloat16, "this CPU has native bf16 instructions (AVX512-BF16 or AMX)"
+    return torch.float32, "this CPU has no native bf16 instructions"
+
+
+COMPUTE_DTYPE, COMPUTE_DTYPE_REASON = _resolve_compute_dtype()
+
+# -----------------------------------------------------------------------------
+# Logging
+
+
+class ColoredFormatter(logging.Formatter):
+    """Colours the level name; in INFO lines also makes sizes bold and shard numbers stand out."""
+
+    COLORS = {"DEBUG": 36, "INFO": 32, "WARNING": 33, "ERROR": 31, "CRITICAL": 35}
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = record.levelname
+        painted = logging.makeLogRecord(record.__dict__)
+        if level in self.COLORS:
+            painted.levelname = f"\033[{self.COLORS[level]}m\033[1m{level}\033[0m"
+        line = super().format(painted)
+        if level == "INFO":
+            line = re.sub(r"(\d+\.?\d*\s*(?:GB|MB|%|docs))", "\033[1m\\1\033[0m", line)
+            line = re.sub(r"(Shard \d+)", "\033[32m\033[1m\\1\033[0m", line)
+        return line
+
+
+def setup_default_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(ColoredFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+setup_default_logging()
+logger = logging.getLogger(__name__)
+
+
+def print0(s: Any = "", **kwargs: Any) -> None:
+    """`print` on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(s, **kwargs)
+
+
+def print_banner() -> None:
+    print0(r"""
+                          _           _
+  _ __   __ _ _ __   ___ | |__   __ _| |_
+ | '_ \ / _` | '_ \ / _ \| '_ \ / _` | __|   \|/
+ | | | | (_| | | | | (_) | | | | (_| | |_    \|/
+ |_| |_|\__,_|_| |_|\___/|_| |_|\__,_|\__|    |   with growth hooks
+""")
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def get_base_dir() -> str:
+    """Root of all artifacts: `NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`. Created if missing.
+
+    Raises UsageError where it cannot be created.
+    """
+    base_dir = os.environ.get("NANOCHAT_BASE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "nanochat")
+    try:
+        os.makedirs(base_dir, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot create the base directory {base_dir} ({error.strerror}); "
+                         "set NANOCHAT_BASE_DIR to a directory you can write to") from error
+    return base_dir
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced to disk and renamed onto `path`.
+
+    A kill at any moment leaves either the old file or the new one, never a part of it. On an exception the
+    temporary file is removed and `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
+        os.replace(temporary, path)
+        if os.name == "posix":  # make the rename itself durable
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[str], Any] | None = None) -> str:
+    """Fetches `url` once into `base_dir/filename`, however many ranks ask for it; returns the path."""
+    path = os.path.join(get_base_dir(), filename)
+    if os.path.exists(path):
+        return path
+    with FileLock(path + ".lock"):
+        if not os.path.exists(path):
+            try:
+                with urllib.request.urlopen(url) as response:
+                    content = response.read()
+            except OSError as error:
+                raise UsageError(f"cannot download {url} ({error}); check the network, or put the file at {path}") from error
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+            if postprocess_fn is not None:
+                postprocess_fn(path)
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Devices and ranks
+
+
+def is_ddp_requested() -> bool:
+    """True under torchrun, which sets all three variables."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def is_ddp_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """(under torchrun, rank, local rank, world size)."""
+    if is_ddp_requested():
+        return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    return False, 0, 0, 1
+
+
+def autodetect_device_type() -> str:
+    if torch.cuda.is_available():
+        device_type = "cuda"
+    elif torch.backends.mps.is_available():
+        device_type = "mps"
+    else:
+        device_type = "cpu"
+    print0(f"Autodetected device type: {device_type}")
+    return device_type
+
+
+def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.device]:
+    """Seeds, sets precision and joins the process group: NCCL on CUDA, gloo elsewhere.
+
+    Returns (ddp, rank, local_rank, world_size, device). Raises UsageError for an unknown or absent device type.
+    """
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if device_type not in available:
+        raise UsageError(f"unknown device type {device_type!r}: use cuda, mps or cpu, or leave it out to autodetect")
+    if not available[device_type]():
+        raise UsageError(f"PyTorch {torch.__version__} sees no {device_type} device here: leave out --device-type to autodetect")
+    ddp, rank, local_rank, world_size = get_dist_info()
+    random.seed(42)
+    torch.manual_seed(42)
+    if device_type == "cuda":
+        torch.cuda.manual_seed(42)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                             f"use torchrun --nproc_per_node={torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device(device_type)
+    if ddp and not is_ddp_initialized():
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        dist.barrier()
+    if rank == 0:
+        logger.info(f"Distributed world size: {world_size}")
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup() -> None:
+    if is_ddp_initialized():
+        dist.destroy_process_group()
+
+
+class DummyWandb:
+    """Takes the place of a wandb run when there is none."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+# -----------------------------------------------------------------------------
+# Peak speeds by device name. Dense bf16 FLOP/s and memory bytes/s from the vendors' data sheets; the first row
+# all of whose words occur in the lower-cased name counts.
+
+_PEAK_FLOPS: list[tuple[tuple[str, ...], float]] = [
+    (("gb200",), 2.5e15), (("grace blackwell",), 2.5e15), (("b200",), 2.25e15), (("b100",), 1.8e15),
+    (("h200", "nvl"), 836e12), (("h200", "pcie"), 836e12), (("h200",), 989e12),
+    (("h100", "nvl"), 835e12), (("h100", "pcie"), 756e12), (("h100",), 989e12),
+    (("h800", "nvl"), 989e12), (("h800",), 756e12), (("a100",), 312e12), (("a800",), 312e12),
+    (("a40",), 149.7e12), (("a30",), 165e12),
+    (("l40s",), 362e12), (("l40-s",), 362e12), (("l40 s",), 362e12), (("l4",), 121e12),
+    (("mi355",), 2.5e15), (("mi325",), 1.3074e15), (("mi300x",), 1.3074e15), (("mi300a",), 980.6e12),
+    (("mi250x",), 383e12), (("mi250",), 362.1e12),
+    (("5090",), 209.5e12), (("4090",), 165.2e12), (("3090",), 71e12),
+]
+_PEAK_BANDWIDTH: list[tuple[tuple[str, ...], float]] = [
+    (("gb200",), 8e12), (("grace blackwell",), 8e12), (("b200",), 8e12), (("b100",), 8e12), (("h200",), 4.8e12),
+    (("h100", "nvl"), 3.9e12), (("h100", "pcie"), 2e12), (("h100",), 3.35e12),
+    (("h800", "pcie"), 2e12), (("h800",), 3.35e12), (("a100",), 2e12), (("a800",), 2e12),
+    (("a40",), 696e9), (("a30",), 933e9),
+    (("l40s",), 864e9), (("l40-s",), 864e9), (("l40 s",), 864e9), (("l4",), 300e9),
+    (("mi355",), 8e12), (("mi325",), 6e12), (("mi300x",), 5.3e12), (("mi300a",), 5.3e12),
+    (("mi250x",), 3.28e12), (("mi250",), 3.28e12),
+    (("5090",), 1.79e12), (("4090",), 1.01e12), (("3090",), 936e9),
+]
+
+
+def _lookup(table: list[tuple[tuple[str, ...], float]], device_name: str, what: str) -> float:
+    name = device_name.lower()
+    for words, value in table:
+        # "a40" must not match "A4000", a different card: a word that ends in a digit ends there
+        if all(re.search(re.escape(word) + (r"(?!\d)" if word[-1].isdigit() else ""), name) for word in words):
+            return value
+    if "data center gpu max 1550" in name and what == "FLOP/s":
+        return 512 * torch.xpu.get_device_properties(0).max_compute_units * 1300e6
+    logger.warning(f"Peak {what} of {device_name!r} unknown: utilisation will show as 0")
+    return float("inf")
+
+
+def get_peak_flops(device_name: str) -> float:
+    """Dense bf16 FLOP/s of a GPU by its name; inf (with a warning) where unknown."""
+    return _lookup(_PEAK_FLOPS, device_name, "FLOP/s")
+
+
+def get_peak_bandwidth(device_name: str) -> float:
+    """Memory bandwidth in bytes/s of a GPU by its name; inf (with a warning) where unknown."""
+    return _lookup(_PEAK_BANDWIDTH, device_name, "bandwidth")

@@ -1,0 +1,58 @@
+"""Where torch.compile can run, and where it pays.
+
+* CUDA: the whole model is one graph.
+* CPU: each block is compiled (all layers share one or two graphs, so the wait does not grow with depth); the kernels that
+  PyTorch has no fast CPU version of (attention, loss) are written by hand and stay outside.
+* No C++ compiler or no Triton, MPS, or TORCHDYNAMO_DISABLE=1: eager, with one line that says so.
+"""
+import functools
+import os
+
+import torch
+from torch import nn
+
+from nanochat.common import print0
+
+
+@functools.lru_cache(maxsize=None)
+def why_not_compile(device_type: str) -> str:
+    """Why torch.compile cannot be used on this kind of device; empty if it can."""
+    if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+        return "TORCHDYNAMO_DISABLE is set"
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+        return "" if has_triton() else "no working Triton"
+    if device_type == "cpu":
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            get_cpp_compiler()
+        except Exception as error:
+            return f"no C++ compiler ({str(error).splitlines()[0][:80]})"
+        return ""
+    return f"torch.compile is not reliable on {device_type}"
+
+
+def jit(*device_types: str):
+    """Decorator of a function of tensors: compiled on its first call on one of these devices, elsewhere run as it is."""
+    def decorate(fn):
+        compiled = torch.compile(fn, dynamic=False)
+
+        @functools.wraps(fn)
+        def call(tensor, *args, **kwargs):
+            device_type = tensor.device.type
+            if device_type not in device_types or torch.compiler.is_compiling() or why_not_compile(device_type):
+                return fn(tensor, *args, **kwargs)
+            return compiled(tensor, *args, **kwargs)
+        return call
+    return decorate
+
+
+def compile_model(model: nn.Module, device_type: str) -> nn.Module:
+    """The model to train with; `model` itself stays usable eagerly on CUDA (same parameters)."""
+    if reason := why_not_compile(device_type):
+        print0(f"Running eagerly, without torch.compile: {reason}")
+        return model
+    if device_type == "cuda":
+        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    model.compile_layers()
+    return model

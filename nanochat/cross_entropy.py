@@ -1,0 +1,110 @@
+"""Cross-entropy of soft-capped logits straight from hidden states, without ever holding all logits.
+
+For a large vocabulary the float32 logits (tokens x vocabulary) are the largest tensor of a training step. Here
+rows are processed in chunks, and each chunk's gradient is computed right after its loss, while its logits are
+still in the cache. PyTorch's own `linear_cross_entropy` (2.12 and newer) works that way too, but it has no place for
+the tanh between the matmul and the softmax, hence this file.
+
+With z = h Wᵀ, c = cap·tanh(z/cap), p = softmax(c):  dL/dz = (p - onehot) · (1 - tanh²(z/cap)).
+Two savings: |c| <= cap, so the softmax needs no maximum; and with r = 1/(exp(2z/cap) + 1), tanh = 1 - 2r and
+1 - tanh² = 4r(1 - r), so one exponential serves both the tanh and its derivative.
+"""
+import torch
+import torch.nn.functional as F
+
+from nanochat.compiler import jit
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28, "mps": 1 << 26}  # logits held at once: the cache, or a share of the memory
+
+
+def _chunk_rows(rows: int, vocab: int, device: torch.device) -> int:
+    wanted = max(CHUNK_ELEMENTS.get(device.type, 1 << 26) // vocab, 64)
+    chunks = -(-rows // wanted)
+    return -(-rows // chunks)  # equal chunks, so that at most two shapes are compiled
+
+
+@jit("cpu", "cuda")
+def _capped_exp_sum(z, cap: float):
+    """z (n, V) in the compute dtype -> float32 row sums (n,) of exp(cap tanh(z/cap))."""
+    r = 1 / (torch.exp(z.float() * (2 / cap)) + 1)
+    e = torch.exp(cap - (2 * cap) * r)
+    return e.sum(dim=-1)
+
+
+@jit("cpu", "cuda")
+def _capped_softmax_grad(z, total, scale, cap: float):
+    """softmax(cap tanh(z/cap)) · (1 - tanh²) · scale in z's dtype; total and scale (n,) float32."""
+    r = 1 / (torch.exp(z.float() * (2 / cap)) + 1)
+    e = torch.exp(cap - (2 * cap) * r)
+    return (e * (r * (1 - r)) * (4 * scale / total)[:, None]).to(z.dtype)
+
+
+def _gather_target(z, targets, cap: float):
+    """The target's capped logit and 1 - tanh² at it, float32 (n,)."""
+    tanh = torch.tanh(z.gather(1, targets[:, None])[:, 0].float() / cap)
+    return cap * tanh, 1 - tanh * tanh
+
+
+@torch.library.custom_op("nanochat::softcap_cross_entropy", mutates_args=())
+def _forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, mean: bool,
+             need_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its gradients with respect to hidden and weight); the gradients are empty if not needed."""
+    rows, vocab = hidden.size(0), weight.size(0)
+    chunk = _chunk_rows(rows, vocab, hidden.device)
+    count = (targets >= 0).sum().float()
+    scale = 1 / count if mean else torch.ones_like(count)
+    loss = torch.zeros_like(count)
+    grad_hidden = torch.empty_like(hidden if need_grad else hidden[:0])
+    grad_weight = torch.zeros_like(weight if need_grad else weight[:0], dtype=torch.float32)
+    for start in range(0, rows, chunk):
+        h, t = hidden[start:start + chunk], targets[start:start + chunk]
+        valid = (t >= 0).float()
+        t = t.clamp(min=0)
+        z = h @ weight.t()
+        total = _capped_exp_sum(z, cap)
+        logit, slope = _gather_target(z, t, cap)
+        loss += ((total.log() - logit) * valid).sum()
+        if need_grad:
+            row_scale = valid * scale
+            grad = _capped_softmax_grad(z, total, row_scale, cap)
+            grad.scatter_add_(1, t[:, None], (-slope * row_scale).to(grad.dtype)[:, None])
+            torch.mm(grad, weight, out=grad_hidden[start:start + chunk])
+            grad_weight += grad.t() @ h
+    return loss * scale, grad_hidden, grad_weight.to(weight.dtype)
+
+
+@_forward.register_fake
+def _(hidden, weight, targets, cap, mean, need_grad):
+    some = slice(None) if need_grad else slice(0)
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden[some]), torch.empty_like(weight[some])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, _grad_hidden, _grad_weight):
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def softcap_cross_entropy(hidden, weight, targets, cap: float, reduction: str = "mean") -> torch.Tensor:
+    """-log softmax(cap * tanh(hidden @ weight.T / cap))[target]; rows with target -1 do not count.
+
+    hidden (N, C) and weight (V, C) in the compute dtype, targets int64 (N,), 0 < cap <= 50 (beyond it the exponential
+    would overflow). Returns a float32 scalar for `mean` (NaN if no row counts, as in PyTorch) and `sum`, (N,) for `none`, where
+    rows that do not count are 0. Raises ValueError for another reduction. No double backward.
+    """
+    if reduction == "none":  # evaluation, and losses that weight each token: plain autograd
+        chunk = _chunk_rows(hidden.size(0), weight.size(0), hidden.device)
+        losses = [F.cross_entropy(cap * torch.tanh((h @ weight.t()).float() / cap), t, ignore_index=-1, reduction="none")
+                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        return torch.cat(losses)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}: use mean, sum or none")
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _forward(hidden, weight, targets, cap, reduction == "mean", need_grad)[0]

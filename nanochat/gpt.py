@@ -1,0 +1,379 @@
+"""The stock GPT: one uniform stack of blocks, readable on its own.
+
+Notable:
+* rotary embeddings, normalized and sharpened queries and keys, grouped-query attention, sliding windows
+* value embeddings: every other layer mixes a per-token embedding into its values through a gate
+* smear: each token's embedding takes in some of the previous token's
+* per-layer residual scalars: every block sees a mix of the stream and the first embedding x0
+* backout: the middle layer's stream is subtracted before the head
+* ReLU² MLP, weightless RMSNorm, untied and padded embeddings, logits soft-capped at 15, no biases
+* master weights in float32; matmuls and activations in COMPUTE_DTYPE
+
+Names, shapes and formulas are nanochat's (head 92d63d4), so its checkpoints load with `strict=True`.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.common import COMPUTE_DTYPE, print0
+from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.flash_attention import flash_attn
+from nanochat.optim import MuonAdamW
+
+VE_GATE_CHANNELS = 12  # the value-embedding gate reads the first channels of the stream
+SMEAR_GATE_CHANNELS = 24
+LOGIT_SOFTCAP = 15.0
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6  # query heads
+    n_kv_head: int = 6  # key and value heads, n_head is a multiple of it
+    n_embd: int = 768
+    window_pattern: str = "SSSL"  # per layer, repeated: L sees the whole context, S a quarter; the last layer is always L
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """No bias; the float32 master weight is cast to the dtype of the input."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def has_ve(layer_idx: int, n_layer: int) -> bool:
+    """True for every other layer, counted so that the last one has a value embedding."""
+    return layer_idx % 2 == (n_layer - 1) % 2
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the two halves of each head by minus the position's angle. x (B, T, H, D), cos and sin (1, T, 1, D/2)."""
+    assert x.ndim == 4
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
+        assert config.n_kv_head <= config.n_head and config.n_head % config.n_kv_head == 0, "n_head must be a multiple of n_kv_head"
+        self.head_dim = config.n_embd // config.n_head
+        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if has_ve(layer_idx, config.n_layer) else None
+
+    def forward(self, x, ve, cos_sin, window_size, kv_cache):
+        """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if ve is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+        cos, sin = cos_sin
+        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
+        q, k = norm(q) * 1.2, norm(k) * 1.2  # unit RMS, then sharper than 1/sqrt(D) alone would be
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+        else:
+            k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
+            y = flash_attn.flash_attn_with_kvcache(
+                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
+            if self.layer_idx == kv_cache.n_layers - 1:
+                kv_cache.advance(T)
+        return self.c_proj(y.contiguous().view(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer_idx)
+        self.mlp = MLP(config)
+
+    def forward(self, x, ve, cos_sin, window_size, kv_cache):
+        x = x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, kv_cache):
+    """One block and the mix of stream and first embedding that enters it; a function of its own so that it can be compiled."""
+    return block(resid_lambda * x + x0_lambda * x0, ve, cos_sin, window_size, kv_cache)
+
+
+class GPT(nn.Module):
+    """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`."""
+
+    def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
+        super().__init__()
+        self.config = config
+        self.window_sizes = self._compute_window_sizes(config)
+        self._run_layer = run_layer
+        padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
+        if padded_vocab != config.vocab_size:
+            print0(f"Padding the vocabulary from {config.vocab_size} to {padded_vocab}: faster matmuls")
+        kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(padded_vocab, config.n_embd),
+            "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+        })
+        self.lm_head = Linear(config.n_embd, padded_vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # scale of the stream entering a layer
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # share of the first embedding added to it
+        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.value_embeds = nn.ModuleDict({
+            str(i): nn.Embedding(padded_vocab, kv_dim) for i in range(config.n_layer) if has_ve(i, config.n_layer)})
+        self.rotary_seq_len = config.sequence_len * 10  # room for prompts beyond the training length
+        cos, sin = self._precompute_rotary_embeddings(self.rotary_seq_len, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fills every parameter and buffer. The order of the draws is part of the format: it fixes the random stream."""
+        config = self.config
+        bound = math.sqrt(3) / math.sqrt(config.n_embd)  # uniform with standard deviation 1/sqrt(C)
+        nn.init.normal_(self.transformer.wte.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(projection.weight, -bound, bound)
+            nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
+            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        for i in range(config.n_layer):
+            depth = i / max(config.n_layer - 1, 1)
+            self.resid_lambdas[i] = 1.15 - 0.10 * depth
+            self.x0_lambdas[i] = 0.20 - 0.15 * depth
+        nn.init.zeros_(self.smear_lambda)
+        nn.init.constant_(self.backout_lambda, 0.2)
+        nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+        for embedding in self.value_embeds.values():
+            nn.init.uniform_(embedding.weight, -bound, bound)
+        for block in self.transformer.h:
+            if block.attn.ve_gate is not None:
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        """Fills the rotary tables and sets the embeddings' storage dtype: what a model needs besides its parameters' values."""
+        self.cos, self.sin = self._precompute_rotary_embeddings(self.rotary_seq_len, self.config.n_embd // self.config.n_head)
+        if COMPUTE_DTYPE != torch.float16:  # fp16 cannot hold the optimizer's small embedding updates
+            self.transformer.wte.to(COMPUTE_DTYPE)
+            self.value_embeds.to(COMPUTE_DTYPE)
+
+    def cast_for_inference(self) -> None:
+        """Stores the matrices in the compute dtype: the same outputs, half the bytes to read per decoded token."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.to(COMPUTE_DTYPE)
+
+    def _precompute_rotary_embeddings(self, seq_len: int, head_dim: int, base: float = 100000, device=None):
+        """cos and sin of position * base^(-2j/D), each (1, seq_len, 1, D/2) in the compute dtype."""
+        device = device or self.transformer.wte.weight.device
+        inv_freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inv_freq)
+        return tuple(table.to(COMPUTE_DTYPE)[None, :, None, :] for table in (angles.cos(), angles.sin()))
+
+    @staticmethod
+    def _compute_window_sizes(config: GPTConfig) -> list[tuple[int, int]]:
+        pattern = config.window_pattern.upper()
+        assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
+        short = -(-(-(-config.sequence_len // 4)) // 128) * 128  # a quarter of the context, in tiles of 128
+        sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
+        letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+        return [sizes[letter] for letter in letters]
+
+    def compile_layers(self) -> None:
+        """Compiles one layer at a time, in place: layers of one kind share a graph, whatever the depth."""
+        self._run_layer = torch.compile(run_layer, dynamic=False)
+
+    def get_device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
+        """idx int (B, T). Without targets: float32 logits (B, T, V). With targets (B, T), -1 to leave out: the loss,
+        a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position."""
+        B, T = idx.shape
+        start = kv_cache.get_pos() if kv_cache is not None else 0
+        assert start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
+        assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
+        assert self.cos.dtype == COMPUTE_DTYPE
+        cos_sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
+
+        x = norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
+        x = self._smear(x, kv_cache)
+        x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
+        x_mid = x
+        for i, block in enumerate(self.transformer.h):
+            ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
+            x = self._run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos_sin, self.window_sizes[i], kv_cache)
+            if i == self.config.n_layer // 2:
+                x_mid = x
+        x = norm(x - self._backout().to(x.dtype) * x_mid)
+
+        head = self.lm_head
+        if targets is None or type(head) is not Linear:
+            logits = head(x)[..., :self.config.vocab_size].float()
+            logits = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+            if targets is None:
+                return logits
+            return F.cross_entropy(logits.reshape(B * T, -1), targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
+        weight = head.weight[:self.config.vocab_size].to(x.dtype)
+        return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
+
+    def _smear(self, x, kv_cache):
+        """Adds the gated previous embedding to each position; the first of all has no previous one."""
+        previous = None
+        if kv_cache is None:
+            assert x.size(1) > 1, "a forward pass without a cache needs at least 2 tokens"
+        else:
+            previous = kv_cache.prev_embedding
+            kv_cache.prev_embedding = x[:, -1:, :]
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))
+        if previous is None:
+            return torch.cat((x[:, :1], x[:, 1:] + gate[:, 1:] * x[:, :-1]), dim=1)
+        return x + gate * torch.cat((previous, x[:, :-1]), dim=1)
+
+    def _backout(self) -> torch.Tensor:
+        """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar. Its gradient is then
+        pure rounding noise, which Adam would turn into full-size steps: give it an exact 0 instead."""
+        if self.config.n_layer // 2 < self.config.n_layer - 1:
+            return self.backout_lambda
+        return self.backout_lambda.detach() + 0 * self.backout_lambda
+
+    # -------------------------------------------------------------------------
+    # Counting
+
+    def num_matmul_params(self) -> int:
+        """Weights that are multiplied with activations, the padded head included."""
+        return sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+
+    def _layer_windows(self, limit: int) -> list[int]:
+        return [limit if window < 0 else min(window, limit) for window, _ in self.window_sizes]
+
+    def estimate_flops(self) -> int:
+        """Training FLOPs per token: 6 per matmul weight, plus 12 * width * window for attention (PaLM, appendix B)."""
+        attention = sum(12 * self.config.n_embd * window for window in self._layer_windows(self.config.sequence_len))
+        return 6 * self.num_matmul_params() + attention
+
+    def estimate_decode_flops(self, context_len: int) -> int:
+        """FLOPs of one decoded token behind `context_len` others."""
+        return 2 * self.num_matmul_params() + sum(4 * self.config.n_embd * window for window in self._layer_windows(context_len))
+
+    def estimate_prefill_flops(self, num_tokens: int) -> int:
+        """FLOPs of a prompt; causal attention counted exactly."""
+        pairs = sum(m * (m + 1) // 2 + (num_tokens - m) * m for m in self._layer_windows(num_tokens))
+        return 2 * self.num_matmul_params() * num_tokens + 4 * self.config.n_embd * pairs
+
+    def kv_bytes_per_token(self) -> int:
+        return self.config.n_layer * self._kv_bytes_per_layer()
+
+    def kv_read_bytes(self, context_len: int) -> int:
+        """Bytes of keys and values that decoding one token reads."""
+        return sum(self._kv_bytes_per_layer() * window for window in self._layer_windows(context_len))
+
+    def _kv_bytes_per_layer(self) -> int:
+        head_dim = self.config.n_embd // self.config.n_head
+        return 2 * self.config.n_kv_head * head_dim * COMPUTE_DTYPE.itemsize
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameters by role; scaling laws use `transformer_matrices` + `lm_head`."""
+        def count(*parameters) -> int:
+            return sum(p.numel() for p in parameters)
+        counts = {
+            "wte": count(*self.transformer.wte.parameters()),
+            "value_embeds": count(*self.value_embeds.parameters()),
+            "lm_head": count(*self.lm_head.parameters()),
+            "transformer_matrices": count(*self.transformer.h.parameters()),
+            "scalars": count(self.resid_lambdas, self.x0_lambdas, self.smear_gate.weight, self.smear_lambda, self.backout_lambda),
+        }
+        counts["total"] = sum(counts.values())
+        assert counts["total"] == count(*self.parameters()), "a parameter is missing from the count"
+        return counts
+
+    # -------------------------------------------------------------------------
+    # Optimizer
+
+    def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
+                        weight_decay: float = 0.0, scalar_lr: float = 0.5) -> MuonAdamW:
+        """Muon for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format.
+
+        AdamW's learning rates of embeddings and head are tuned at width 768 and scale with 1/sqrt(width).
+        """
+        width_scale = (self.config.n_embd / 768) ** -0.5
+        print0(f"AdamW learning rates scaled by (width/768)^-0.5 = {width_scale:.6f}")
+
+        def adamw(params, lr, betas, weight_decay):
+            return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay)
+
+        groups = [
+            adamw(self.lm_head.parameters(), unembedding_lr * width_scale, (0.8, 0.96), 0.01),
+            adamw(self.transformer.wte.parameters(), embedding_lr * width_scale, (0.8, 0.995), 0.001),
+            adamw(self.value_embeds.parameters(), embedding_lr * width_scale * 0.5, (0.8, 0.995), 0.01),
+            adamw([self.resid_lambdas], scalar_lr * 0.01, (0.8, 0.95), 0.05),
+            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
+            adamw([self.smear_gate.weight, self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
+        ]
+        matrices = list(self.transformer.h.parameters())
+        for shape in sorted({tuple(p.shape) for p in matrices}):
+            groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=matrix_lr,
+                               momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=weight_decay))
+        assert sum(len(group["params"]) for group in groups) == len(list(self.parameters())), "a parameter is in no group"
+        optimizer = MuonAdamW(groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    # -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 seed: int = 42) -> Iterator[int]:
+        """Plain sampling without a cache, the reference for `engine.Engine`. Temperature 0 takes the most likely token."""
+        assert isinstance(tokens, list)
+        device = self.get_device()
+        rng = torch.Generator(device=device).manual_seed(seed) if temperature > 0 else None
+        ids = torch.tensor([tokens], dtype=torch.long, device=device)
+        for _ in range(max_tokens):
+            logits = self.forward(ids)[:, -1]
+            if top_k is not None and top_k > 0:
+                kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -float("inf"))
+            if temperature > 0:
+                next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=rng)
+            else:
+                next_id = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, next_id), dim=1)
+            yield int(next_id)

@@ -1,0 +1,33 @@
+"""Bits per byte: the loss measured in units of text instead of tokens, so that tokenizers can be compared."""
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import is_ddp_initialized
+
+
+@torch.no_grad()
+def evaluate_bpb(model, batches: Iterable, steps: int, token_bytes: torch.Tensor) -> float:
+    """Cross-entropy in bits per byte of text, over the first `steps` batches (inputs, targets) of every rank.
+
+    token_bytes (V,): bytes of each token. Targets of 0 bytes (special tokens) and targets of -1 count neither in
+    the loss nor in the length. `model(x, y, loss_reduction="none")` gives nats per token, flat. inf if no target counts.
+    """
+    device = model.get_device()
+    # a large evaluation sums 1e8 nats, more than float32 can add up; MPS has nothing wider and adds its batches on the CPU
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = []
+    for x, y in itertools.islice(batches, steps):
+        y = y.reshape(-1)
+        nats = model(x, y.view_as(x), loss_reduction="none")
+        num_bytes = token_bytes[y.clamp(min=0)] * (y >= 0)
+        sums.append(torch.stack((torch.where(num_bytes > 0, nats, 0).sum(dtype=sum_dtype), num_bytes.sum().to(sum_dtype))))
+    totals = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
+    if is_ddp_initialized():
+        totals = totals.to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(totals)
+    nats, num_bytes = totals.tolist()
+    return nats / (math.log(2) * num_bytes) if num_bytes else math.inf

@@ -1,0 +1,87 @@
+"""The training log: one JSON object a line, from which reports, plots and sweeps draw.
+
+A record is `{"kind": ..., "step": ..., ...}`. Every record goes out in a single write, so a killed run leaves at
+most one broken last line, which reading ignores. A resumed run drops what it is about to do again, so that the
+file always reads like the log of a run that was never interrupted.
+"""
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from nanochat.cli import UsageError
+from nanochat.common import write_text_atomic
+
+FILENAME = "log.jsonl"  # in the checkpoint directory of its run
+
+
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON: tensors and numpy scalars become numbers, NaN and infinity null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _dumps(record: dict) -> str:
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class RunLog:
+    """Appends records to the file `path`; with `path=None` (ranks other than 0) it does nothing.
+
+    A fresh run starts a new file. With `resume_step` the records of earlier steps are kept, whatever their kind: a
+    run resumed at step s evaluates and trains step s again.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, resume_step: int | None = None):
+        self._file = None
+        if path is None:
+            return
+        path = Path(path)
+        kept = []
+        if resume_step is not None and path.exists():
+            kept = [record for record in read_run_log(path) if record["step"] < resume_step]
+        write_text_atomic(path, "".join(map(_dumps, kept)))
+        self._file = open(path, "ab", buffering=0)
+
+    def log(self, kind: str, step: int, **fields: Any) -> None:
+        """Appends one record. Tensors of any size become numbers or lists of numbers."""
+        if self._file is not None:
+            self._file.write(_dumps({"kind": kind, "step": step, **fields}).encode())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_run_log(path: str | os.PathLike) -> list[dict]:
+    """The records in order. A broken last line (the run was killed, or is writing) is left out.
+
+    Raises UsageError where the file is missing or another line is broken.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UsageError(f"there is no run log {path}; base_train writes one beside its checkpoints") from None
+    complete, unfinished = lines[:-1], lines[-1]
+    if unfinished:
+        complete.append(unfinished)
+    records = []
+    for number, line in enumerate(complete, 1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)):
+                raise ValueError
+            records.append(record)
+        except ValueError:
+            if number < len(complete):
+                raise UsageError(f"{path}, line {number} is not a log record; repair or delete the file") from None
+    return records

@@ -1,0 +1,225 @@
+"""One pretraining run, finished or still going on, as Markdown and as pictures, drawn from its log alone."""
+import io
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.cli import UsageError
+from nanochat.run_log import FILENAME, read_run_log
+
+# USD per GPU and hour by a word in the device name, and for any other GPU
+_HOURLY_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}
+_OTHER_HOURLY_RATE = 2.00
+
+_SILENT_AFTER = 3600  # seconds without a record after which a run counts as stopped; a CORE evaluation is silent for long
+
+
+def hourly_rate(gpu_name: str) -> float:
+    """USD per hour of one such GPU, at the usual price of a rented one."""
+    return next((rate for word, rate in _HOURLY_RATES.items() if word in gpu_name), _OTHER_HOURLY_RATE)
+
+
+def find_run_log(base_dir: str | Path, model_tag: str | None = None) -> Path | None:
+    """The log of the run `model_tag`, else the one written to last, or None where nothing was trained yet."""
+    logs = {path.parent.name: path for path in Path(base_dir, "base_checkpoints").glob(f"*/{FILENAME}")}
+    if model_tag is None:
+        return max(logs.values(), key=lambda path: path.stat().st_mtime, default=None)
+    if model_tag not in logs:
+        raise UsageError(f"no run log for --model-tag={model_tag} in {base_dir}; there are: {', '.join(sorted(logs)) or 'none'}")
+    return logs[model_tag]
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def count(value: float) -> str:
+    """Whole up to a billion (1,234,567), then 1.23e+15."""
+    return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
+def decimals(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def table(header: list[str], rows: list[list], align: str = "---:") -> str:
+    """A Markdown table; `align` is that of all columns but the first."""
+    def line(cells: list) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "\n".join([line(header), line(["---"] + [align] * (len(header) - 1)), *map(line, rows)]) + "\n"
+
+
+def bullets(items: dict) -> str:
+    return "".join(f"- {key}: {value}\n" for key, value in items.items())
+
+
+def verbatim(text: str) -> str:
+    """`text` as a code block that no backticks in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+class TrainingRun:
+    """What a run log says. Raises UsageError where the log is broken."""
+
+    def __init__(self, path: str | Path):
+        self.tag = Path(path).parent.name
+        self.records = read_run_log(path)
+        self.silence = max(0.0, time.time() - Path(path).stat().st_mtime)
+        last_start = max((i for i, record in enumerate(self.records) if record["kind"] == "start"), default=0)
+        self.finished = any(record["kind"] == "end" for record in self.records[last_start:])
+
+    def of(self, kind: str) -> list[dict]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def last(self, kind: str) -> dict:
+        return next((record for record in reversed(self.records) if record["kind"] == kind), {})
+
+    def latest(self, field: str, *kinds: str):
+        """The newest value of a field among records of these kinds, or None."""
+        return next((record[field] for record in reversed(self.records) if record["kind"] in kinds and record.get(field) is not None), None)
+
+    def status(self) -> str:
+        step = max((record["step"] + (record["kind"] == "train") for record in self.records), default=0)  # steps done
+        total = self.latest("num_iterations", "start", "grow")
+        if self.finished:
+            return f"finished after {step:,} steps"
+        of_total = f"step {step:,}" + (f" of {total:,} ({step / total:.0%})" if total else "")
+        if self.silence > _SILENT_AFTER:
+            return f"stopped: {of_total}; the last record is {duration(self.silence)} old"
+        recent = [record["dt"] for record in self.of("train")[-50:] if record.get("dt")]
+        eta = f", ETA {duration(np.median(recent) * max(0, total - step))}" if recent and total else ""
+        return f"running: {of_total}{eta}; the last record is {duration(self.silence)} old"
+
+    def cost(self) -> str:
+        start = self.last("start")
+        device, gpus = str(start.get("device", "cpu")), start.get("world_size", 1)
+        if device.startswith(("cpu", "mps")):
+            return "none (no rented GPU)"
+        hours = (self.latest("time", "train") or 0) / 3600
+        rate = hourly_rate(device)
+        return f"${hours * gpus * rate:,.2f} ({hours * gpus:.2f} GPU-hours of training at ${rate:.2f})"
+
+    def markdown(self, pictures: str) -> str:
+        """The run's section; `pictures` is the Markdown that shows its curves."""
+        parts = [f"## Pretraining run {self.tag}\n", table(["", ""], self._at_a_glance(), align="---"), pictures]
+        if grows := self.of("grow"):
+            parts += ["### Growth\n"]
+            parts += [f"**{record.get('label', 'growth')}**\n\n" + bullets(
+                {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "label")})
+                      for record in grows]
+        if counts := self.latest("counts", "start", "grow"):
+            total = counts.get("total") or sum(counts.values())
+            rows = [[f"`{name}`", f"{value:,}", f"{value / total:.1%}"] for name, value in counts.items()]
+            parts += ["### Parameters\n", table(["Parameters", "Count", "Share"], rows)]
+        if core := self.last("core"):
+            centered = core.get("centered_results", {})
+            rows = [[task, decimals(accuracy), decimals(centered.get(task))] for task, accuracy in core.get("results", {}).items()]
+            parts += [f"### CORE at step {core['step']:,}\n",
+                      table(["Task", "Accuracy", "Centered"], [*rows, ["**CORE**", "", f"**{decimals(core.get('core_metric'))}**"]])]
+        if samples := self.last("sample"):
+            parts += [f"### Samples at step {samples['step']:,}\n", *map(verbatim, samples.get("samples", []))]
+        start = self.last("start")
+        for title, key in (("Configuration", "config"), ("Model", "model_config")):
+            if items := start.get(key):
+                parts += [f"### {title}\n", bullets(items)]
+        return "\n".join(parts)
+
+    def _at_a_glance(self) -> list[list[str]]:
+        start, end, evals = self.last("start"), self.last("end"), [record for record in self.of("eval") if record.get("val_bpb")]
+        counts = self.latest("counts", "start", "grow") or {}
+        tokens, speed = self.latest("tokens", "train", "eval"), [record["tok_per_sec"] for record in self.of("train")[-100:] if record.get("tok_per_sec")]
+        mfu = self.latest("mfu", "train")
+        scaling_params = counts.get("transformer_matrices", 0) + counts.get("lm_head", 0)
+        rows = {
+            "Status": self.status(),
+            "Validation bpb": evals and f"{evals[-1]['val_bpb']:.4f} at step {evals[-1]['step']:,}, lowest {min(record['val_bpb'] for record in evals):.4f}",
+            "CORE metric": (core := self.last("core")) and f"{decimals(core.get('core_metric'))} at step {core['step']:,}",
+            "Parameters": counts.get("total") and count(counts["total"]),
+            "Training tokens": tokens and count(tokens) + (f" ({tokens / scaling_params:.2f} per scaling parameter)" if scaling_params else ""),
+            "Training FLOPs": (flops := self.latest("flops", "train", "eval")) and f"{flops:.3e}",
+            "FLOPs per token": (per_token := self.latest("flops_per_token", "start", "grow")) and count(per_token),
+            "Tokens per step": start.get("total_batch_size") and count(start["total_batch_size"]),
+            "Training time": (seconds := self.latest("time", "train", "eval")) and duration(seconds),
+            "Speed": speed and f"{np.median(speed):,.0f} tokens/s" + (f", MFU {mfu:.1f} %" if mfu else ""),
+            "Device": start.get("device") and f"{start.get('world_size', 1)} × {start['device']}, {start.get('dtype', '')}",
+            "Peak memory": end.get("peak_memory_mib") and f"{end['peak_memory_mib']:,.0f} MiB",
+            "Cost estimate": start and self.cost(),
+        }
+        return [[name, value] for name, value in rows.items() if value]
+
+    # -------------------------------------------------------------------------
+    # Pictures
+
+    def _curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        points = [(record[x], record[y]) for record in self.of(kind) if record.get(x) is not None and record.get(y) is not None]
+        xs, ys = np.array(points, dtype=float).reshape(-1, 2).T
+        return xs, ys
+
+    def picture(self, axes: tuple[str, ...] = ("tokens", "time")) -> bytes:
+        """PNG of train loss above validation bpb, one column per x axis: `tokens` (FLOPs on top) or `time`.
+
+        The background is transparent and the lines are mid-tones, for light and dark pages.
+        """
+        from matplotlib.figure import Figure  # slow to import, and most who import this module draw nothing
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
+        ink, colors = "#808890", ("#3b82f6", "#e8853d")
+        figure = Figure(figsize=(5 * len(axes), 5), layout="constrained")
+        panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
+        for column, x in enumerate(axes):
+            loss_panel, bpb_panel = panels[:, column]
+            scale, unit = 1.0, ""
+            if x == "time":
+                seconds = self.latest("time", "train", "eval") or 0
+                scale, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
+            for y, style in (("raw_loss", {"alpha": 0.3, "linewidth": 0.8}), ("loss", {"linewidth": 1.8})):
+                xs, ys = self._curve("train", x, y)
+                every = 1 + len(xs) // 2000
+                loss_panel.plot(xs[::every] / scale, ys[::every], color=colors[0], **style)
+            xs, ys = self._curve("eval", x, "val_bpb")
+            bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3)
+            for record in self.of("grow"):
+                before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]
+                at = record.get(x, before[-1] if before else 0) / scale
+                for panel in (loss_panel, bpb_panel):
+                    panel.axvline(at, color=ink, linestyle="--", linewidth=1)
+                loss_panel.annotate(str(record.get("label", "growth")), (at, 0.97), xycoords=("data", "axes fraction"), xytext=(3, 0),
+                                    textcoords="offset points", rotation=90, va="top", fontsize=8, color=ink)
+            bpb_panel.set_xlabel(f"training time ({unit})" if x == "time" else "training tokens", color=ink)
+            if x == "tokens":
+                bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+                tokens, flops = self._curve("train", "tokens", "flops")
+                if len(tokens) > 1:
+                    bpb_panel.set_xlim(0, tokens[-1])
+                    t, f = np.r_[0, tokens, 2 * tokens[-1]], np.r_[0, flops, 2 * flops[-1]]  # from 0 to beyond the last tick
+                    top = loss_panel.secondary_xaxis("top", functions=(lambda v, t=t, f=f: np.interp(v, t, f), lambda v, t=t, f=f: np.interp(v, f, t)))
+                    top.xaxis.set_major_locator(MaxNLocator(4))
+                    top.xaxis.set_major_formatter(lambda v, _: f"{v:.2g}".replace("e+", "e"))
+                    top.set_xlabel("training FLOPs", color=ink)
+                    top.tick_params(colors=ink)
+                    top.spines[:].set_visible(False)
+        for panel in panels.flat:
+            panel.grid(color=ink, alpha=0.25, linewidth=0.6)
+            panel.tick_params(colors=ink)
+            panel.spines[:].set_visible(False)
+            panel.set_facecolor("none")
+        self._frame(panels[0, 0], self._curve("train", "tokens", "loss")[1])
+        panels[0, 0].set_ylabel("train loss (nats per token)", color=ink)
+        panels[1, 0].set_ylabel("validation bits per byte", color=ink)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, transparent=True)
+        return buffer.getvalue()
+
+    @staticmethod
+    def _frame(panel, losses: np.ndarray) -> None:
+        """Leaves the first steps of a long run out of sight: they fall so far that the rest would look flat."""
+        if len(losses) >= 100:
+            low, high = losses.min(), losses[len(losses) // 50]
+            margin = 0.15 * (high - low)
+            panel.set_ylim(low - margin, high + margin)

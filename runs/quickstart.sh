@@ -1,0 +1,50 @@
+#!/bin/bash
+# From nothing to a small trained model and its report, on any machine: 2 CPU cores are enough, no GPU, no account, and no
+# network but for the packages. The text is the Python standard library's own source.
+#
+#   bash runs/quickstart.sh
+#
+# Everything lies in a folder of its own, `quickstart` in NANOCHAT_BASE_DIR (default ~/.cache/nanochat), apart from real runs.
+# A second run keeps what exists; to start over, delete that folder.
+set -euo pipefail
+SECONDS=0
+# shellcheck source=runs/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
+ITERATIONS=500
+MODEL="base_checkpoints/d4/model_$(printf %06d $ITERATIONS).pt"
+
+REDO=""
+stage() {  # NAME PRODUCT COMMAND...: runs the command unless its product exists and no earlier stage had to run
+    local name=$1 product=$NANOCHAT_BASE_DIR/$2
+    shift 2
+    if [[ -z $REDO && -e $product ]]; then
+        printf '\n=== %s: done before (%s)\n' "$name" "$product"
+        return
+    fi
+    REDO=yes
+    printf '\n=== %s: %s\n' "$name" "$*"
+    if ! "$@"; then
+        printf '\nquickstart: stage "%s" failed, see above; the next run starts with it\n' "$name" >&2
+        exit 1
+    fi
+}
+
+stage "report header" report/header.md python -m nanochat.report reset
+stage "text" base_data_climbmix/source.json python -m nanochat.dataset --source=stdlib
+stage "tokenizer" tokenizer/token_bytes.pt python -m scripts.tok_train --vocab-size=4096
+stage "pretraining" "$MODEL" python -m scripts.base_train \
+    --depth=4 --head-dim=64 --max-seq-len=512 --window-pattern=L \
+    --device-batch-size=16 --total-batch-size=8192 --num-iterations=$ITERATIONS \
+    --eval-every=100 --eval-tokens=131072 --sample-every=250 --core-metric-every=-1
+stage "evaluation" report/base-model-evaluation.md python -m scripts.base_eval --eval=bpb,sample --split-tokens=131072
+printf '\n=== report\n'
+python -m nanochat.report generate
+
+cat <<END
+
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at report.html. Let the model continue a text:
+
+    NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR" $PWD/.venv/bin/python -m scripts.chat_cli -i base -p "import os"
+END

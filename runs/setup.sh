@@ -1,0 +1,63 @@
+#!/bin/bash
+# Makes the Python environment .venv in the project folder, with uv where it is installed, else with venv and pip.
+# Run it, or source it from a recipe: then the environment comes first in PATH, and the current folder is the project's.
+#
+#   bash runs/setup.sh          what training needs
+#   bash runs/setup.sh --dev    also what the tests need
+#
+# PyTorch is the CUDA build where nvidia-smi finds a GPU. PIP_FIND_LINKS is honoured.
+# A second run has nothing to do and takes no time; after a change of pyproject.toml it installs what changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup_fail() { echo "setup: $*" >&2; exit 1; }
+
+usable_python() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+setup_venv() {
+    local dev="" gpu="" stamp=.venv/nanochat.stamp sum have python="" candidate extras link links=""
+    case "${1:-}" in
+        "") ;;
+        --dev) dev=yes ;;
+        *) setup_fail "unknown argument $1; the only one is --dev" ;;
+    esac
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then gpu=yes; fi
+
+    # The stamp says what is installed. It is written last, so a half-made environment has none.
+    sum=$(cksum < pyproject.toml)
+    have=$(cat "$stamp" 2>/dev/null || true)
+    if ! usable_python .venv/bin/python || [[ -n $gpu && -n $have && $have != *" gpu"* ]]; then
+        for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+            if usable_python "$candidate"; then python=$candidate; break; fi
+        done
+        rm -rf .venv
+        if command -v uv >/dev/null; then
+            uv venv --quiet --python "${python:-3.12}" .venv || setup_fail "uv could not make .venv"  # uv fetches a Python where there is none
+        elif [ -n "$python" ]; then
+            "$python" -m venv .venv || setup_fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
+        else
+            setup_fail "no Python 3.10 or newer found; install one, or install uv, which brings its own"
+        fi
+    elif [[ $have == "$sum "* && ( -z $dev || $have == *" dev"* ) && ( -z $gpu || $have == *" gpu"* ) ]]; then
+        return
+    fi
+
+    rm -f "$stamp"
+    extras="${dev:+dev}${dev:+${gpu:+,}}${gpu:+gpu}"
+    echo "setup: installing the packages into .venv (the first time that is a download of some hundred MB, with CUDA some GB)"
+    if command -v uv >/dev/null; then
+        for link in ${PIP_FIND_LINKS:-}; do links="$links --find-links $link"; done
+        if [ -z "$links" ]; then export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}"; fi  # with wheels at hand PyTorch's index is not asked
+        # shellcheck disable=SC2086
+        uv pip install --python .venv/bin/python $links -e ".${extras:+[$extras]}" || setup_fail "uv could not install the packages"
+    else
+        .venv/bin/python -m pip install -e ".${extras:+[$extras]}" || setup_fail "pip could not install the packages"
+    fi
+    echo "$sum ${dev:+ dev}${gpu:+ gpu}" > "$stamp"
+    if [ -z "$gpu" ] && ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
+        echo "setup: no C++ compiler found, so torch.compile is off and training slower; on Debian and Ubuntu: apt install g++"
+    fi
+}
+
+setup_venv "$@"
+export PATH="$PWD/.venv/bin:$PATH"

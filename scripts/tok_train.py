@@ -1,0 +1,78 @@
+"""Trains the tokenizer on the training split and saves it in `base_dir/tokenizer`:
+
+    python -m scripts.tok_train --max-chars=2000000000 --vocab-size=32768
+
+Writes `tokenizer.pkl` and `token_bytes.pt` (int32 (V,): bytes of each token, 0 for specials), with which losses
+turn into bits per byte, the unit that can be compared across vocabularies.
+"""
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from nanochat.cli import ArgumentParser, UsageError, command, positive_int
+from nanochat.common import atomic_path, get_base_dir
+from nanochat.dataset import parquets_iter_batched
+from nanochat.report import get_report
+from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+
+ROUND_TRIP = """Mixed text: 1, 22, 333 and 4,444.5; it's, we'll, DON'T; tabs\tand  spaces \r\n\n
+<|bos|> is plain text here, and so is <|user_end|>. 你好，世界 — 안녕하세요 — Здравствуйте 🌱👩‍🔬 naïve ½ \u00a0"""
+
+
+def documents(max_chars: int, doc_cap: int) -> Iterator[str]:
+    """Training documents cut to `doc_cap` characters, up to the one that brings their sum above `max_chars`."""
+    total, report_at = 0, 100_000_000
+    for batch in parquets_iter_batched("train"):
+        for text in batch:
+            text = text[:doc_cap]
+            total += len(text)
+            yield text
+            if total > max_chars:
+                return
+        if total >= report_at:
+            print(f"Read {total / 1e6:,.0f} of at most {max_chars / 1e6:,.0f} million characters", flush=True)
+            report_at += 100_000_000
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description="Train the tokenizer")
+    parser.add_argument("--max-chars", type=positive_int, default=2_000_000_000, help="characters to train on")
+    parser.add_argument("--doc-cap", type=positive_int, default=10_000, help="characters to take from each document")
+    parser.add_argument("--vocab-size", type=positive_int, default=32768, help="tokens, counting the special ones")
+    args = parser.parse_args(argv)
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if args.vocab_size < smallest:
+        raise UsageError(f"--vocab-size={args.vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens take {smallest}")
+    for name, value in vars(args).items():
+        print(f"{name}: {value:,}")
+
+    start = time.monotonic()
+    tokenizer = RustBPETokenizer.train_from_iterator(documents(args.max_chars, args.doc_cap), args.vocab_size)
+    seconds = time.monotonic() - start
+    print(f"Training time: {seconds:.2f}s")
+    size = tokenizer.get_vocab_size()
+    if size < args.vocab_size:
+        print(f"Warning: the text has merges for {size:,} tokens only, fewer than --vocab-size={args.vocab_size:,}; more text would give more")
+    assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP
+
+    directory = os.path.join(get_base_dir(), "tokenizer")
+    special_ids = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
+    token_bytes = torch.tensor([0 if i in special_ids else len(tokenizer.decode_single_token_bytes(i)) for i in range(size)], dtype=torch.int32)
+    tokenizer.save(directory)
+    with atomic_path(os.path.join(directory, "token_bytes.pt")) as temporary:
+        torch.save(token_bytes, temporary)
+
+    lengths = token_bytes[token_bytes > 0].double()
+    get_report().log(section="Tokenizer training", data=[
+        vars(args),
+        {"train_time": seconds, "num_special_tokens": len(special_ids)},
+        {f"token_bytes_{name}": getattr(lengths, name)().item() for name in ("min", "max", "mean", "std")},
+    ])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Every test runs in float32, eagerly, on one thread per process and in a base directory of its own.
+
+Tests of other dtypes, of torch.compile and of torchrun start real processes with their own environment.
+"""
+import os
+import tempfile
+
+os.environ["NANOCHAT_DTYPE"] = "float32"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch):
+    """A fresh, empty NANOCHAT_BASE_DIR."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path

@@ -1,0 +1,249 @@
+"""The shell recipes and the package metadata agree with the code. The scripts run with stand-ins for uv, pip and Python."""
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.cli import ArgumentParser
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
+MODULE_OF = {"markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
+
+
+# -----------------------------------------------------------------------------
+# Metadata
+
+
+def metadata_list(name):
+    """The distributions in one list of pyproject.toml (tomllib is not in Python 3.10)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (content,) = re.findall(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in re.findall(r'"(.+?)"', content)}
+
+
+def imports(*folders):
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"nanochat", "scripts", "tasks", "tests"}
+
+
+def modules(distributions):
+    return {MODULE_OF.get(name, name) for name in distributions}
+
+
+def test_every_import_is_declared():
+    declared = modules(metadata_list("dependencies") | metadata_list("gpu"))
+    assert imports("nanochat", "scripts", "tasks") <= declared
+    assert imports("tests") <= declared | modules(metadata_list("dev"))
+
+
+def test_every_dependency_is_imported():
+    assert modules(metadata_list("dependencies") | metadata_list("gpu")) <= imports("nanochat", "scripts", "tasks")
+
+
+# -----------------------------------------------------------------------------
+# Commands in the recipes and in the README
+
+
+def commands():
+    """(file, module, flags) of every `-m nanochat.X` or `-m scripts.X`."""
+    for path in [*SCRIPTS, ROOT / "README.md"]:
+        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+        for module, rest in re.findall(r"-m ((?:nanochat|scripts)\.\w+)(.*)", text):
+            rest = re.split(r"[`;|)]|\s&|\s#|   ", rest)[0]
+            yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where, module, flags", [pytest.param(*found, id=f"{found[0]}-{found[1]}-{i}") for i, found in enumerate(commands())])
+def test_commands_exist_and_take_their_flags(where, module, flags, monkeypatch):
+    def parse_only(self, args=None, namespace=None, parse=ArgumentParser.parse_args):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main(flags)
+
+
+def test_commands_are_found():
+    found = {(where, module) for where, module, _ in commands()}
+    assert {("quickstart.sh", "scripts.base_train"), ("speedrun.sh", "scripts.base_train"), ("README.md", "scripts.base_train")} <= found
+    (flags,) = [flags for where, module, flags in commands() if (where, module) == ("speedrun.sh", "scripts.base_train")]
+    assert "--run=1" in flags and "--fp8" in flags
+
+
+def test_torchrun_commands_separate_their_flags():
+    """torchrun refuses our --run as an ambiguous form of its --run-path unless `--` comes before."""
+    for path in SCRIPTS:
+        for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            if line.startswith("torchrun"):
+                assert re.search(r"-m scripts\.\w+ -- ", line), line
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#!/bin/bash\n") and "\nset -euo pipefail\n" in text
+    assert os.access(path, os.X_OK)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", path], check=True, cwd=ROOT)
+
+
+# -----------------------------------------------------------------------------
+# setup.sh
+
+
+class Sandbox:
+    """A project folder with the real recipes, and a PATH of stand-ins that write down how they are called."""
+
+    def __init__(self, folder):
+        self.project, self.bin, self.calls_file = folder / "my project", folder / "bin", folder / "calls"
+        self.bin.mkdir()
+        shutil.copytree(ROOT / "runs", self.project / "runs")
+        shutil.copy(ROOT / "pyproject.toml", self.project)
+        for tool in ("bash", "cat", "cksum", "cp", "dirname", "grep", "ln", "mkdir", "rm"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.calls_file.touch()
+
+    def tool(self, name, body):
+        path = self.bin / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    def python(self, name="python3", version_ok=True):
+        """A Python that answers the version check, makes environments, and writes down what it installs."""
+        self.tool(name, f"""
+            case "$*" in
+                -c*) exit {0 if version_ok else 1} ;;
+                "-m venv "*) echo "venv" >> '{self.calls_file}'; mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
+                *) echo "$*" >> '{self.calls_file}'; [ ! -e '{self.project}/broken' ] ;;
+            esac""")
+
+    def uv(self):
+        self.tool("uv", f"""
+            case "$1" in
+                venv) echo "uv venv" >> '{self.calls_file}'; mkdir -p .venv/bin; cp '{self.bin}/python3' .venv/bin/python ;;
+                *) echo "uv $*" >> '{self.calls_file}' ;;
+            esac""")
+
+    def run(self, script, *args, **env):
+        """Runs a recipe from another folder; returns (exit status, calls, stderr)."""
+        self.calls_file.write_text("")
+        result = subprocess.run(["bash", self.project / "runs" / script, *args], capture_output=True, text=True, cwd=self.bin,
+                                stdin=subprocess.DEVNULL, env={"PATH": str(self.bin), "HOME": str(self.project), **env})
+        return result.returncode, self.calls_file.read_text().splitlines(), result.stderr
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+def test_setup_installs_once(sandbox):
+    sandbox.python()
+    assert sandbox.run("setup.sh")[:2] == (0, ["venv", "-m pip install -e ."])
+    assert sandbox.run("setup.sh")[:2] == (0, [])
+    assert sandbox.run("setup.sh", "--dev")[:2] == (0, ["-m pip install -e .[dev]"])
+    assert sandbox.run("setup.sh", "--dev")[:2] == (0, [])
+    assert sandbox.run("setup.sh")[:2] == (0, [])
+    with open(sandbox.project / "pyproject.toml", "a") as f:
+        f.write("# changed\n")
+    assert sandbox.run("setup.sh")[:2] == (0, ["-m pip install -e ."])
+
+
+def test_setup_goes_on_after_a_failed_installation(sandbox):
+    sandbox.python()
+    (sandbox.project / "broken").touch()
+    status, calls, stderr = sandbox.run("setup.sh")
+    assert (status, calls) == (1, ["venv", "-m pip install -e ."]) and "pip could not install" in stderr
+    (sandbox.project / "broken").unlink()
+    assert sandbox.run("setup.sh")[:2] == (0, ["-m pip install -e ."])
+
+
+def test_setup_replaces_a_half_made_environment(sandbox):
+    sandbox.python()
+    (sandbox.project / ".venv" / "bin").mkdir(parents=True)
+    assert sandbox.run("setup.sh")[1] == ["venv", "-m pip install -e ."]
+
+
+def test_setup_with_uv_passes_the_wheels_on(sandbox):
+    sandbox.python()
+    sandbox.uv()
+    wheels = {"PIP_FIND_LINKS": "/wheels /more"}
+    assert sandbox.run("setup.sh", **wheels)[:2] == (
+        0, ["uv venv", "uv pip install --python .venv/bin/python --find-links /wheels --find-links /more -e ."])
+    assert sandbox.run("setup.sh", **wheels)[:2] == (0, [])
+
+
+def test_setup_makes_a_new_environment_when_a_gpu_appears(sandbox):
+    sandbox.python()
+    sandbox.tool("nvidia-smi", "exit 9")  # a driver without a GPU
+    assert sandbox.run("setup.sh", "--dev")[1] == ["venv", "-m pip install -e .[dev]"]
+    sandbox.tool("nvidia-smi", "exit 0")
+    assert sandbox.run("setup.sh", "--dev")[1] == ["venv", "-m pip install -e .[dev,gpu]"]
+    assert sandbox.run("setup.sh")[1] == []
+
+
+def test_setup_takes_the_first_python_that_is_new_enough(sandbox):
+    sandbox.python("python3", version_ok=False)
+    status, calls, stderr = sandbox.run("setup.sh")
+    assert (status, calls) == (1, []) and "no Python 3.10 or newer found" in stderr
+    sandbox.python("python3.11")
+    assert sandbox.run("setup.sh")[:2] == (0, ["venv", "-m pip install -e ."])
+
+
+def test_setup_refuses_unknown_arguments(sandbox):
+    sandbox.python()
+    status, calls, stderr = sandbox.run("setup.sh", "--fast")
+    assert (status, calls) == (1, []) and "--fast" in stderr
+
+
+# -----------------------------------------------------------------------------
+# quickstart.sh
+
+
+def test_quickstart_does_each_stage_once_and_goes_on_where_it_failed(sandbox):
+    """A stand-in Python makes each command's product; the first tokenizer training fails."""
+    products = {"nanochat.report reset": "report/header.md", "nanochat.dataset": "base_data_climbmix/source.json",
+                "scripts.tok_train": "tokenizer/token_bytes.pt", "scripts.base_train": "base_checkpoints/d4/log.jsonl",
+                "scripts.base_eval": "report/base-model-evaluation.md"}
+    make = "\n".join(f'*"{command}"*) product={product} ;;' for command, product in products.items())
+    sandbox.tool("python", f"""
+        echo "$2" >> '{sandbox.calls_file}'
+        product=report/report.md
+        case "$*" in {make} esac
+        if [[ $* == *tok_train* && ! -e '{sandbox.bin}/repaired' ]]; then exit 2; fi
+        if [[ $* =~ num-iterations=([0-9]+) ]]; then printf -v product base_checkpoints/d4/model_%06d.pt "${{BASH_REMATCH[1]}}"; fi
+        mkdir -p "$(dirname "$NANOCHAT_BASE_DIR/$product")"
+        : > "$NANOCHAT_BASE_DIR/$product" """)
+    (sandbox.project / "runs" / "setup.sh").write_text("")
+    base = sandbox.project / "base"
+
+    status, calls, stderr = sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))
+    assert (status, calls) == (1, ["nanochat.report", "nanochat.dataset", "scripts.tok_train"])
+    assert 'stage "tokenizer" failed' in stderr
+    (sandbox.bin / "repaired").touch()
+    later = ["scripts.tok_train", "scripts.base_train", "scripts.base_eval", "nanochat.report"]
+    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, later)
+    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, ["nanochat.report"])
+    (base / "quickstart" / "tokenizer" / "token_bytes.pt").unlink()  # what was made with it is made again too
+    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, later)
+    assert os.listdir(base) == ["quickstart"]
