@@ -1,40 +1,41 @@
 """Decoding speed of a model with random weights, side by side in one call:
 
-* with the key/value cache and without it (the whole context again for every token)
-* with the float32 master weights, which a bf16 or fp16 model casts at every step, and with weights cast once
+* with the key/value cache (nanochat.engine) and without it (the whole context again for every token)
+* with the float32 master weights, which a bf16 or fp16 model casts at every step, and with weights cast once for inference
 * against the memory's limit: a step must read every matmul weight once, plus the keys and values of each row
 
     python -m dev.bench_decode --depth=8
 
-The variants take turns and the medians are compared, so that a busy machine slows all of them alike.
+The variants take turns and their median steps are compared, so that a busy machine slows all of them alike.
 """
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
 from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
-from nanochat.engine import KVCache
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from scripts.infer_bench import positive_ints
 
-DEVICE_SYNC = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}
+NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=lambda name: -1)  # so that no answer ends early
 
 
-def seconds(work, device: torch.device) -> float:
-    sync = DEVICE_SYNC[device.type]
-    sync()
+def seconds(work: Callable) -> float:
+    """Wall-clock time of `work`, which must end with a transfer to the host."""
     start = time.perf_counter()
     work()
-    sync()
     return time.perf_counter() - start
 
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes/s of summing 256 MiB, the best of 5."""
     data = torch.ones(64 * 2**20, device=device)
-    return data.nbytes / min(seconds(lambda: data.sum().item(), device) for _ in range(5))
+    return data.nbytes / min(seconds(lambda: data.sum().item()) for _ in range(5))
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
@@ -45,31 +46,15 @@ def random_model(config: GPTConfig, device: torch.device) -> GPT:
     return model.eval()
 
 
-def cast_weights(model: GPT) -> None:
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.to(COMPUTE_DTYPE)
+def with_cache(model: GPT, prompt: list[int], batch_size: int, steps: int) -> Callable:
+    columns = Engine(model, NO_SPECIAL_TOKENS).generate(prompt, num_samples=batch_size, max_tokens=steps, temperature=0)
+    next(columns)  # the prompt
+    return lambda: next(columns)
 
 
-class Decoding:
-    """One way of decoding; each `step` makes one token per row."""
-
-    def __init__(self, model: GPT, batch_size: int, context: int, steps: int, cached: bool):
-        config, device = model.config, model.get_device()
-        self.model = model
-        self.ids = torch.randint(config.vocab_size, (batch_size, context), device=device)
-        self.cache = None
-        if cached:
-            self.cache = KVCache(batch_size, config.n_kv_head, context + steps, config.n_embd // config.n_head, config.n_layer, device, COMPUTE_DTYPE)
-            model(self.ids, kv_cache=self.cache)
-            self.ids = self.ids[:, -1:]
-        self.times: list[float] = []
-
-    def step(self) -> None:
-        self.times.append(seconds(lambda: self.model(self.ids, kv_cache=self.cache)[:, -1].argmax(-1).tolist(), self.model.get_device()))
-
-    def median(self) -> float:
-        return statistics.median(self.times[1:])  # the first is the warm-up
+def without_cache(model: GPT, prompt: list[int], batch_size: int) -> Callable:
+    ids = torch.tensor([prompt] * batch_size, device=model.get_device())
+    return lambda: model(ids)[:, -1].argmax(dim=-1).tolist()
 
 
 @command
@@ -79,34 +64,34 @@ def main(argv=None) -> None:
     parser.add_argument("--depth", type=positive_int, default=6, help="layers; the width is 64 times as much")
     parser.add_argument("--head-dim", type=positive_int, default=64, help="channels per head")
     parser.add_argument("--vocab", type=positive_int, default=8192, help="vocabulary size")
-    parser.add_argument("--context", type=positive_int, default=256, help="tokens before the first timed one")
+    parser.add_argument("--context", type=positive_int, default=256, help="tokens before the first decoded one")
     parser.add_argument("--steps", type=positive_int, default=16, help="timed steps with the cache; a quarter of them without")
-    parser.add_argument("--batch-sizes", type=positive_int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--batch-sizes", type=positive_ints, default="1,4,16")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: autodetect")
     args = parser.parse_args(argv)
     *_, device = compute_init(args.device_type or autodetect_device_type())
     heads = -(-args.depth * 64 // args.head_dim)
-    config = GPTConfig(sequence_len=max(1024, args.context + args.steps + 1), vocab_size=args.vocab, n_layer=args.depth, n_head=heads,
-                       n_kv_head=heads, n_embd=heads * args.head_dim)
+    config = GPTConfig(sequence_len=max(1024, args.context), vocab_size=args.vocab, n_layer=args.depth, n_head=heads, n_kv_head=heads,
+                       n_embd=heads * args.head_dim)
     master, cast = random_model(config, device), random_model(config, device)
-    cast_weights(cast)
+    cast.cast_for_inference()
     weight_bytes = master.num_matmul_params() * COMPUTE_DTYPE.itemsize
     bandwidth = read_bandwidth(device)
-    print(f"{config}\n{master.num_matmul_params():,} matmul weights, {weight_bytes / 2**20:.1f} MiB in {COMPUTE_DTYPE}, "
-          f"context {args.context}, {device}, {torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'batch':>5} | {'no cache':>10} {'cache':>10} {'cast once':>10} tokens/s | {'cache gain':>10} {'cast gain':>10} | "
-          f"{'limit':>10} tokens/s | {'cache':>6} {'cast once':>9} of limit")
+    print(f"{config}\n{weight_bytes / 2**20:.1f} MiB of matmul weights in {COMPUTE_DTYPE}, context {args.context}, {device}, "
+          f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s\n")
+    print("tokens/s     no cache      cache  cast once      limit | cache/no cache  cast once/cache  cast once/limit")
+    prompt = torch.randint(args.vocab, (args.context,)).tolist()
     for batch_size in args.batch_sizes:
-        naive = Decoding(master, batch_size, args.context, args.steps, cached=False)
-        cached = Decoding(master, batch_size, args.context, args.steps + 1, cached=True)
-        cached_cast = Decoding(cast, batch_size, args.context, args.steps + 1, cached=True)
+        cached = [with_cache(model, prompt, batch_size, args.steps + 2) for model in (master, cast)]
+        variants = [without_cache(master, prompt, batch_size), *cached]
+        times: list[list[float]] = [[] for _ in variants]
         for step in range(args.steps + 1):
-            for decoding in (cached, cached_cast, naive) if step <= args.steps // 4 else (cached, cached_cast):
-                decoding.step()
-        speeds = [batch_size / decoding.median() for decoding in (naive, cached, cached_cast)]
+            for i, work in enumerate(variants):
+                if i > 0 or step <= max(1, args.steps // 4):
+                    times[i].append(seconds(work))
+        naive, slow, fast = (batch_size / statistics.median(steps[1:]) for steps in times)  # the first of each is the warm-up
         limit = batch_size * bandwidth / (weight_bytes + batch_size * master.kv_read_bytes(args.context))
-        print(f"{batch_size:5} | {speeds[0]:10.1f} {speeds[1]:10.1f} {speeds[2]:10.1f}          | {speeds[1] / speeds[0]:9.1f}x {speeds[2] / speeds[1]:9.2f}x | "
-              f"{limit:10.1f}          | {speeds[1] / limit:6.1%} {speeds[2] / limit:9.1%}")
+        print(f"batch {batch_size:4} {naive:10.1f} {slow:10.1f} {fast:10.1f} {limit:10.1f} | {slow / naive:14.1f} {fast / slow:16.2f} {fast / limit:16.1%}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,10 @@ def save_checkpoint(checkpoint_dir: str | os.PathLike, step: int, model_data: di
     Raises UsageError if a file cannot be written.
     """
     folder = Path(checkpoint_dir)
+    if rank == 0:  # of an earlier run: with files of both, the step would look complete
+        (folder / f"model_{step:06d}.pt").unlink(missing_ok=True)
+    if optimizer_data is not None and is_ddp_initialized():
+        dist.barrier()
     if train_state is not None:
         _save(train_state, folder / f"state_{step:06d}_rank{rank}.pt")
     if optimizer_data is not None:
@@ -91,12 +95,12 @@ def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
     path = Path(checkpoint_dir) / f"meta_{step:06d}.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["model_config"]
+        meta["model_config"].setdefault("window_pattern", "L")  # absent before windows existed
     except FileNotFoundError:
         steps = list_steps(checkpoint_dir)
         raise CheckpointNotFound(f"no checkpoint of step {step} in {checkpoint_dir}; there is "
                                  + (f"step {', '.join(map(str, steps))}" if steps else "none")) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is corrupt ({type(error).__name__}: {error}); use another step") from error
     return meta
 
@@ -118,10 +122,9 @@ def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int) ->
 
 def model_from_config(model_config: dict) -> GPT:
     """An empty model on the meta device. Raises UsageError if the configuration is none of ours."""
-    config = {"window_pattern": "L", **model_config}  # absent before windows existed
     try:
         with torch.device("meta"):
-            return GPT(GPTConfig(**config))
+            return GPT(GPTConfig(**{"window_pattern": "L", **model_config}))
     except (TypeError, AssertionError) as error:
         raise UsageError(f"the checkpoint's model_config does not fit this version: {error}") from error
 

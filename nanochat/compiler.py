@@ -7,6 +7,7 @@
 """
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,12 +48,28 @@ def jit(*device_types: str):
     return decorate
 
 
-def compile_model(model: nn.Module, device_type: str) -> nn.Module:
-    """The model to train with; `model` itself stays usable eagerly on CUDA (same parameters)."""
+class _CompiledLayers:
+    """Calls a model with its layers compiled one at a time; the model itself stays eager for sampling and odd shapes."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.eager_layer: Any = model.run_layer
+        self.compiled_layer = torch.compile(self.eager_layer, dynamic=False)
+
+    def __call__(self, *args, **kwargs):
+        self.model.run_layer = self.compiled_layer
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.model.run_layer = self.eager_layer
+
+    def get_device(self) -> torch.device:
+        return self.model.get_device()  # type: ignore[operator]
+
+
+def compile_model(model: nn.Module, device_type: str) -> Any:
+    """What to call in training and evaluation instead of `model`, which keeps the parameters and stays eager itself."""
     if reason := why_not_compile(device_type):
         print0(f"Running eagerly, without torch.compile: {reason}")
         return model
-    if device_type == "cuda":
-        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
-    model.compile_layers()
-    return model
+    return torch.compile(model, dynamic=False) if device_type == "cuda" else _CompiledLayers(model)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from nanochat.cli import UsageError
 from nanochat.common import is_ddp_initialized
 
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # padding included
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
 CORE_TASKS = 22  # in the published benchmark
 EXAMPLES_SORTED = 256  # how many are tokenized, sorted by length and batched at a time
 
@@ -79,6 +79,10 @@ def stack_sequences(tokens: Sequence[Sequence[int]], pad_token_id: int) -> torch
     return torch.tensor([list(row) + [pad_token_id] * (longest - len(row)) for row in tokens], dtype=torch.long)
 
 
+class MergedContinuation(UsageError, AssertionError):
+    """The tokens of context plus continuation do not begin with those of the context, so it is not clear what to score."""
+
+
 def _encode(tokenizer, prompts: list[str]) -> list[list[int]]:
     return tokenizer(prompts, prepend=tokenizer.get_bos_token_id())
 
@@ -100,10 +104,11 @@ def batch_sequences_schema(tokenizer, prompts: list[str]) -> tuple[list[list[int
 
 
 def batch_sequences_lm(tokenizer, prompts: list[str]) -> tuple[list[list[int]], list[int], list[int]]:
-    """([sequence], [start], [end]): what the second prompt adds to the first is scored."""
+    """([sequence], [start], [end]): what the second prompt adds to the first is scored. Raises MergedContinuation."""
     without, complete = _encode(tokenizer, prompts)
-    assert len(without) < len(complete) and complete[:len(without)] == without, \
-        f"the continuation of {prompts[1][-80:]!r} merges with the token before it"
+    if len(without) == len(complete) or complete[:len(without)] != without:
+        raise MergedContinuation(f"the continuation at the end of {prompts[1][-80:]!r} is empty or shares a token with its context: "
+                                 "put a space between them, or take the row out")
     return [complete], [len(without)], [len(complete)]
 
 

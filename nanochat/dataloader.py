@@ -1,7 +1,8 @@
 """Batches of whole documents: every row begins with a document, and few tokens are thrown away.
 
 * Best fit: a row takes the longest buffered document that still fits, until none does; then the shortest one is cut
-  to what is left. So there is no padding, and about a third of the tokens, always ends of documents, is dropped.
+  to what is left and its end is dropped. No padding, but dropped tokens: with documents of 540 tokens on average
+  30 % at a context of 2048 and 44 % at 512 were measured; documents longer than a row cost more.
 * Data-parallel ranks read different row groups: rank r of W takes r, r + W, ... of each file. Such a share is called a
   stream here, because one process may serve several: four loaders in one process give what four ranks would get.
 * A state says which document comes next and which ones wait in the buffer, as references into the shards.
@@ -19,6 +20,8 @@ from nanochat.common import get_dist_info
 from nanochat.dataset import Shard, split_files
 
 Place = tuple[int, int, int]  # file, row group and row of a document
+Position = tuple[int, int, int, int]  # the same of the next document, and the epoch
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
 Reference = tuple[int, int, int, int]  # the same and its length in tokens with BOS, by which changed data show
 
 
@@ -26,8 +29,9 @@ class _Buffer:
     """Tokenized documents, found by length with binary search. Among equal lengths the first to arrive goes first."""
 
     def __init__(self) -> None:
-        self._keys: list[tuple[int, int]] = []  # (tokens, arrival), sorted
-        self._documents: dict[tuple[int, int], tuple[Reference, list[int]]] = {}  # in order of arrival
+        self._keys: list[tuple[int, int]] = []  # (length, arrival), sorted
+        self._tokens: dict[tuple[int, int], list[int]] = {}
+        self._references: dict[tuple[int, int], Reference] = {}  # in order of arrival, as dicts keep it
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -37,7 +41,7 @@ class _Buffer:
         key = (reference[3], self._arrivals)
         self._arrivals += 1
         insort(self._keys, key)
-        self._documents[key] = reference, tokens
+        self._tokens[key], self._references[key] = tokens, reference
 
     def take(self, room: int) -> list[int]:
         """Removes the longest document of at most `room` tokens, or if there is none the shortest of all."""
@@ -46,15 +50,16 @@ class _Buffer:
             longest = self._keys[index][0]
             index = bisect_left(self._keys, (longest, 0))
         key = self._keys.pop(max(index, 0))
-        return self._documents.pop(key)[1]
+        del self._references[key]
+        return self._tokens.pop(key)
 
     def references(self) -> list[Reference]:
-        return [reference for reference, _ in self._documents.values()]
+        return list(self._references.values())
 
 
-def _slices(paths: list[str], stream: int, num_streams: int, size: int,
-            pq_idx: int, rg_idx: int, row: int, epoch: int) -> Iterator[tuple[int, int, int, int, list[str]]]:
-    """Endless (file, row group, first row, epoch, at most `size` documents) from the given position on."""
+def _slices(paths: list[str], stream: int, num_streams: int, size: int, position: Position) -> Iterator[tuple[Position, list[str]]]:
+    """Endless (position of the first document, at most `size` documents of one row group) from `position` on."""
+    pq_idx, rg_idx, row, epoch = position
     found = True
     while True:
         while pq_idx < len(paths):
@@ -63,7 +68,7 @@ def _slices(paths: list[str], stream: int, num_streams: int, size: int,
                 documents = shard.documents(rg_idx)
                 for begin in range(row, len(documents), size):
                     found = True
-                    yield pq_idx, rg_idx, begin, epoch, documents[begin:begin + size]
+                    yield (pq_idx, rg_idx, begin, epoch), documents[begin:begin + size]
                 rg_idx, row = rg_idx + num_streams, 0
             pq_idx, rg_idx, row = pq_idx + 1, stream, 0
         if not found:
@@ -82,21 +87,22 @@ def _read_again(paths: list[str], places: list[Place]) -> list[str]:
         documents = shard.documents(rg_idx) if shard and 0 <= rg_idx < shard.num_row_groups else []
         for row in wanted:
             if not 0 <= row < len(documents):
-                raise UsageError(f"the data changed since the checkpoint was written: there is no row {row} in row group {rg_idx} of file {pq_idx} "
-                                 "any more; bring the old data back, or start a new run")
+                raise UsageError(f"the data changed since the checkpoint was written: row {row} of row group {rg_idx} of file {pq_idx} "
+                                 "is gone; bring the old data back, or start a new run")
             texts[pq_idx, rg_idx, row] = documents[row]
     return [texts[place] for place in places]
 
 
-def _resume_point(state: dict[str, Any], paths: list[str], stream: int, num_streams: int) -> tuple[tuple[int, int, int, int], list[Reference]]:
-    """((file, row group, row, epoch) to read next, documents to put into the buffer before)."""
+def _resume_point(state: dict[str, Any], paths: list[str], stream: int, num_streams: int) -> tuple[Position, list[Reference]]:
+    """(what to read next, which documents to put into the buffer before)."""
     try:
         pq_idx, rg_idx, epoch = int(state["pq_idx"]), int(state["rg_idx"]), int(state.get("epoch", 1))
         exact = (state.get("stream"), state.get("num_streams")) == (stream, num_streams)
         row = int(state["row"]) if exact else 0
         references = [(int(pq), int(rg), int(r), int(length)) for pq, rg, r, length in state["buffer"]] if exact else []
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the data position in the checkpoint is damaged ({type(error).__name__}: {error}); resume from another step") from error
+        raise UsageError(f"the data position in the checkpoint is damaged ({type(error).__name__}: {error}); "
+                         "resume from another step") from error
     _read_again(paths, [(pq_idx, rg_idx, max(row - 1, 0))])  # is it still there?
     if not exact:
         rg_idx = (rg_idx // num_streams + 1) * num_streams + stream
@@ -107,7 +113,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     tokenizer: Any, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
     device: str | torch.device = "cuda", resume_state_dict: dict[str, Any] | None = None, buffer_size: int = 1000,
     stream: int | None = None, num_streams: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+) -> Batches:
     """Endless (inputs, targets, state): int64 (B, T) tensors on `device`, the targets one token ahead of the inputs.
 
     `stream` of `num_streams` says which row groups to read; by default the rank and the world size.
@@ -130,22 +136,24 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     else:  # the same on every rank, so that none is left waiting for one that failed
         raise UsageError(f"{num_streams} processes cannot share the {split} data, whose files have {most} row groups at most; "
                          f"use {most} processes or fewer, or get more data")
-    position, references = (0, stream, 0, 1), []
+    position: Position = (0, stream, 0, 1)
+    references: list[Reference] = []
     if resume_state_dict is not None:
         position, references = _resume_point(resume_state_dict, paths, stream, num_streams)
 
     def encode(documents: list[str]) -> list[list[int]]:
         return tokenizer.encode(documents, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    def batches() -> Batches:
         capacity = T + 1  # a row holds its inputs and the last target
         buffer = _Buffer()
-        slices = _slices(paths, stream, num_streams, tokenizer_batch_size, *position)
+        slices = _slices(paths, stream, num_streams, tokenizer_batch_size, position)
         pq_idx, rg_idx, row, epoch = position
         documents = _read_again(paths, [reference[:3] for reference in references])
         for reference, tokens in zip(references, encode(documents), strict=True):
             if len(tokens) != reference[3]:
-                raise UsageError("the data or the tokenizer changed since the checkpoint was written; bring the old ones back, or start a new run")
+                raise UsageError("the data or the tokenizer changed since the checkpoint was written; bring the old ones back, "
+                                 "or start a new run")
             buffer.add(reference, tokens[:capacity])
         while True:
             # A new tensor each time: the copy to the device reads it later, and PyTorch keeps pinned memory until then
@@ -154,7 +162,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
                 filled = 0
                 while filled < capacity:
                     while len(buffer) < buffer_size:
-                        pq_idx, rg_idx, row, epoch, documents = next(slices)
+                        (pq_idx, rg_idx, row, epoch), documents = next(slices)
                         for tokens in encode(documents):
                             buffer.add((pq_idx, rg_idx, row, len(tokens)), tokens[:capacity])
                             row += 1
@@ -162,8 +170,8 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
                     tokens_of_row[filled:filled + len(tokens)] = tokens
                     filled += len(tokens)
             rows = rows.to(device, non_blocking=True)
-            state = {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, "row": row, "stream": stream, "num_streams": num_streams,
-                     "buffer": buffer.references()}
+            state = {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, "row": row,
+                     "stream": stream, "num_streams": num_streams, "buffer": buffer.references()}
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), state
 
     return batches()

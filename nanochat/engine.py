@@ -102,6 +102,7 @@ class KVCache:
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)  # as FlashAttention wants it
         self._pos = 0  # the same number, known without asking the device
         self.prev_embedding: torch.Tensor | None = None  # (B, 1, C) of the last token, for the model's smear
+        self.last_logits_only = False  # asks the model for the logits of the last position alone
 
     def reset(self) -> None:
         self.cache_seqlens.zero_()
@@ -176,8 +177,10 @@ class Engine:
 
     def _new_cache(self, batch_size: int, seq_len: int) -> KVCache:
         config = self.model.config
-        return KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
-                       device=self.model.get_device(), dtype=COMPUTE_DTYPE)
+        cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
+                        device=self.model.get_device(), dtype=COMPUTE_DTYPE)
+        cache.last_logits_only = True
+        return cache
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int | None = None, seed: int = 42) -> Iterator[tuple[list[int], list[int]]]:
@@ -199,12 +202,15 @@ class Engine:
         return self._decode(tokens, num_samples, max_tokens, temperature, top_k, seed)
 
     @torch.inference_mode()
+    def _forward(self, rows: list[list[int]], cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) behind the last of the tokens (B, T), which are appended to the cache."""
+        ids = torch.tensor(rows, dtype=torch.long, device=self.model.get_device())
+        return self.model.forward(ids, kv_cache=cache)[:, -1]
+
     def _decode(self, tokens, num_samples, max_tokens, temperature, top_k, seed):
-        device = self.model.get_device()
-        rng = torch.Generator(device=device).manual_seed(seed)
+        rng = torch.Generator(device=self.model.get_device()).manual_seed(seed)
         prompt_cache = self._new_cache(1, len(tokens))
-        logits = self.model.forward(torch.tensor([tokens], dtype=torch.long, device=device), kv_cache=prompt_cache)
-        logits = logits[:, -1].expand(num_samples, -1)
+        logits = self._forward([tokens], prompt_cache).expand(num_samples, -1)
         cache = self._new_cache(num_samples, len(tokens) + max_tokens)
         cache.prefill(prompt_cache)
         del prompt_cache
@@ -220,7 +226,7 @@ class Engine:
                 self._update(row, token)
             yield column, masks
             # only now: a caller who has seen enough does not pay for one more step
-            logits = self.model.forward(torch.tensor(column, device=device).unsqueeze(1), kv_cache=cache)[:, -1]
+            logits = self._forward([[token] for token in column], cache)
 
     def _update(self, row: RowState, token: int) -> None:
         """Appends a token to a row; at the end of a python block queues the calculator's answer."""

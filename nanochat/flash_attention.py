@@ -173,6 +173,21 @@ def _blocked_attention(q, k, v, window: int, enable_gqa: bool):
     return _blocked_forward(*flat, window).view(q.shape)
 
 
+def _attend_to_all(q, k, v):
+    """One query per head against every key, the decoding step. q (B, H, 1, D), k and v (B, Hkv, T, D) -> (B, H, 1, D).
+
+    Query heads that share a key head become rows of one small matrix. The 16-bit kernel for CPUs is several times slower
+    than the float32 one here (dev/LOG.md), so one row of the batch at a time is widened.
+    """
+    grouped = q.reshape(k.size(0), k.size(1), -1, q.size(3))
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        rows = zip(grouped.split(1), k.split(1), v.split(1))
+        y = torch.cat([F.scaled_dot_product_attention(*(x.float() for x in row)) for row in rows]).to(q.dtype)
+    else:
+        y = F.scaled_dot_product_attention(grouped, k, v)
+    return y.reshape(q.shape)
+
+
 def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
     """Always causal, aligned to the end of the keys. q (B, H, Tq, D), k and v (B, Hkv, Tk, D), Tq <= Tk."""
     window, queries, keys = window_size[0], q.size(2), k.size(2)
@@ -180,7 +195,7 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
     if queries == 1:
         if limited:
             k, v = k[:, :, keys - window - 1:], v[:, :, keys - window - 1:]
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+        return _attend_to_all(q, k, v)
     if queries == keys:
         if not limited and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)

@@ -137,7 +137,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.window_sizes = self._compute_window_sizes(config)
-        self._run_layer = run_layer
+        self.run_layer = run_layer  # compiler.py puts a compiled one in its place
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded_vocab != config.vocab_size:
             print0(f"Padding the vocabulary from {config.vocab_size} to {padded_vocab}: faster matmuls")
@@ -215,16 +215,13 @@ class GPT(nn.Module):
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]
 
-    def compile_layers(self) -> None:
-        """Compiles one layer at a time, in place: layers of one kind share a graph, whatever the depth."""
-        self._run_layer = torch.compile(run_layer, dynamic=False)
-
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
         """idx int (B, T). Without targets: float32 logits (B, T, V). With targets (B, T), -1 to leave out: the loss,
-        a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position."""
+        a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position
+        (and with its `last_logits_only` the logits are (B, 1, V))."""
         B, T = idx.shape
         start = kv_cache.get_pos() if kv_cache is not None else 0
         assert start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
@@ -238,13 +235,16 @@ class GPT(nn.Module):
         x_mid = x
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self._run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos_sin, self.window_sizes[i], kv_cache)
+            x = self.run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.config.n_layer // 2:
                 x_mid = x
-        x = norm(x - self._backout().to(x.dtype) * x_mid)
+        x = x - self._backout().to(x.dtype) * x_mid
+        if getattr(kv_cache, "last_logits_only", False):
+            x = x[:, -1:]  # of a prompt only the last position is sampled from
+        x = norm(x)
 
         head = self.lm_head
-        if targets is None or type(head) is not Linear:
+        if targets is None or type(head) is not Linear:  # an FP8 head computes its own logits
             logits = head(x)[..., :self.config.vocab_size].float()
             logits = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
             if targets is None:

@@ -194,7 +194,9 @@ def _bullet_value(value: Any) -> str:
     if isinstance(value, int) and value >= 10000:
         return f"{value:,}"
     text = str(value)
-    return textwrap.indent(f"\n\n{verbatim(text)}", "  ") if "\n" in text else text  # a block inside the bullet
+    if "\n" in text or len(text) > 60:  # what a model wrote: a block of its own inside the bullet
+        return textwrap.indent(f"\n\n{verbatim(text)}", "  ")
+    return text
 
 
 class Report:

@@ -147,7 +147,7 @@ class TrainingRun:
             "Tokens per step": start.get("total_batch_size") and count(start["total_batch_size"]),
             "Training time": (seconds := self.latest("time", "train", "eval")) and duration(seconds),
             "Speed": speed and f"{np.median(speed):,.0f} tokens/s" + (f", MFU {mfu:.1f} %" if mfu else ""),
-            "Device": start.get("device") and f"{start.get('world_size', 1)} × {start['device']}, {start.get('dtype', '')}",
+            "Device": start.get("device") and f"{start.get('world_size', 1)} × {start['device']}, {str(start.get('dtype', '')).removeprefix('torch.')}",
             "Peak memory": end.get("peak_memory_mib") and f"{end['peak_memory_mib']:,.0f} MiB",
             "Cost estimate": start and self.cost(),
         }
@@ -178,10 +178,12 @@ class TrainingRun:
             if x == "time":
                 seconds = self.latest("time", "train", "eval") or 0
                 scale, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
-            for y, style in (("raw_loss", {"alpha": 0.3, "linewidth": 0.8}), ("loss", {"linewidth": 1.8})):
+            for y, points, style in (("raw_loss", 1500, {"alpha": 0.25, "linewidth": 0.6}), ("loss", 200, {"linewidth": 1.8})):
                 xs, ys = self._curve("train", x, y)
-                every = 1 + len(xs) // 2000
-                loss_panel.plot(xs[::every] / scale, ys[::every], color=colors[0], **style)
+                starts = np.arange(0, len(xs), 1 + len(xs) // points)  # a point of the drawing is the mean of the steps it stands for
+                size = np.diff(np.r_[starts, len(xs)])
+                if len(xs):
+                    loss_panel.plot(np.add.reduceat(xs, starts) / size / scale, np.add.reduceat(ys, starts) / size, color=colors[0], **style)
             xs, ys = self._curve("eval", x, "val_bpb")
             bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3)
             for record in self.of("grow"):
@@ -189,8 +191,8 @@ class TrainingRun:
                 at = record.get(x, before[-1] if before else 0) / scale
                 for panel in (loss_panel, bpb_panel):
                     panel.axvline(at, color=ink, linestyle="--", linewidth=1)
-                loss_panel.annotate(str(record.get("label", "growth")), (at, 0.97), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                                    textcoords="offset points", rotation=90, va="top", fontsize=8, color=ink)
+                bpb_panel.annotate(str(record.get("label", "growth")), (at, 0.97), xycoords=("data", "axes fraction"), xytext=(3, 0),
+                                   textcoords="offset points", rotation=90, va="top", fontsize=8, color=ink)
             bpb_panel.set_xlabel(f"training time ({unit})" if x == "time" else "training tokens", color=ink)
             if x == "tokens":
                 bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -210,6 +212,7 @@ class TrainingRun:
             panel.spines[:].set_visible(False)
             panel.set_facecolor("none")
         self._frame(panels[0, 0], self._curve("train", "tokens", "loss")[1])
+        self._frame(panels[1, 0], self._curve("eval", "tokens", "val_bpb")[1])
         panels[0, 0].set_ylabel("train loss (nats per token)", color=ink)
         panels[1, 0].set_ylabel("validation bits per byte", color=ink)
         buffer = io.BytesIO()
@@ -217,9 +220,9 @@ class TrainingRun:
         return buffer.getvalue()
 
     @staticmethod
-    def _frame(panel, losses: np.ndarray) -> None:
-        """Leaves the first steps of a long run out of sight: they fall so far that the rest would look flat."""
-        if len(losses) >= 100:
-            low, high = losses.min(), losses[len(losses) // 50]
-            margin = 0.15 * (high - low)
+    def _frame(panel, values: np.ndarray) -> None:
+        """Leaves the first steps out of sight: they fall so far that the rest would look flat."""
+        if len(values) >= 10:
+            low, high = values.min(), values[1 + len(values) // 50:].max()
+            margin = 0.1 * (high - low)
             panel.set_ylim(low - margin, high + margin)

@@ -8,6 +8,7 @@
 import os
 import pickle
 from collections.abc import Iterable, Iterator
+from typing import overload
 
 import rustbpe
 import tiktoken
@@ -57,7 +58,7 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Trains on all of `text_iterator`. `vocab_size` counts the specials; a text with too few distinct pairs gives fewer tokens."""
+        """Trains on all of `text_iterator`. `vocab_size` counts the special tokens; too little text gives fewer."""
         num_merged = vocab_size - len(SPECIAL_TOKENS)
         assert num_merged >= 256, f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}: 256 bytes and the special tokens"
         trainer = rustbpe.Tokenizer()
@@ -118,8 +119,14 @@ class RustBPETokenizer:
     # -------------------------------------------------------------------------
     # Text
 
-    def encode(self, text: str | list[str], prepend: int | str | None = None, append: int | str | None = None,
-               num_threads: int = 8) -> list[int] | list[list[int]]:
+    @overload
+    def encode(self, text: str, prepend: int | str | None = ..., append: int | str | None = ..., num_threads: int = ...) -> list[int]: ...
+
+    @overload
+    def encode(self, text: list[str], prepend: int | str | None = ..., append: int | str | None = ...,
+               num_threads: int = ...) -> list[list[int]]: ...
+
+    def encode(self, text, prepend=None, append=None, num_threads=8):
         """Ids of a text, or of each text of a list (in parallel). `prepend` and `append`: an id or a special token's name."""
         if isinstance(text, str):
             rows = [self.enc.encode_ordinary(text)]
@@ -179,7 +186,7 @@ class RustBPETokenizer:
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             elif not isinstance(content, list):
-                raise ValueError(f"the content of an assistant message must be a str or a list of parts, not a {type(content).__name__}")
+                raise ValueError(f"an assistant message must hold a str or a list of parts, not a {type(content).__name__}")
             for part in content:
                 if part["type"] == "text":
                     add_text(part["text"], 1)

@@ -107,22 +107,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {name: count_tokens(tokenizer, texts) for name, tokenizer in tokenizers.items()}
     ours = counts.pop("Ours")
 
+    lines = []
     if not counts:
         print(f"\n{'Text':<16}{'Bytes':>10}{'Tokens':>10}{'Ratio':>8}")
+        lines += ["| Text Type | Bytes | Ours Tokens | Ours Ratio |", "|---|---:|---:|---:|"]
         for name in texts:
-            print(f"{name:<16}{size[name]:>10,}{ours[name]:>10,}{size[name] / ours[name]:>8.2f}")
-    lines = []
+            ratio = size[name] / ours[name]
+            print(f"{name:<16}{size[name]:>10,}{ours[name]:>10,}{ratio:>8.2f}")
+            lines.append(f"| {name} | {size[name]} | {ours[name]} | {ratio:.2f} |")
     for baseline, theirs in counts.items():
-        print(f"\nAgainst {baseline}:\n{'Text':<16}{'Bytes':>10}{baseline:>10}{'Ratio':>8}{'Ours':>10}{'Ratio':>8}{'Fewer tokens':>14}  Better")
+        print(f"\nAgainst {baseline}:")
+        print(f"{'Text':<16}{'Bytes':>10}{baseline:>10}{'Ratio':>8}{'Ours':>10}{'Ratio':>8}{'Fewer tokens':>14}  Better")
         lines += [f"### Comparison with {baseline}", "",
                   f"| Text Type | Bytes | {baseline} Tokens | {baseline} Ratio | Ours Tokens | Ours Ratio | Relative Diff % |",
                   "|---|---:|---:|---:|---:|---:|---:|"]
         for name in texts:
-            ratios = size[name] / theirs[name], size[name] / ours[name]
-            fewer = 100 * (theirs[name] - ours[name]) / theirs[name]
+            a, b = theirs[name], ours[name]
+            ratio_a, ratio_b, fewer = size[name] / a, size[name] / b, 100 * (a - b) / a
             better = f"{GREEN}Ours{OFF}" if fewer > 0 else f"{RED}{baseline}{OFF}" if fewer < 0 else "equal"
-            print(f"{name:<16}{size[name]:>10,}{theirs[name]:>10,}{ratios[0]:>8.2f}{ours[name]:>10,}{ratios[1]:>8.2f}{fewer:>+13.1f}%  {better}")
-            lines.append(f"| {name} | {size[name]} | {theirs[name]} | {ratios[0]:.2f} | {ours[name]} | {ratios[1]:.2f} | {fewer:+.1f}% |")
+            print(f"{name:<16}{size[name]:>10,}{a:>10,}{ratio_a:>8.2f}{b:>10,}{ratio_b:>8.2f}{fewer:>+13.1f}%  {better}")
+            lines.append(f"| {name} | {size[name]} | {a} | {ratio_a:.2f} | {b} | {ratio_b:.2f} | {fewer:+.1f}% |")
         lines.append("")
     get_report().log(section="Tokenizer evaluation", data=["\n".join(lines)])
 

@@ -27,7 +27,7 @@ def documents(max_chars: int, doc_cap: int) -> Iterator[str]:
     total, report_at = 0, 100_000_000
     for batch in parquets_iter_batched("train"):
         for text in batch:
-            text = text[:doc_cap]
+            pass
             total += len(text)
             yield text
             if total > max_chars:
@@ -56,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Training time: {seconds:.2f}s")
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
-        print(f"Warning: the text has merges for {size:,} tokens only, fewer than --vocab-size={args.vocab_size:,}; more text would give more")
+        print(f"Warning: only {size:,} tokens instead of {args.vocab_size:,}, for lack of different text; more text would give more")
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP
 
     directory = os.path.join(get_base_dir(), "tokenizer")
     special_ids = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
-    token_bytes = torch.tensor([0 if i in special_ids else len(tokenizer.decode_single_token_bytes(i)) for i in range(size)], dtype=torch.int32)
+    token_bytes = torch.tensor([0 if i in special_ids else len(tokenizer.decode_single_token_bytes(i)) for i in range(size)],
+                               dtype=torch.int32)
     tokenizer.save(directory)
     with atomic_path(os.path.join(directory, "token_bytes.pt")) as temporary:
         torch.save(token_bytes, temporary)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dev import bench_decode
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine, KVCache, TextStream, eval_with_timeout, sample_next_token, use_calculator
 from nanochat.engine import main as engine_main
@@ -282,3 +283,9 @@ def test_running_the_module_compares_with_plain_decoding(base_dir, capsys):
 def test_running_the_module_without_a_model(base_dir, capsys):
     assert engine_main([]) == 2
     assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_the_benchmark_compares_with_and_without_cache(capsys):
+    assert bench_decode.main(["--depth=1", "--vocab=64", "--context=8", "--steps=2", "--batch-sizes=1,3", "--device-type=cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("batch")]
+    assert [int(row[1]) for row in rows] == [1, 3] and all(float(speed) > 0 for row in rows for speed in row[2:6])

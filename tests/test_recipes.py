@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from nanochat.cli import ArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
-MODULE_OF = {"markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
+MODULE_OF = {"huggingface-hub": "huggingface_hub", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
 
 
 # -----------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def imports(*folders):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"nanochat", "scripts", "tasks", "tests"}
+    return found - set(sys.stdlib_module_names) - {"nanochat", "scripts", "tasks", "tests", "dev", "analysis"}
 
 
 def modules(distributions):
@@ -86,15 +87,19 @@ def test_commands_are_found():
     found = {(where, module) for where, module, _ in commands()}
     assert {("quickstart.sh", "scripts.base_train"), ("speedrun.sh", "scripts.base_train"), ("README.md", "scripts.base_train")} <= found
     (flags,) = [flags for where, module, flags in commands() if (where, module) == ("speedrun.sh", "scripts.base_train")]
-    assert "--run=1" in flags and "--fp8" in flags
+    assert flags == ["--depth=24", "--target-param-data-ratio=8", "--device-batch-size=16", "--fp8"]
 
 
-def test_torchrun_commands_separate_their_flags():
-    """torchrun refuses our --run as an ambiguous form of its --run-path unless `--` comes before."""
-    for path in SCRIPTS:
-        for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-            if line.startswith("torchrun"):
-                assert re.search(r"-m scripts\.\w+ -- ", line), line
+def test_torchrun_leaves_our_flags_alone():
+    """torchrun accepts abbreviations of its own flags: our --run, for one, would be an error without `--` before it."""
+    found = 0
+    for path in [*SCRIPTS, ROOT / "README.md"]:
+        for line in re.findall(r"^ *torchrun (.*)", path.read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE):
+            words = shlex.split(line.replace("$NPROC_PER_NODE", "8"))
+            ours = words[words.index("-m") + 2:]
+            assert get_args_parser().parse_args(words).training_script_args == [word for word in ours if word != "--"]
+            found += 1
+    assert found >= 3
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

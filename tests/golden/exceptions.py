@@ -3,4 +3,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("calculator", "()"): "an empty tuple is no number: refused",
     ("decode", "two_chunk_second"): "a later chunk's first position is smeared too, so that chunks equal the full pass",
     ("decode", "beyond_capacity"): "a ValueError that names the capacity, instead of PyTorch's RuntimeError about shapes",
+    ("gpt_parts", "empty window_pattern"): "refused like any other bad pattern, instead of a division by zero",
+    ("core_eval", "mc_table_prefix_choice"): "a choice that is a prefix of all others is scored too, instead of NaN winning in first place only",
+    ("fp8", "after"): "FP8 layers count as matmul parameters and FLOPs like any others",
+    ("fp8", "rowwise_raises"): "the recipe rowwise works",
 }

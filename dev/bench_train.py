@@ -1,0 +1,225 @@
+"""Training speed, side by side in one call: ours against the stock recipe, and against the machine's matmul limit.
+
+    python -m dev.bench_train                            # CPU: d4 and d6, 8,192 tokens a step, vocabulary 4,096
+    python -m dev.bench_train --depths 12 --head-dim 128 --max-seq-len 2048 --rows 32 --vocab-size 32768   # on a GPU
+
+Contestants take turns, a few steps at a time, so that a machine whose speed drifts is unfair to nobody:
+
+| name | what it is |
+|---|---|
+| stock-fp32 | nanochat's default on a CPU: whole model compiled in float32, built-in attention, all logits at once |
+| stock-bf16 | the same after merely switching the dtype |
+| ours | this project's defaults |
+| ours-fp8 | with --fp8 (GPU) |
+
+Each runs in a process of its own, since the dtype is fixed at import. `--worker` is how the bench calls itself.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "ours")
+GPU_CONTESTANTS = ("stock-bf16", "ours", "ours-fp8")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 6])
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=16, help="rows per step")
+    parser.add_argument("--window-pattern", default="L")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn")
+    parser.add_argument("--contestants", nargs="+")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# -----------------------------------------------------------------------------
+# One contestant: builds its model, then runs as many steps as each line on stdin asks for
+
+
+def make_stock() -> None:
+    """Puts the plain formulation in the place of ours: one attention call, one cross-entropy over all logits."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat import flash_attention, gpt, optim
+
+    def builtin_attention(q, k, v, causal=False, window_size=(-1, -1)):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+    def full_cross_entropy(hidden, weight, targets, cap, reduction="mean"):
+        logits = cap * torch.tanh(F.linear(hidden, weight).float() / cap)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+
+    flash_attention.flash_attn.flash_attn_func = builtin_attention
+    gpt.softcap_cross_entropy = full_cross_entropy
+    optim.muon_step_fused = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=False)
+
+
+def worker(args) -> None:
+    import torch
+
+    from nanochat.compiler import compile_model
+    from nanochat.gpt import GPT
+    from nanochat.recipe import gpt_config
+    if args.worker.startswith("stock"):
+        make_stock()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = GPT(gpt_config(args.depth, 64, args.head_dim, args.max_seq_len, args.vocab_size, args.window_pattern))
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    model.init_weights()
+    flops = model.estimate_flops() * args.rows * args.max_seq_len
+    if args.worker.endswith("fp8"):
+        from nanochat.fp8 import convert_to_float8_training, worth_converting
+        convert_to_float8_training(model, module_filter_fn=worth_converting)
+    run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
+    optimizer = model.setup_optimizer()
+    idx = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
+    targets = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step(times):
+        sync()
+        marks = [time.perf_counter()]
+        loss = run(idx, targets)
+        sync()
+        marks.append(time.perf_counter())
+        loss.backward()
+        sync()
+        marks.append(time.perf_counter())
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        sync()
+        marks.append(time.perf_counter())
+        times.append([b - a for a, b in zip(marks, marks[1:])])
+
+    def profile() -> dict:
+        """Where one step goes, in percent of its operators' own time."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step([])
+        events = {event.key: event for event in profiler.key_averages()}
+
+        def total(*prefixes):
+            return sum(event.cpu_time_total for key, event in events.items() if key.startswith(prefixes))
+        own = sum(event.self_cpu_time_total for event in events.values())
+        parts = dict(optimizer=total("Optimizer.step"), loss=total("nanochat::softcap_cross_entropy", "GeneratedBackwardFor_nanochat_softcap"),
+                     attention=total("nanochat::blocked_attention") or total("aten::_scaled_dot_product_flash"),
+                     compiled_elementwise=sum(e.self_cpu_time_total for key, e in events.items() if "CompiledFxGraph" in key))
+        parts["loss"] /= 2 if "nanochat::softcap_cross_entropy" in events else 1  # the wrapper and the operator inside it
+        parts["linear layers and the rest"] = own - sum(parts.values())
+        return {key: 100 * value / own for key, value in parts.items()}
+
+    for line in sys.stdin:
+        if line.strip() == "matmul":
+            n = 8192 if device.type == "cuda" else 2048
+            a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+            seconds = []
+            for _ in range(12):
+                sync()
+                started = time.perf_counter()
+                a @ b
+                sync()
+                seconds.append(time.perf_counter() - started)
+            print(json.dumps({"flops_per_second": 2 * n ** 3 / statistics.median(seconds[2:])}), flush=True)
+        elif line.strip() == "profile":
+            print(json.dumps(profile()), flush=True)
+        else:
+            times: list = []
+            for _ in range(int(line)):
+                step(times)
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+            print(json.dumps({"times": times, "flops": flops, "memory_gib": memory}), flush=True)
+
+
+# -----------------------------------------------------------------------------
+
+
+class Contestant:
+    def __init__(self, name: str, depth: int):
+        dtype = {"stock-fp32": "float32", "stock-bf16": "bfloat16"}.get(name)
+        env = {key: value for key, value in os.environ.items() if key != "NANOCHAT_DTYPE"} | ({"NANOCHAT_DTYPE": dtype} if dtype else {})
+        self.name, self.times = name, []
+        self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *sys.argv[1:], "--worker", name, "--depth", str(depth)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def ask(self, question) -> dict:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit(f"{self.name} ended early")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def bench(args, depth: int) -> None:
+    import torch
+    names = args.contestants or (GPU_CONTESTANTS if torch.cuda.is_available() else CPU_CONTESTANTS)
+    contestants = [Contestant(name, depth) for name in names]
+    for contestant in contestants:
+        started = time.perf_counter()
+        contestant.ask(3)  # compiles
+        print(f"d{depth} {contestant.name}: ready after {time.perf_counter() - started:.0f}s", file=sys.stderr)
+    answers, limits = {}, []
+    for _ in range(args.rounds):
+        for contestant in contestants:
+            answer = contestant.ask(args.steps)
+            contestant.times += answer["times"]
+            answers[contestant.name] = answer
+        limits.append(contestants[-1].ask("matmul")["flops_per_second"])
+    limit = statistics.median(limits)
+    tokens = args.rows * args.max_seq_len
+    print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain bf16 matmul {limit / 1e9:,.0f} GFLOP/s\n")
+    print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | GiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    rates = {}
+    for contestant in contestants:
+        medians = [statistics.median(column) for column in zip(*contestant.times)]
+        seconds = statistics.median(sum(row) for row in contestant.times)
+        rates[contestant.name] = tokens / seconds
+        # paired: each turn against the first contestant's turn of the same round
+        per_turn = [statistics.mean(sum(row) for row in contestant.times[i:i + args.steps]) for i in range(0, len(contestant.times), args.steps)]
+        first = [statistics.mean(sum(row) for row in contestants[0].times[i:i + args.steps]) for i in range(0, len(per_turn) * args.steps, args.steps)]
+        ratio = statistics.median(b / a for a, b in zip(per_turn, first))
+        rate = answers[contestant.name]["flops"] / seconds
+        memory = answers[contestant.name]["memory_gib"]
+        print(f"| {contestant.name} | {tokens / seconds:,.0f} | {ratio:.2f} | " + " | ".join(f"{1000 * t:.0f}" for t in medians)
+              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {'-' if memory is None else f'{memory:.1f}'} |")
+    if torch.cuda.is_available():
+        from nanochat.common import get_peak_flops
+        peak = get_peak_flops(torch.cuda.get_device_name())
+        print("\nMFU: " + ", ".join(f"{c.name} {100 * answers[c.name]['flops'] * rates[c.name] / tokens / peak:.1f}%" for c in contestants))
+    else:
+        parts = contestants[-1].ask("profile")
+        print(f"\n{contestants[-1].name}, share of a step: " + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in parts.items()))
+    for contestant in contestants:
+        contestant.close()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        worker(args)
+        return
+    for depth in args.depths:
+        bench(args, depth)
+
+
+if __name__ == "__main__":
+    main()
