@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 
@@ -57,6 +58,7 @@ non_negative_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
 int_or_off = _number(int, lambda v: v == -1 or v > 0, "a whole number above 0, or -1 for off")
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
+finite_float = _number(float, lambda v: True, "a number")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
@@ -64,6 +66,7 @@ def command(main: Callable) -> Callable[..., int]:
     """Decorator of a script's `main(argv=None)`: a `UsageError` becomes one line on stderr and exit status 2.
 
     Ctrl-C ends with status 130 and a full disk or a missing permission is named like any other bad input.
+    Under torchrun an error that all ranks meet is said once, by rank 0; after that torchrun ends the others.
     """
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +81,9 @@ def command(main: Callable) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:
+            time.sleep(2)  # still here afterwards: rank 0 did not meet it
+        print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return 2
     return run

@@ -201,7 +201,7 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
 
     Returns (ddp, rank, local_rank, world_size, device). Raises UsageError for an unknown or absent device type.
     """
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if device_type not in available:
         raise UsageError(f"unknown device type {device_type!r}: use cuda, mps or cpu, or leave it out to autodetect")
     if not available[device_type]():
@@ -255,7 +255,7 @@ _PEAK_FLOPS: list[tuple[tuple[str, ...], float]] = [
     (("h100", "nvl"), 835e12), (("h100", "pcie"), 756e12), (("h100",), 989e12),
     (("h800", "nvl"), 989e12), (("h800",), 756e12), (("a100",), 312e12), (("a800",), 312e12),
     (("a40",), 149.7e12), (("a30",), 165e12),
-    (("l40s",), 362e12), (("l40-s",), 362e12), (("l40 s",), 362e12), (("l4",), 121e12),
+    (("l40s",), 362e12), (("l40-s",), 362e12), (("l40 s",), 362e12), (("l40",), 181.05e12), (("l4",), 121e12),
     (("mi355",), 2.5e15), (("mi325",), 1.3074e15), (("mi300x",), 1.3074e15), (("mi300a",), 980.6e12),
     (("mi250x",), 383e12), (("mi250",), 362.1e12),
     (("5090",), 209.5e12), (("4090",), 165.2e12), (("3090",), 71e12),
@@ -265,7 +265,7 @@ _PEAK_BANDWIDTH: list[tuple[tuple[str, ...], float]] = [
     (("h100", "nvl"), 3.9e12), (("h100", "pcie"), 2e12), (("h100",), 3.35e12),
     (("h800", "pcie"), 2e12), (("h800",), 3.35e12), (("a100",), 2e12), (("a800",), 2e12),
     (("a40",), 696e9), (("a30",), 933e9),
-    (("l40s",), 864e9), (("l40-s",), 864e9), (("l40 s",), 864e9), (("l4",), 300e9),
+    (("l40s",), 864e9), (("l40-s",), 864e9), (("l40 s",), 864e9), (("l40",), 864e9), (("l4",), 300e9),
     (("mi355",), 8e12), (("mi325",), 6e12), (("mi300x",), 5.3e12), (("mi300a",), 5.3e12),
     (("mi250x",), 3.28e12), (("mi250",), 3.28e12),
     (("5090",), 1.79e12), (("4090",), 1.01e12), (("3090",), 936e9),

@@ -51,10 +51,10 @@ def jit(*device_types: str):
 class _CompiledLayers:
     """Calls a model with its layers compiled one at a time; the model itself stays eager for sampling and odd shapes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.eager_layer: Any = model.run_layer
-        self.compiled_layer = torch.compile(self.eager_layer, dynamic=False)
+        self.compiled_layer: Any = torch.compile(self.eager_layer, dynamic=False)
 
     def __call__(self, *args, **kwargs):
         self.model.run_layer = self.compiled_layer
@@ -64,7 +64,7 @@ class _CompiledLayers:
             self.model.run_layer = self.eager_layer
 
     def get_device(self) -> torch.device:
-        return self.model.get_device()  # type: ignore[operator]
+        return self.model.get_device()
 
 
 def compile_model(model: nn.Module, device_type: str) -> Any:

@@ -211,9 +211,14 @@ def _forward_batches(examples: list[Example], max_tokens: int) -> Iterator[list[
         yield batch
 
 
+def _max_positions(model) -> int | None:
+    """`max_seq_len`, for a model that has one, else the end of the rotary table; None for a model without a limit."""
+    return getattr(model, "max_seq_len", getattr(model, "rotary_seq_len", None))
+
+
 def evaluate_example(idx: int, model, tokenizer, data: Sequence[dict], device, task_meta: dict) -> bool:
     """Whether the model gets item `idx` of `data` right."""
-    example = prepare_example(idx, tokenizer, data, task_meta, getattr(model, "max_seq_len", None))
+    example = prepare_example(idx, tokenizer, data, task_meta, _max_positions(model))
     return score_examples(model, [example], device)[0]
 
 
@@ -224,7 +229,7 @@ def evaluate_task(model, tokenizer, data: Sequence[dict], device, task_meta: dic
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
     mine = range(rank, len(data), world_size)
-    max_seq_len = getattr(model, "max_seq_len", None)
+    max_seq_len = _max_positions(model)
     correct = done = 0
     for first in range(0, len(mine), EXAMPLES_SORTED):
         examples = [prepare_example(idx, tokenizer, data, task_meta, max_seq_len) for idx in mine[first:first + EXAMPLES_SORTED]]

@@ -14,6 +14,7 @@ Names, shapes and formulas are nanochat's (head 92d63d4), so its checkpoints loa
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -132,6 +133,11 @@ def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, k
 
 class GPT(nn.Module):
     """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`."""
+
+    transformer: Any  # of the module's attributes the type checker knows only that they are tensors or modules
+    value_embeds: Any
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
         super().__init__()

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import ArgumentParser, UsageError, command, fraction, int_or_off, non_negative_float, non_negative_int, positive_int
+from nanochat.cli import ArgumentParser, UsageError, command, finite_float, fraction, int_or_off, non_negative_float, non_negative_int, positive_int
 from nanochat.common import (
     COMPUTE_DTYPE,
     COMPUTE_DTYPE_REASON,
@@ -69,8 +69,8 @@ def build_parser() -> ArgumentParser:
     add("--window-pattern", default="SSSL", help="attention span per layer, repeated: L full context, S a quarter")
     # horizon, the first positive one counts
     add("--num-iterations", type=int, default=-1, help="optimizer steps")
-    add("--target-flops", type=float, default=-1.0, help="training FLOPs")
-    add("--target-param-data-ratio", type=float, default=12, help="tokens per parameter of blocks and head")
+    add("--target-flops", type=finite_float, default=-1.0, help="training FLOPs")
+    add("--target-param-data-ratio", type=finite_float, default=12, help="tokens per parameter of blocks and head")
     # optimization
     add("--device-batch-size", type=int_or_off, default=32, help="rows per rank and pass; -1: as many as fit")
     add("--total-batch-size", type=int_or_off, default=-1, help="tokens per step; -1: from model and horizon")
@@ -135,10 +135,12 @@ def init_wandb(args, user_config: dict, rank: int):
         return DummyWandb()
 
 
-def check_output(folder: Path, model: GPT, world_size: int) -> None:
+def check_output(folder: Path, model: GPT, master: bool) -> None:
     """Fails before the training instead of after it. Raises UsageError if no checkpoint can be written to `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
+            unfinished.unlink()
         probe = folder / f".probe.{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
@@ -217,13 +219,15 @@ def find_resume_step(args, folder: Path) -> int | None:
     """The step to continue from, or None for a new run."""
     if args.resume_from_step >= 0:
         return args.resume_from_step
-    if not args.resume:
-        return None
     steps = checkpoints.list_steps(folder)
-    if not steps:
+    if args.resume and steps:
+        return steps[-1]
+    if args.resume:
         print0(f"Nothing to resume in {folder}: a new run begins")
-        return None
-    return steps[-1]
+    elif steps:
+        print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
+               "delete them, or keep both apart with --model-tag")
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -336,9 +340,9 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             f"a total batch of {horizon.total_batch_size} tokens cannot be made of passes of {B} rows * {T} tokens * {streams} "
             f"{'ranks' if streams == world_size else 'streams'}; "
             + (f"use --device-batch-size={fitting}, or -1 to have it found" if fitting else f"use a --total-batch-size that is a multiple of {T * streams}"))
-    eval_steps, eval_batch_tokens = args.eval_tokens // (B * T * world_size), B * T * world_size
-    if args.eval_every > 0 and eval_steps < len(my_streams):
-        raise UsageError(f"--eval-tokens={args.eval_tokens} is less than one batch; use at least {eval_batch_tokens * len(my_streams)}")
+    eval_steps = args.eval_tokens // (B * T * streams) * len(my_streams)
+    if args.eval_every > 0 and eval_steps == 0:
+        raise UsageError(f"--eval-tokens={args.eval_tokens} is less than one batch; use at least {B * T * streams}")
     print0(f"Total batch size {horizon.total_batch_size:,} => gradient accumulation steps: {accumulation}")
     N = horizon.num_iterations
     print0(f"Number of iterations: {N:,} = {horizon.total_tokens:,} tokens, {horizon.total_tokens / (counts['transformer_matrices'] + counts['lm_head']):.2f} "
@@ -346,17 +350,18 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
 
     # Output, and the checkpoint to continue from
     folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{args.depth}")
-    check_output(folder, model, world_size)
+    check_output(folder, model, master)
     resume_step = find_resume_step(args, folder)
     model_data = optimizer_data = meta = train_state = None
     if resume_step is not None:
         print0(f"Resuming from step {resume_step} in {folder}")
+        written_by = checkpoints.load_meta(folder, resume_step).get("world_size") or len(list(folder.glob(f"optim_{resume_step:06d}_rank*.pt")))
+        if written_by not in (0, world_size):
+            raise UsageError(f"the checkpoint of step {resume_step} was written by {written_by} ranks, not {world_size}; use as many as then")
         model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, resume_step, device, load_optimizer=True, rank=rank)
         train_state = checkpoints.load_train_state(folder, resume_step, rank)
         if resume_step > N:
             raise UsageError(f"the checkpoint of step {resume_step} is beyond the horizon of {N} steps; raise it to train on")
-        if os.path.exists(folder / f"optim_{resume_step:06d}_rank{world_size}.pt"):
-            raise UsageError(f"the checkpoint of step {resume_step} was written by more than {world_size} ranks; use as many as then")
         if meta["model_config"] != (mine := asdict(model.config)):
             differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
             raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}")
@@ -415,9 +420,12 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     smooth_train_loss = 0.0
     total_training_time = 0.0
     if meta is not None:
-        step, val_bpb, loop_state = meta["step"], meta["val_bpb"], meta["loop_state"]
-        min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
-        smooth_train_loss, total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
+        try:
+            step, val_bpb, loop_state = meta["step"], meta["val_bpb"], meta["loop_state"]
+            min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
+            smooth_train_loss, total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"{folder}/meta_{resume_step:06d}.json is corrupt or not of a pretraining run ({error}); use another step") from error
     if train_state is not None:
         set_rng_state(train_state["rng"], device)
         if scaler and train_state.get("scaler"):
@@ -475,10 +483,10 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
                 print0(sample)
             log.log("sample", step, samples=samples)
 
-        if last or (step > 0 and step != resume_step and args.save_every > 0 and step % args.save_every == 0):
+        if step != resume_step and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0)):
             meta_data = dict(
                 step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config=user_config, device_batch_size=B, max_seq_len=T,
-                total_batch_size=horizon.total_batch_size,
+                total_batch_size=horizon.total_batch_size, world_size=world_size,
                 dataloader_state_dict={key: loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
                 loop_state=dict(min_val_bpb=min_val_bpb if math.isfinite(min_val_bpb) else None, smooth_train_loss=smooth_train_loss,
                                 total_training_time=total_training_time))

@@ -5,7 +5,9 @@
 Writes `tokenizer.pkl` and `token_bytes.pt` (int32 (V,): bytes of each token, 0 for specials), with which losses
 turn into bits per byte, the unit that can be compared across vocabularies.
 """
+import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,7 @@ def documents(max_chars: int, doc_cap: int) -> Iterator[str]:
     total, report_at = 0, 100_000_000
     for batch in parquets_iter_batched("train"):
         for text in batch:
-            pass
+            text = text[:doc_cap]
             total += len(text)
             yield text
             if total > max_chars:
@@ -35,6 +37,12 @@ def documents(max_chars: int, doc_cap: int) -> Iterator[str]:
         if total >= report_at:
             print(f"Read {total / 1e6:,.0f} of at most {max_chars / 1e6:,.0f} million characters", flush=True)
             report_at += 100_000_000
+
+
+def sparse_progress(record: logging.LogRecord) -> bool:
+    """Log filter: of the trainer's lines for each percent, every twentieth."""
+    percent = re.match(r"Progress: (\d+)%", record.getMessage())
+    return percent is None or int(percent[1]) % 20 == 0
 
 
 @command
@@ -50,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in vars(args).items():
         print(f"{name}: {value:,}")
 
+    logging.getLogger("rustbpe").addFilter(sparse_progress)
     start = time.monotonic()
     tokenizer = RustBPETokenizer.train_from_iterator(documents(args.max_chars, args.doc_cap), args.vocab_size)
     seconds = time.monotonic() - start

@@ -141,6 +141,13 @@ def test_long_prompts_are_cut_on_the_left(max_seq_len):
         assert scored and scored == full.sequences[i][full.starts[i]:][-len(scored):]
 
 
+def test_a_prompt_beyond_the_rotary_table_is_cut_too():
+    short = build_model(dict(sequence_len=4, vocab_size=512, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L"), seed=5)
+    data, meta = rows("multiple_choice"), META["multiple_choice"]
+    assert prepare_example(0, tokenizer(), data, meta).width > short.rotary_seq_len
+    assert 0 <= evaluate_task(short, tokenizer(), data, CPU, meta) <= 1
+
+
 def test_unknown_task_type():
     with pytest.raises(ValueError, match="riddle"):
         evaluate_example(0, model(), tokenizer(), rows("schema"), CPU, dict(META["schema"], task_type="riddle"))

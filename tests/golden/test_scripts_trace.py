@@ -1,0 +1,130 @@
+"""Tokenizer training, pretraining, resuming and evaluation end to end against nanochat's losses, checkpoints and tables."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from nanochat.run_log import read_run_log
+from scripts import base_eval, base_train
+from tests import tiny
+from tests.golden.fixtures import HERE, load
+
+GOLDEN = load("scripts_trace")
+TRAIN = GOLDEN["base_train"]
+LOSS = 2e-3  # the residual scalars' first gradients are rounding noise, see golden quirk 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base directory after the pretraining run of the fixture."""
+    directory = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        tiny.prepare(directory)
+        assert base_train.main(TRAIN["flags"]) == 0
+    return directory
+
+
+@pytest.fixture
+def copy(base, base_dir):
+    shutil.copytree(base, base_dir, dirs_exist_ok=True)
+    return base_dir
+
+
+def printed(text: str) -> list:
+    """[step, loss, multiplier, epoch, file, row group] of the lines that base_train prints."""
+    rows = []
+    for line in text.splitlines():
+        if line.startswith("step "):
+            parts = line.split(" | ")
+            epoch, _, pq, _, rg = parts[6].removeprefix("epoch: ").split()
+            rows.append([int(line[5:10]), float(parts[1].split()[1]), float(parts[2].split()[1]), int(epoch), int(pq), int(rg)])
+    return rows
+
+
+def check_rows(rows: list, expected: list) -> None:
+    assert [[row[0], *row[2:]] for row in rows] == [[row[0], *row[2:]] for row in expected]
+    assert [row[1] for row in rows] == pytest.approx([row[1] for row in expected], abs=LOSS)
+
+
+def check_weights(folder, step: int, expected: dict) -> None:
+    weights = torch.load(folder / f"model_{step:06d}.pt", weights_only=True)
+    assert set(weights) == set(expected)
+    for key, (norm, total) in expected.items():
+        value = weights[key].double()
+        assert [value.norm().item(), value.sum().item()] == pytest.approx([norm, total], rel=0.02, abs=0.1), key
+
+
+def check_optimizer(folder, step: int, expected: dict) -> None:
+    optimizer = torch.load(folder / f"optim_{step:06d}_rank0.pt", weights_only=True)
+    layout = {str(index): {key: list(value.shape) if torch.is_tensor(value) else value for key, value in state.items()}
+              for index, state in optimizer["state"].items()}
+    assert layout == expected["state"]
+    for group, want in zip(optimizer["param_groups"], expected["groups"], strict=True):
+        assert group["kind"] == want["kind"] and group["params"] == want["params"]
+        for key in want.keys() - {"kind", "params"}:
+            assert group[key] == pytest.approx(want[key], rel=1e-12), key
+
+
+def check_meta(got, want, path: str = "meta") -> None:
+    """Every one of nanochat's keys with its value; more keys are fine."""
+    if isinstance(want, dict):
+        for key, value in want.items():
+            assert key in got, f"{path}.{key}"
+            if key != "total_training_time":
+                check_meta(got[key], value, f"{path}.{key}")
+    else:
+        assert got == (pytest.approx(want, abs=LOSS) if isinstance(want, float) else want), path
+
+
+def test_pretraining(base):
+    folder = tiny.folder(base)
+    log = read_run_log(folder / "log.jsonl")
+    rows = [[r["step"], r["loss"], round(r["lrm"], 2), r["epoch"]] for r in log if r["kind"] == "train"]
+    check_rows(rows, [row[:4] for row in TRAIN["train"]])
+    evaluations = [[r["step"], r["val_bpb"]] for r in log if r["kind"] == "eval"]
+    assert evaluations == [[step, pytest.approx(bpb, abs=LOSS)] for step, bpb in TRAIN["val_bpb"]]
+    assert log[-1]["min_val_bpb"] == pytest.approx(TRAIN["minimum_val_bpb"], abs=LOSS)
+    assert set(TRAIN["last_checkpoint"]["files"]) <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("step, which", [(4, "mid_checkpoint"), (8, "last_checkpoint")])
+def test_checkpoint(base, step, which):
+    folder, expected = tiny.folder(base), TRAIN[which]
+    check_weights(folder, step, expected["norm_and_sum"])
+    check_meta(json.loads((folder / f"meta_{step:06d}.json").read_text()), expected["meta"])
+    check_optimizer(folder, step, expected["optimizer"])
+
+
+def test_resuming_nanochats_checkpoint(copy, capsys):
+    """Without the files that only we write, the run goes on at the approximate place where nanochat's does."""
+    folder = tiny.folder(copy)
+    for path in folder.glob("state_*.pt"):
+        path.unlink()
+    capsys.readouterr()
+    assert base_train.main([*TRAIN["flags"], f"--resume-from-step={TRAIN['resumed']['from_step']}"]) == 0
+    check_rows(printed(capsys.readouterr().out), TRAIN["resumed"]["train"])
+    log = read_run_log(folder / "log.jsonl")
+    assert [[r["step"], r["val_bpb"]] for r in log if r["kind"] == "eval"][-2:] == [
+        [step, pytest.approx(bpb, abs=LOSS)] for step, bpb in TRAIN["resumed"]["val_bpb"]]
+    check_weights(folder, 8, TRAIN["resumed"]["norm_and_sum"])
+
+
+def test_bits_per_byte_of_both_splits(copy, capsys):
+    assert base_eval.main([*GOLDEN["base_eval"]["flags"], "--device-type=cpu"]) == 0
+    out = capsys.readouterr().out
+    for split in ("train", "val"):
+        value = next(float(line.split(": ")[1]) for line in out.splitlines() if line.startswith(f"{split} bpb: "))
+        assert value == pytest.approx(GOLDEN["base_eval"][f"{split}_bpb"], abs=LOSS)
+
+
+def test_core_table(copy):
+    shutil.copytree(HERE / "core_bundle", copy / "eval_bundle")
+    expected = GOLDEN["base_eval_core"]
+    assert base_eval.main(["--eval=core", f"--max-per-task={expected['max_per_task']}", "--model-tag=d3", "--device-type=cpu"]) == 0
+    lines = (copy / "base_eval" / expected["file"]).read_text().splitlines()
+    assert lines[:-1] == expected["lines"][:-1]
+    (ours, theirs) = (line.rsplit(", ", 1) for line in (lines[-1], expected["lines"][-1]))
+    assert ours[0] == theirs[0] and len(ours[1]) == len(theirs[1])
+    assert float(ours[1]) == pytest.approx(float(theirs[1]), abs=1.1e-6)  # nanochat's accuracies are float32

@@ -1,0 +1,322 @@
+"""Pretraining as its users meet it: it learns, repeats itself, survives full memory and refuses bad input in one line."""
+import gc
+import json
+import resource
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.cli import UsageError
+from nanochat.gpt import GPT
+from nanochat.run_log import read_run_log
+from scripts import base_train
+from tests import tiny
+from tests.golden.fixtures import HERE
+
+
+@pytest.fixture(autouse=True)
+def base(base_dir):
+    tiny.prepare(base_dir)
+    yield base_dir
+    gc.enable()  # a run that ends early leaves the collector off
+
+
+def train_losses(base, tag: str = "d3") -> list[float]:
+    return [record["raw_loss"] for record in read_run_log(tiny.folder(base, tag) / "log.jsonl") if record["kind"] == "train"]
+
+
+def status_of(*flags: str) -> int:
+    try:
+        return tiny.train(*flags)
+    except SystemExit as error:  # argparse
+        return error.code
+
+
+def assert_refused(capsys, message: str, *flags: str) -> None:
+    capsys.readouterr()
+    assert status_of(*flags) == 2
+    last = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert "error: " in last and message in last, last
+
+
+# -----------------------------------------------------------------------------
+# A good run
+
+
+def test_the_loss_falls_and_the_run_repeats_itself(base):
+    flags = ("--num-iterations=30", "--eval-every=-1", "--save-every=-1", "--matrix-lr=0.2", "--embedding-lr=3")
+    for tag in ("one", "two"):
+        assert tiny.train(*flags, f"--model-tag={tag}") == 0
+    losses = train_losses(base, "one")
+    assert len(losses) == 30 and sum(losses[-5:]) / 5 < losses[0] - 0.5
+    assert losses == train_losses(base, "two")
+    one, two = (torch.load(tiny.folder(base, tag) / "model_000030.pt", weights_only=True) for tag in ("one", "two"))
+    assert tiny.identical(one, two)
+    assert checkpoints.list_steps(tiny.folder(base, "one")) == [30]  # only at the end
+
+
+def test_the_log_is_complete(base, capsys):
+    assert tiny.train("--num-iterations=12", "--eval-every=5") == 0
+    start, *records, end = read_run_log(tiny.folder(base) / "log.jsonl")
+    assert start["kind"] == "start" and start["num_iterations"] == 12 and start["total_batch_size"] == 256 and start["config"]["depth"] == 3
+    assert start["model_config"]["n_layer"] == 3 and start["counts"]["total"] == 454_760
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == list(range(12))
+    assert [record["tokens"] for record in trained] == [256 * (step + 1) for step in range(12)]
+    assert trained[-1]["flops"] == start["flops_per_token"] * start["total_tokens"] == end["total_flops"]
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [0, 5, 10, 12]
+    assert end["kind"] == "end" and end["min_val_bpb"] == min(record["val_bpb"] for record in records if record["kind"] == "eval")
+    out = capsys.readouterr().out
+    assert "step 00011/00012 (91.67%) | loss: " in out and "Step 00010 | Validation bpb: " in out and "Minimum validation bpb: " in out
+    assert "eta: " in out.splitlines()[-5]
+    assert "Base model training" in (base / "report" / "base-model-training.md").read_text()
+
+
+def test_an_evaluation_does_not_touch_the_training(base):
+    shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
+    assert tiny.train("--model-tag=plain", "--eval-every=-1") == 0
+    assert tiny.train("--model-tag=busy", "--eval-every=1", "--sample-every=3", "--core-metric-every=4", "--core-metric-max-per-task=2") == 0
+    assert train_losses(base, "plain") == train_losses(base, "busy")
+    kinds = [(record["kind"], record["step"]) for record in read_run_log(tiny.folder(base, "busy") / "log.jsonl")]
+    assert [step for kind, step in kinds if kind == "sample"] == [3, 6, 8] and [step for kind, step in kinds if kind == "core"] == [4, 8]
+    assert json.loads((tiny.folder(base, "plain") / "meta_000008.json").read_text())["val_bpb"] is None
+
+
+def test_without_the_core_data_training_goes_on(base, monkeypatch, capsys):
+    def offline():
+        raise UsageError("cannot download")
+
+    monkeypatch.setattr(base_train, "find_eval_bundle", offline)
+    assert tiny.train("--core-metric-every=4") == 0
+    assert "No CORE metric in this run: cannot download" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, steps", [("--target-flops=1e10", 16), ("--target-param-data-ratio=0.01", 14)])
+def test_horizons(base, flag, steps):
+    assert tiny.train("--num-iterations=-1", flag, "--eval-every=-1") == 0
+    assert len(train_losses(base)) == steps
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets how many rows fit into a training pass."""
+    forward = GPT.forward
+
+    def limit(rows: int) -> None:
+        def limited(self, idx, *args, **kwargs):
+            if self.training and idx.size(0) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, idx, *args, **kwargs)
+
+        monkeypatch.setattr(GPT, "forward", limited)
+
+    return limit
+
+
+# halved once, twice, into unequal pieces, and with several passes per step anyway
+@pytest.mark.parametrize("batch, total, rows", [(4, 256, 2), (6, 384, 2), (5, 320, 3), (2, 256, 1)])
+def test_less_memory_same_losses(base, memory, batch, total, rows):
+    flags = (f"--device-batch-size={batch}", f"--total-batch-size={total}")
+    assert tiny.train(*flags, "--model-tag=roomy", "--eval-tokens=1024") == 0
+    memory(rows)
+    assert tiny.train(*flags, "--model-tag=tight", "--eval-tokens=1024") == 0
+    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step(base, monkeypatch):
+    """The step begins again with the very same batches: none is skipped and no gradient counts twice."""
+    assert tiny.train("--model-tag=roomy") == 0
+    forward, calls = GPT.forward, []
+
+    def once(self, *args, **kwargs):
+        calls.append(self.training)
+        if calls.count(True) == 6:  # the second pass of the third step
+            calls.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", once)
+    assert tiny.train("--model-tag=tight") == 0
+    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
+    positions = [json.loads((tiny.folder(base, tag) / "meta_000008.json").read_text())["dataloader_state_dict"] for tag in ("roomy", "tight")]
+    assert positions[0] == positions[1]
+
+
+def test_not_even_one_row_fits(memory, capsys):
+    memory(0)
+    assert_refused(capsys, "out of memory with one row")
+
+
+def test_device_batch_size_is_found(base, capsys):
+    assert tiny.train("--device-batch-size=-1") == 0
+    assert "Device batch size: 4 rows" in capsys.readouterr().out
+    model = checkpoints.load_model("base", "cpu", "train")[0]
+    for rows, sequence_len, best in [(300, 64, 100), (128, 64, 128), (7, 64, 7), (131, 64, 1), (12, 8192, 1)]:
+        assert base_train.fit_device_batch(model, rows, sequence_len, 1) == best
+
+
+# -----------------------------------------------------------------------------
+# wandb
+
+
+def fake_wandb(monkeypatch, init) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs))
+
+
+def test_wandb_gets_the_numbers(base, monkeypatch):
+    logged, finished, modes = [], [], []
+
+    def init(project, name, config, mode=None, **kwargs):
+        modes.append(mode)
+        if len(modes) == 1:
+            raise ConnectionError("no network")
+        assert (project, name, config["depth"]) == ("nanochat", "test", 3)
+        return types.SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
+
+    fake_wandb(monkeypatch, init)
+    assert tiny.train("--run=test") == 0
+    assert modes == [None, "offline"] and finished == [True]
+    assert [row["step"] for row in logged if "val/bpb" in row] == [0, 4, 8]
+    assert [row["step"] for row in logged if "train/loss" in row] == [0]
+
+
+def test_no_wandb_at_all(base, monkeypatch, capsys):
+    def init(**kwargs):
+        raise RuntimeError("api_key not configured")
+
+    fake_wandb(monkeypatch, init)
+    assert tiny.train("--run=test") == 0
+    assert "api_key not configured" in capsys.readouterr().out
+    assert len(train_losses(base)) == 8
+
+
+# -----------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--depth=0"], "--depth"),
+    (["--depth=three"], "--depth"),
+    (["--head-dim=0"], "--head-dim"),
+    (["--head-dim=33"], "--head-dim=33"),
+    (["--aspect-ratio=1", "--head-dim=2"], "--aspect-ratio"),
+    (["--max-seq-len=1", "--device-batch-size=1"], "--max-seq-len"),
+    (["--window-pattern=X"], "--window-pattern"),
+    (["--window-pattern="], "--window-pattern"),
+    (["--device-batch-size=3"], "use --device-batch-size=2"),
+    (["--device-batch-size=0"], "--device-batch-size"),
+    (["--device-batch-size=-2"], "--device-batch-size"),
+    (["--total-batch-size=100"], "multiple of 64"),
+    (["--total-batch-size=100", "--device-batch-size=-1"], "no multiple of 64"),
+    (["--device-type=tpu"], "'tpu'"),
+    pytest.param(["--device-type=cuda"], "no cuda device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+    (["--num-iterations=-1", "--target-param-data-ratio=-1"], "no horizon"),
+    (["--num-iterations=-1", "--target-flops=1"], "less than one step"),
+    (["--num-iterations=many"], "--num-iterations"),
+    (["--target-flops=nan"], "--target-flops"),
+    (["--target-param-data-ratio=inf"], "--target-param-data-ratio"),
+    (["--eval-tokens=100"], "use at least 128"),
+    (["--eval-tokens=0"], "--eval-tokens"),
+    (["--matrix-lr=-0.1"], "--matrix-lr"),
+    (["--warmup-steps=-1"], "--warmup-steps"),
+    (["--warmdown-ratio=1.5"], "--warmdown-ratio"),
+    (["--weight-decay=nan"], "--weight-decay"),
+    (["--save-every=0"], "--save-every"),
+    (["--data-streams=0"], "--data-streams"),
+    (["--data-streams=3"], "--total-batch-size"),
+    (["--fp8-recipe=magic"], "--fp8-recipe"),
+    (["--resume-from-step=7"], "no checkpoint of step 7"),
+    (["--resume-from-step=-7"], "--resume-from-step"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--dept=3"], "--dept"),
+    (["stray"], "stray"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_flag(capsys, flags, message):
+    assert_refused(capsys, message, *flags)
+
+
+def test_no_data(base, capsys):
+    shutil.rmtree(base / "base_data_climbmix")
+    assert_refused(capsys, "nanochat.dataset")
+
+
+def test_no_tokenizer(base, capsys):
+    shutil.rmtree(base / "tokenizer")
+    assert_refused(capsys, "tok_train")
+
+
+def test_output_is_a_file(base, capsys):
+    (base / "base_checkpoints").write_text("")
+    assert_refused(capsys, "NANOCHAT_BASE_DIR")
+
+
+def test_base_directory_is_a_file(base, monkeypatch, capsys):
+    (base / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "file"))
+    assert_refused(capsys, "NANOCHAT_BASE_DIR")
+
+
+def test_the_disk_fills_up(base, capsys):
+    """Found before training where it can be; later the earlier checkpoint stays whole and the message names the file."""
+    assert tiny.train() == 0
+    for path in tiny.folder(base).glob("*_000008*"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in tiny.folder(base).glob("*_000004*")}
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    try:
+        assert_refused(capsys, "optim_000008_rank0.pt", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert {path.name: path.read_bytes() for path in tiny.folder(base).glob("*_0000*")} | before == before | {
+        path.name: path.read_bytes() for path in tiny.folder(base).glob("state_000008*")}
+    assert tiny.train("--resume") == 0
+
+    free = shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: free)
+        assert_refused(capsys, "has 0 MiB free")
+
+
+def test_a_checkpoint_that_does_not_fit(base, capsys):
+    assert tiny.train() == 0
+    assert_refused(capsys, "another shape than these flags ask for: n_layer 3 -> 4", "--depth=4", "--model-tag=d3", "--resume")
+    assert_refused(capsys, "window_pattern SL -> L", "--window-pattern=L", "--resume")
+    assert_refused(capsys, "beyond the horizon of 6 steps", "--num-iterations=6", "--resume")
+    assert_refused(capsys, "there is step 4, 8", "--resume-from-step=5")
+    assert_refused(capsys, "--data-streams", "--data-streams=2", "--device-batch-size=1", "--resume")
+
+
+@pytest.mark.parametrize("name", ["model_000008.pt", "optim_000008_rank0.pt", "state_000008_rank0.pt", "meta_000008.json"])
+def test_a_corrupt_checkpoint(base, capsys, name):
+    """A file cut short, or with a byte flipped in the middle of its tensors."""
+    assert tiny.train("--eval-every=-1") == 0
+    path = tiny.folder(base) / name
+    data = path.read_bytes()
+    middle = len(data) // 2
+    for damaged in [data[:middle], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]][:2 if name.endswith(".pt") else 1]:
+        path.write_bytes(damaged)
+        assert_refused(capsys, name, "--resume")
+    path.write_bytes(data)
+    assert tiny.train("--resume-from-step=4") == 0
+
+
+def test_a_meta_file_of_another_stage(base, capsys):
+    assert tiny.train() == 0
+    path = tiny.folder(base) / "meta_000008.json"
+    meta = json.loads(path.read_text())
+    del meta["loop_state"]
+    path.write_text(json.dumps(meta))
+    assert_refused(capsys, "loop_state", "--resume")
+
+
+def test_divergence(base, capsys):
+    assert_refused(capsys, "training diverged", "--embedding-lr=1e30", "--unembedding-lr=1e30", "--warmup-steps=0", "--eval-every=-1")

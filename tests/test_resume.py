@@ -1,0 +1,186 @@
+"""A run that is killed and resumed gives the losses, weights, optimizer and random states of one that was not, bit for bit."""
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.run_log import read_run_log
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The base directory of a run that nobody interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        tiny.prepare(directory)
+        assert tiny.train() == 0
+    return directory
+
+
+@pytest.fixture
+def base(base_dir):
+    tiny.prepare(base_dir)
+    return base_dir
+
+
+@pytest.fixture
+def finished(whole, base_dir):
+    """A copy of the uninterrupted run."""
+    shutil.copytree(whole, base_dir, dirs_exist_ok=True)
+    return base_dir
+
+
+def assert_same(base, whole, **kwargs):
+    assert tiny.losses(base) == tiny.losses(whole)
+    assert tiny.same_checkpoint(base, whole, **kwargs)
+
+
+def forget(base, step: int) -> None:
+    for path in tiny.folder(base).glob(f"*_{step:06d}*"):
+        path.unlink()
+
+
+def test_the_run_spans_epochs_and_accumulates(whole):
+    """What the tests below stand on."""
+    start, *records = read_run_log(tiny.folder(whole) / "log.jsonl")
+    epochs = {record["epoch"] for record in records if record["kind"] == "train"}
+    assert len(epochs) > 2
+    assert start["total_batch_size"] == 2 * 2 * 64  # two passes of two rows
+
+
+def test_kill_9_between_saves(base, whole):
+    process = tiny.start(base, "--save-every=2")
+    for line in process.stdout:
+        if line.startswith("step 00005"):
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoints.list_steps(tiny.folder(base)) == [2, 4]
+    assert tiny.train("--resume") == 0
+    assert_same(base, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["Step 00000", "step 00000", "step 00003", "Step 00004", "step 00004", "step 00007"])
+def test_kill_9_after_any_line(base, whole, line):
+    process = tiny.start(base)
+    for printed in process.stdout:
+        if printed.startswith(line):
+            break
+    process.kill()
+    process.communicate()
+    assert tiny.run(base, "--resume").returncode == 0
+    assert_same(base, whole)
+
+
+def train_and_die(rename: int) -> None:
+    """A run that is killed before it renames a finished file for the `rename`-th time."""
+    replace, calls = os.replace, []
+
+    def replace_or_die(*args):
+        calls.append(args)
+        if len(calls) == rename:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.replace = replace_or_die
+    tiny.train()
+
+
+# the log is renamed first, then state, optimizer, meta and model of step 4, then those of step 8
+@pytest.mark.parametrize("rename, steps", [
+    (2, []), (5, []), (8, [4]), (9, [4]), (10, [4, 8]), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, []), (3, []), (4, []), (6, [4]), (7, [4])))])
+def test_kill_9_during_a_save(base, whole, rename, steps):
+    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(rename,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    folder = tiny.folder(base)
+    assert checkpoints.list_steps(folder) == steps
+    for step in steps:
+        assert tiny.same_checkpoint(base, whole, step)
+    assert tiny.train("--resume") == 0
+    assert_same(base, whole)
+    assert not list(folder.glob(".*")), "what the kill left is gone"
+
+
+def test_resume_with_nothing_there_begins_anew(base, whole, capsys):
+    assert tiny.train("--resume") == 0
+    assert "a new run begins" in capsys.readouterr().out
+    assert_same(base, whole)
+
+
+def test_resume_takes_the_newest_checkpoint_and_resume_from_step_any(finished, whole, capsys):
+    forget(finished, 8)
+    assert tiny.train("--save-every=2", "--resume") == 0
+    assert "Resuming from step 4" in capsys.readouterr().out
+    assert_same(finished, whole)
+    assert checkpoints.list_steps(tiny.folder(finished)) == [4, 6, 8]
+    assert tiny.train("--resume-from-step=4") == 0
+    assert_same(finished, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, whole):
+    times = {path: path.stat().st_mtime_ns for path in tiny.folder(finished).glob("*.pt")}
+    assert tiny.train("--resume") == 0
+    assert times == {path: path.stat().st_mtime_ns for path in tiny.folder(finished).glob("*.pt")}
+    assert_same(finished, whole)
+
+
+def test_a_longer_horizon_trains_on(finished):
+    """Constant learning rate, so that the longer run is the shorter one continued; the schedules of Muon may differ."""
+    assert tiny.train("--resume", "--num-iterations=10") == 0
+    assert [step for kind, step, *_ in tiny.losses(finished) if kind == "train"] == list(range(10))
+
+
+def test_several_streams_in_one_process(base_dir, tmp_path_factory, monkeypatch):
+    """Four shares of the data, of which each step draws from all: every position is kept."""
+    flags = ("--data-streams=4", "--device-batch-size=1", "--eval-every=-1")
+    tiny.prepare(base_dir, row_groups=4)
+    assert tiny.train(*flags) == 0
+    other = tmp_path_factory.mktemp("streams")
+    shutil.copytree(base_dir, other, dirs_exist_ok=True)
+    forget(other, 8)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(other))
+    assert tiny.train(*flags, "--resume") == 0
+    assert_same(other, base_dir)
+
+
+def test_a_new_run_over_an_old_one(finished, whole, capsys):
+    """It says so, replaces the old log and the checkpoints of the same steps, and leaves others alone."""
+    assert tiny.train("--matrix-lr=0.01", "--num-iterations=6") == 0
+    assert "another run" in capsys.readouterr().out
+    assert checkpoints.list_steps(tiny.folder(finished)) == [4, 6, 8]
+    assert not tiny.same_checkpoint(finished, whole, 4) and tiny.same_checkpoint(finished, whole, 8)
+    assert len([kind for kind, *_ in tiny.losses(finished) if kind == "train"]) == 6
+
+
+def test_a_checkpoint_is_never_of_two_runs(finished):
+    """Killed while it replaces an older run's checkpoint: incomplete rather than mixed."""
+    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(4,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoints.list_steps(tiny.folder(finished)) == [8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_dtypes(base, tmp_path_factory, dtype):
+    done = tiny.run(base, NANOCHAT_DTYPE=dtype)
+    assert done.returncode == 0, done.stderr
+    assert f"torch.{dtype}" in done.stdout
+    first, *_, last = (loss for kind, _, loss, *_ in tiny.losses(base) if kind == "train")
+    assert last < first
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(base, other, dirs_exist_ok=True)
+    forget(other, 8)
+    done = tiny.run(other, "--resume", NANOCHAT_DTYPE=dtype)
+    assert done.returncode == 0, done.stderr
+    assert_same(other, base)

@@ -1,0 +1,82 @@
+"""A run that trains in a second: three layers of width 96 on the golden shards with 320 tokens."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from nanochat.run_log import read_run_log
+from scripts import base_train, tok_train
+from tests.golden.fixtures import HERE
+
+ROOT = Path(__file__).parents[1]
+MODEL = ["--depth=3", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--window-pattern=SL", "--device-type=cpu"]
+QUIET = ["--core-metric-every=-1", "--sample-every=-1"]
+# two micro-batches per step; the shards are so small that an epoch ends every few batches
+FLAGS = [*MODEL, *QUIET, "--device-batch-size=2", "--total-batch-size=256", "--num-iterations=8", "--eval-every=4", "--eval-tokens=512",
+         "--save-every=4", "--warmup-steps=2"]
+ENV = {"OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def prepare(base_dir, row_groups: int | None = None) -> None:
+    """Puts data and tokenizer into a base directory, which must be the one of NANOCHAT_BASE_DIR.
+
+    For more ranks or streams than three: the same documents many times over, in `row_groups` row groups a file.
+    """
+    folder = Path(base_dir) / "base_data_climbmix"
+    shutil.copytree(HERE / "shards", folder)
+    if row_groups:
+        for path in folder.glob("*.parquet"):
+            table = pa.concat_tables([pq.read_table(path)] * 16)
+            pq.write_table(table, path, row_group_size=-(-len(table) // row_groups))
+    assert tok_train.main(["--vocab-size=320"]) == 0
+
+
+def train(*flags: str) -> int:
+    """base_train in this process: the exit status. Later flags override the tiny ones."""
+    return base_train.main([*FLAGS, *flags])
+
+
+def start(base_dir, *flags: str, ranks: int = 0, script: list[str] | None = None, **env: str) -> subprocess.Popen:
+    """base_train (or python with `script`) in a process of its own, with stdout and stderr as text; `ranks`: under torchrun."""
+    launcher = [] if not ranks else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, *(script or ["-m", "scripts.base_train"]), *FLAGS, *flags]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENV, "NANOCHAT_BASE_DIR": str(base_dir), **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(base_dir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
+    process = start(base_dir, *flags, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def folder(base_dir, tag: str = "d3") -> Path:
+    return Path(base_dir) / "base_checkpoints" / tag
+
+
+def losses(base_dir, tag: str = "d3") -> list:
+    """What a run measured, step by step, without the timings."""
+    return [(record["kind"], record["step"], record.get("raw_loss"), record.get("loss"), record.get("val_bpb"), record.get("epoch"))
+            for record in read_run_log(folder(base_dir, tag) / "log.jsonl") if record["kind"] in ("train", "eval")]
+
+
+def identical(a, b) -> bool:
+    """Bit for bit, through nested dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+
+def same_checkpoint(one, other, step: int = 8, ranks: int = 1) -> bool:
+    """Do two base directories hold the same weights, optimizer, data position and random states?"""
+    names = [f"model_{step:06d}.pt", *(f"{kind}_{step:06d}_rank{rank}.pt" for kind in ("optim", "state") for rank in range(ranks))]
+    return all(identical(*(torch.load(folder(base) / name, weights_only=True) for base in (one, other))) for name in names)
