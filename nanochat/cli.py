@@ -56,6 +56,7 @@ def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
 positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
 int_or_off = _number(int, lambda v: v == -1 or v > 0, "a whole number above 0, or -1 for off")
+step_or_off = _number(int, lambda v: v >= -1, "a step, or -1 for off")
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
 finite_float = _number(float, lambda v: True, "a number")

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import re
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -231,7 +232,8 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
 
 
 def compute_cleanup() -> None:
-    if is_ddp_initialized():
+    """Leaves the process group. Not while an exception passes: the other ranks would crash before this one has said why."""
+    if is_ddp_initialized() and sys.exc_info()[0] is None:
         dist.destroy_process_group()
 
 

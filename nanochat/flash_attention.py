@@ -39,7 +39,7 @@ def _load_fa3():
 
 
 BLOCK = 128  # queries per block
-BLOCK_BYTES = 1 << 19  # score bytes per thread and piece: half an L2 cache
+BLOCK_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
 
 _fa3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
@@ -98,11 +98,12 @@ def _additive_mask(rows: int, columns: int, offset: int, window: int, dtype: tor
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(hidden, -float("inf"))
 
 
-def _probability_blocks(q, k, window: int):
-    """Yields (heads, queries, keys, probabilities) for all pieces of the causal band; three slices and (heads, rows, columns).
+def _pieces(q, k, window: int):
+    """Yields (heads, queries, keys, q piece, k piece, probabilities) for the whole causal band: three slices and their content.
 
-    q (already scaled) and k (N, T, D). A piece is BLOCK queries of a few heads with every key that they see, small
-    enough to stay in the processor's cache until it is used.
+    q (already scaled) and k (N, T, D). A piece is BLOCK queries of a few heads with every key that they see, small enough
+    to stay in the processor's cache until it is used. Its operands are made contiguous: a batched matmul of strided
+    ones copies them too, and a transposed one slowly.
     """
     heads_at_once = max(1, torch.get_num_threads() * BLOCK_BYTES // (BLOCK * q.size(1) * q.element_size()))
     for first_head in range(0, q.size(0), heads_at_once):
@@ -111,35 +112,35 @@ def _probability_blocks(q, k, window: int):
             end = min(start + BLOCK, q.size(1))
             first_key = 0 if window < 0 else max(0, start - window)
             queries, keys = slice(start, end), slice(first_key, end)
-            scores = torch.bmm(q[heads, queries], k[heads, keys].mT)
+            q_piece, k_piece = q[heads, queries].contiguous(), k[heads, keys].contiguous()
+            scores = torch.bmm(q_piece, k_piece.mT)
             edge = start if window < 0 else first_key  # keys before it are seen by every query of the block
             scores[:, :, edge - first_key:] += _additive_mask(end - start, end - edge, start - edge, window, q.dtype, q.device)
-            yield heads, queries, keys, torch.softmax(scores, dim=-1)
+            yield heads, queries, keys, q_piece, k_piece, torch.softmax(scores, dim=-1)
 
 
 @torch.library.custom_op("nanochat::blocked_attention", mutates_args=())
 def _blocked_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     out = torch.empty_like(q)
-    for heads, queries, keys, probs in _probability_blocks(q * q.size(-1) ** -0.5, k, window):
-        torch.bmm(probs, v[heads, keys], out=out[heads, queries])
+    for heads, queries, keys, _, _, probs in _pieces(q * q.size(-1) ** -0.5, k, window):
+        out[heads, queries] = torch.bmm(probs, v[heads, keys].contiguous())
     return out
 
 
 @torch.library.custom_op("nanochat::blocked_attention_backward", mutates_args=())
 def _blocked_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                       window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Recomputes the probabilities block by block (Dao et al., 2205.14135) instead of keeping them."""
+    """Recomputes the probabilities piece by piece (Dao et al., 2205.14135) instead of keeping them."""
     scale = q.size(-1) ** -0.5
-    q = q * scale
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for heads, queries, keys, probs in _probability_blocks(q, k, window):
-        g = grad[heads, queries]
+    for heads, queries, keys, q_piece, k_piece, probs in _pieces(q * scale, k, window):
+        g = grad[heads, queries].contiguous()
         grad_v[heads, keys] += torch.bmm(probs.mT, g)
-        grad_probs = torch.bmm(g, v[heads, keys].mT)
+        grad_probs = torch.bmm(g, v[heads, keys].contiguous().mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        grad_k[heads, keys] += torch.bmm(grad_scores.mT, q[heads, queries])
-        torch.bmm(grad_scores, k[heads, keys], out=grad_q[heads, queries])
+        grad_k[heads, keys] += torch.bmm(grad_scores.mT, q_piece)
+        grad_q[heads, queries] = torch.bmm(grad_scores, k_piece)
     return grad_q * scale, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

@@ -11,7 +11,6 @@ Notable:
 """
 import torch
 import torch.distributed as dist
-
 from torch.optim.adamw import adamw
 
 from nanochat.common import COMPUTE_DTYPE
@@ -114,7 +113,7 @@ class MuonAdamW(torch.optim.Optimizer):
         reduced = [self._reduce_adamw(group, rank, world) if group["kind"] == "adamw" else self._reduce_muon(group, rank, world)
                    for group in groups]
         gathers = []
-        for group, jobs in zip(groups, reduced):
+        for group, jobs in zip(groups, reduced, strict=True):
             update = self._update_adamw if group["kind"] == "adamw" else self._update_muon
             gathers.extend(update(group, jobs, rank, world))
         for work, finish in gathers:

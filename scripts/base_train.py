@@ -26,7 +26,18 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import ArgumentParser, UsageError, command, finite_float, fraction, int_or_off, non_negative_float, non_negative_int, positive_int
+from nanochat.cli import (
+    ArgumentParser,
+    UsageError,
+    command,
+    finite_float,
+    fraction,
+    int_or_off,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    step_or_off,
+)
 from nanochat.common import (
     COMPUTE_DTYPE,
     COMPUTE_DTYPE_REASON,
@@ -41,6 +52,7 @@ from nanochat.common import (
     print_banner,
 )
 from nanochat.compiler import compile_model
+from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
@@ -57,7 +69,7 @@ from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="base_train", description="Pretrain a base model")
     add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb")
+    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
     add("--device-type", default="", help="cuda, cpu or mps; empty: autodetect")
     add("--fp8", action="store_true", help="FP8 matmuls (CUDA compute capability 8.9 and newer)")
     add("--fp8-recipe", default="tensorwise", choices=RECIPES)
@@ -83,7 +95,7 @@ def build_parser() -> ArgumentParser:
     add("--warmdown-ratio", type=fraction, default=0.65, help="share of the run over which the learning rates fall")
     add("--final-lr-frac", type=fraction, default=0.05)
     # resuming
-    add("--resume-from-step", type=int, default=-1, help="continue from this checkpoint; -1: a new run")
+    add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
     # evaluation
     add("--eval-every", type=int_or_off, default=250, help="steps between validations; -1: never")
@@ -172,7 +184,7 @@ def fit_device_batch(model: GPT, rows: int, sequence_len: int, world_size: int) 
         except torch.OutOfMemoryError:
             fits = False
         finally:
-            reserve = tokens = None  # noqa: F841 (frees the memory)
+            reserve = tokens = torch.empty(0)  # noqa: F841 (frees the memory)
             model.zero_grad(set_to_none=True)
             release_memory(device)
         if fits:
@@ -194,7 +206,7 @@ def release_memory(device: torch.device) -> None:
 
 def interleave(loaders: list):
     """One batch of each loader in turn, for ever."""
-    return itertools.chain.from_iterable(zip(*loaders))
+    return itertools.chain.from_iterable(zip(*loaders, strict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -265,7 +277,7 @@ class Accumulator:
 
     def _one(self, x, y, count: int) -> torch.Tensor:
         loss = torch.zeros((), device=x.device)
-        for piece_x, piece_y in zip(x.split(self.rows or x.size(0)), y.split(self.rows or x.size(0))):
+        for piece_x, piece_y in zip(x.split(self.rows or x.size(0)), y.split(self.rows or x.size(0)), strict=True):
             share = piece_x.size(0) / x.size(0)
             piece = self.model(piece_x, piece_y)
             scaled = piece * (share / count) if share < 1 else piece / count
@@ -320,6 +332,10 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
 
     # Model, batch size and horizon
     model, shape = build_gpt(args, vocab_size, device)
+    vocab_rows = model.lm_head.weight.size(0)
+    if vocab_rows % world_size:  # each rank updates its share of them
+        most = next(n for n in range(world_size, 0, -1) if vocab_rows % n == 0)
+        raise UsageError(f"the {vocab_rows} rows of the embeddings cannot be shared by {world_size} ranks; use {most}")
     counts = model.num_scaling_params()
     flops_per_token = model.estimate_flops()
     for key, value in counts.items():
@@ -373,20 +389,25 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     core_every = args.core_metric_every
     if core_every > 0:
         try:
-            find_eval_bundle()
+            bundle = find_eval_bundle()
         except UsageError as error:
             print0(f"No CORE metric in this run: {error}")
             core_every = -1
+        else:
+            load_bundle(bundle, args.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
 
     weight_decay = args.weight_decay * horizon.weight_decay_scale
     optimizer = model.setup_optimizer(
         unembedding_lr=args.unembedding_lr * horizon.lr_scale, embedding_lr=args.embedding_lr * horizon.lr_scale,
         matrix_lr=args.matrix_lr * horizon.lr_scale, weight_decay=weight_decay, scalar_lr=args.scalar_lr * horizon.lr_scale)
     if optimizer_data is not None:
+        learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(optimizer_data)
         except (ValueError, KeyError) as error:
             raise UsageError(f"the optimizer state of step {resume_step} does not fit this model: {error}") from error
+        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["initial_lr"] = learning_rate  # the flags of now, not those of the checkpoint
         del optimizer_data
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
 
@@ -407,7 +428,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
     train_loader = interleave([
         data_loader(tokenizer, B, T, split="train", device=device, resume_state_dict=position, stream=stream, num_streams=streams)
-        for stream, position in zip(my_streams, positions)])
+        for stream, position in zip(my_streams, positions, strict=True)])
 
     def val_batches():
         loaders = [data_loader(tokenizer, B, T, split="val", device=device, stream=stream, num_streams=streams) for stream in my_streams]

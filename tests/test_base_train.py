@@ -15,7 +15,7 @@ from nanochat.gpt import GPT
 from nanochat.run_log import read_run_log
 from scripts import base_train
 from tests import tiny
-from tests.golden.fixtures import HERE
+from tests.golden.fixtures import HERE, batch, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,28 @@ def base(base_dir):
     gc.enable()  # a run that ends early leaves the collector off
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        tiny.prepare(directory)
+        assert tiny.train() == 0
+    return directory
+
+
+@pytest.fixture
+def trained(trained_once, base):
+    """A base directory with the checkpoints of steps 4 and 8."""
+    shutil.copytree(tiny.folder(trained_once), tiny.folder(base))
+    return base
+
+
 def train_losses(base, tag: str = "d3") -> list[float]:
     return [record["raw_loss"] for record in read_run_log(tiny.folder(base, tag) / "log.jsonl") if record["kind"] == "train"]
 
 
-def status_of(*flags: str) -> int:
+def status_of(*flags: str):
     try:
         return tiny.train(*flags)
     except SystemExit as error:  # argparse
@@ -79,7 +96,7 @@ def test_the_log_is_complete(base, capsys):
 def test_an_evaluation_does_not_touch_the_training(base):
     shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
     assert tiny.train("--model-tag=plain", "--eval-every=-1") == 0
-    assert tiny.train("--model-tag=busy", "--eval-every=1", "--sample-every=3", "--core-metric-every=4", "--core-metric-max-per-task=2") == 0
+    assert tiny.train("--model-tag=busy", "--sample-every=3", "--core-metric-every=4", "--core-metric-max-per-task=6") == 0
     assert train_losses(base, "plain") == train_losses(base, "busy")
     kinds = [(record["kind"], record["step"]) for record in read_run_log(tiny.folder(base, "busy") / "log.jsonl")]
     assert [step for kind, step in kinds if kind == "sample"] == [3, 6, 8] and [step for kind, step in kinds if kind == "core"] == [4, 8]
@@ -91,11 +108,17 @@ def test_without_the_core_data_training_goes_on(base, monkeypatch, capsys):
         raise UsageError("cannot download")
 
     monkeypatch.setattr(base_train, "find_eval_bundle", offline)
-    assert tiny.train("--core-metric-every=4") == 0
+    assert tiny.train("--core-metric-every=4", "--num-iterations=2") == 0
     assert "No CORE metric in this run: cannot download" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, steps", [("--target-flops=1e10", 16), ("--target-param-data-ratio=0.01", 14)])
+def test_bad_core_data_is_found_before_the_training(base, capsys):
+    shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
+    assert_refused(capsys, "at least 3 rows", "--core-metric-every=4", "--core-metric-max-per-task=2")
+    assert not (tiny.folder(base) / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag, steps", [("--target-flops=5e9", 8), ("--target-param-data-ratio=0.005", 7)])
 def test_horizons(base, flag, steps):
     assert tiny.train("--num-iterations=-1", flag, "--eval-every=-1") == 0
     assert len(train_losses(base)) == steps
@@ -121,19 +144,37 @@ def memory(monkeypatch):
     return limit
 
 
-# halved once, twice, into unequal pieces, and with several passes per step anyway
-@pytest.mark.parametrize("batch, total, rows", [(4, 256, 2), (6, 384, 2), (5, 320, 3), (2, 256, 1)])
-def test_less_memory_same_losses(base, memory, batch, total, rows):
-    flags = (f"--device-batch-size={batch}", f"--total-batch-size={total}")
-    assert tiny.train(*flags, "--model-tag=roomy", "--eval-tokens=1024") == 0
+@pytest.mark.parametrize("rows", [4, 3, 2, 1])  # room for all, two unequal pieces, and less
+def test_less_memory_same_gradient(memory, rows):
+    model = build_model(dict(sequence_len=16, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"), seed=1)
+    batches = [batch(seed, 5, 16, 64, ignore_frac=0) for seed in range(3)]
+
+    def gradient():
+        accumulate = base_train.Accumulator(model, model, None)
+        loss = accumulate(iter(batches), 3)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return loss, gradient
+
+    loss, expected = gradient()
     memory(rows)
-    assert tiny.train(*flags, "--model-tag=tight", "--eval-tokens=1024") == 0
+    tight_loss, got = gradient()
+    assert tight_loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_less_memory_same_losses(base, memory):
+    flags = ("--num-iterations=4", "--device-batch-size=4", "--eval-every=-1")
+    assert tiny.train(*flags, "--model-tag=roomy") == 0
+    memory(1)
+    assert tiny.train(*flags, "--model-tag=tight") == 0
     assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
 
 
 def test_memory_that_runs_out_in_the_middle_of_a_step(base, monkeypatch):
     """The step begins again with the very same batches: none is skipped and no gradient counts twice."""
-    assert tiny.train("--model-tag=roomy") == 0
+    flags = ("--num-iterations=4", "--eval-every=-1")
+    assert tiny.train(*flags, "--model-tag=roomy") == 0
     forward, calls = GPT.forward, []
 
     def once(self, *args, **kwargs):
@@ -144,9 +185,9 @@ def test_memory_that_runs_out_in_the_middle_of_a_step(base, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT, "forward", once)
-    assert tiny.train("--model-tag=tight") == 0
+    assert tiny.train(*flags, "--model-tag=tight") == 0
     assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
-    positions = [json.loads((tiny.folder(base, tag) / "meta_000008.json").read_text())["dataloader_state_dict"] for tag in ("roomy", "tight")]
+    positions = [json.loads((tiny.folder(base, tag) / "meta_000004.json").read_text())["dataloader_state_dict"] for tag in ("roomy", "tight")]
     assert positions[0] == positions[1]
 
 
@@ -155,10 +196,10 @@ def test_not_even_one_row_fits(memory, capsys):
     assert_refused(capsys, "out of memory with one row")
 
 
-def test_device_batch_size_is_found(base, capsys):
-    assert tiny.train("--device-batch-size=-1") == 0
+def test_device_batch_size_is_found(trained, capsys):
+    assert tiny.train("--device-batch-size=-1", "--eval-every=-1", "--num-iterations=2", "--model-tag=x") == 0
     assert "Device batch size: 4 rows" in capsys.readouterr().out
-    model = checkpoints.load_model("base", "cpu", "train")[0]
+    model = checkpoints.load_model("base", "cpu", "train", model_tag="d3")[0]
     for rows, sequence_len, best in [(300, 64, 100), (128, 64, 128), (7, 64, 7), (131, 64, 1), (12, 8192, 1)]:
         assert base_train.fit_device_batch(model, rows, sequence_len, 1) == best
 
@@ -264,30 +305,30 @@ def test_base_directory_is_a_file(base, monkeypatch, capsys):
     assert_refused(capsys, "NANOCHAT_BASE_DIR")
 
 
-def test_the_disk_fills_up(base, capsys):
-    """Found before training where it can be; later the earlier checkpoint stays whole and the message names the file."""
-    assert tiny.train() == 0
-    for path in tiny.folder(base).glob("*_000008*"):
+def test_the_disk_fills_up(trained, capsys):
+    """The earlier checkpoint stays whole and the message names the file."""
+    folder = tiny.folder(trained)
+    for path in folder.glob("*_000008*"):
         path.unlink()
-    before = {path.name: path.read_bytes() for path in tiny.folder(base).glob("*_000004*")}
+    before = {path.name: path.read_bytes() for path in folder.glob("*_000004*")}
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
     try:
         assert_refused(capsys, "optim_000008_rank0.pt", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert {path.name: path.read_bytes() for path in tiny.folder(base).glob("*_0000*")} | before == before | {
-        path.name: path.read_bytes() for path in tiny.folder(base).glob("state_000008*")}
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*_000004*")}
+    assert checkpoints.list_steps(folder) == [4] and not list(folder.glob(".*"))
     assert tiny.train("--resume") == 0
 
-    free = shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 1000)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: free)
-        assert_refused(capsys, "has 0 MiB free")
+
+def test_a_full_disk_is_found_before_the_training(base, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    assert_refused(capsys, "has 0 MiB free")
+    assert not (tiny.folder(base) / "log.jsonl").exists()
 
 
-def test_a_checkpoint_that_does_not_fit(base, capsys):
-    assert tiny.train() == 0
+def test_a_checkpoint_that_does_not_fit(trained, capsys):
     assert_refused(capsys, "another shape than these flags ask for: n_layer 3 -> 4", "--depth=4", "--model-tag=d3", "--resume")
     assert_refused(capsys, "window_pattern SL -> L", "--window-pattern=L", "--resume")
     assert_refused(capsys, "beyond the horizon of 6 steps", "--num-iterations=6", "--resume")
@@ -296,22 +337,19 @@ def test_a_checkpoint_that_does_not_fit(base, capsys):
 
 
 @pytest.mark.parametrize("name", ["model_000008.pt", "optim_000008_rank0.pt", "state_000008_rank0.pt", "meta_000008.json"])
-def test_a_corrupt_checkpoint(base, capsys, name):
+def test_a_corrupt_checkpoint(trained, capsys, name):
     """A file cut short, or with a byte flipped in the middle of its tensors."""
-    assert tiny.train("--eval-every=-1") == 0
-    path = tiny.folder(base) / name
+    path = tiny.folder(trained) / name
     data = path.read_bytes()
     middle = len(data) // 2
     for damaged in [data[:middle], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]][:2 if name.endswith(".pt") else 1]:
         path.write_bytes(damaged)
         assert_refused(capsys, name, "--resume")
-    path.write_bytes(data)
-    assert tiny.train("--resume-from-step=4") == 0
+    assert tiny.train("--resume-from-step=4", "--num-iterations=5", "--eval-every=-1") == 0
 
 
-def test_a_meta_file_of_another_stage(base, capsys):
-    assert tiny.train() == 0
-    path = tiny.folder(base) / "meta_000008.json"
+def test_a_meta_file_of_another_stage(trained, capsys):
+    path = tiny.folder(trained) / "meta_000008.json"
     meta = json.loads(path.read_text())
     del meta["loop_state"]
     path.write_text(json.dumps(meta))

@@ -1,23 +1,19 @@
 """Training under torchrun on the CPU (gloo): as many ranks as you like, the same model."""
-import itertools
 import json
 import shutil
 
 import pytest
-import torch
 from torch.distributed.run import get_args_parser
 
-from tests import tiny
-from tests.golden.fixtures import load
-from tests.golden.test_optimizer_sharded import CASES
 from scripts.base_train import build_parser
+from tests import tiny
 
 STREAMS = ("--data-streams=4", "--device-batch-size=1")  # the same batches for 1, 2 and 4 ranks
 
 
 @pytest.fixture
 def base(base_dir):
-    tiny.prepare(base_dir, row_groups=4)
+    tiny.prepare(base_dir)
     return base_dir
 
 
@@ -75,10 +71,14 @@ def test_resuming_on_two_ranks_is_exact(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_errors_of_all_ranks_are_said_once(base):
-    done = tiny.run(base, "--data-streams=3", ranks=2)
+@pytest.mark.parametrize("ranks, flag, message", [
+    (2, "--data-streams=3", "error: --data-streams=3 cannot be shared by 2 ranks; use a multiple"),
+    (3, "--depth=3", "error: the 320 rows of the embeddings cannot be shared by 3 ranks; use 2"),
+])
+def test_errors_of_all_ranks_are_said_once(base, ranks, flag, message):
+    done = tiny.run(base, flag, ranks=ranks)
     assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error: --data-streams=3 cannot be shared by 2 ranks; use a multiple"]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [message]
 
 
 def test_torchruns_own_parser_leaves_our_flags_alone():

@@ -16,23 +16,23 @@ from tests.golden.fixtures import HERE
 ROOT = Path(__file__).parents[1]
 MODEL = ["--depth=3", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--window-pattern=SL", "--device-type=cpu"]
 QUIET = ["--core-metric-every=-1", "--sample-every=-1"]
-# two micro-batches per step; the shards are so small that an epoch ends every few batches
+# two micro-batches per step; the shards are so small that epochs end within the run
 FLAGS = [*MODEL, *QUIET, "--device-batch-size=2", "--total-batch-size=256", "--num-iterations=8", "--eval-every=4", "--eval-tokens=512",
          "--save-every=4", "--warmup-steps=2"]
 ENV = {"OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def prepare(base_dir, row_groups: int | None = None) -> None:
+def prepare(base_dir, as_they_are: bool = False) -> None:
     """Puts data and tokenizer into a base directory, which must be the one of NANOCHAT_BASE_DIR.
 
-    For more ranks or streams than three: the same documents many times over, in `row_groups` row groups a file.
+    The golden shards as they are serve three streams at most and make short batches of documents. Unless that is wanted,
+    they are written anew with each document twice, in four row groups a file or more.
     """
     folder = Path(base_dir) / "base_data_climbmix"
     shutil.copytree(HERE / "shards", folder)
-    if row_groups:
-        for path in folder.glob("*.parquet"):
-            table = pa.concat_tables([pq.read_table(path)] * 16)
-            pq.write_table(table, path, row_group_size=-(-len(table) // row_groups))
+    for path in () if as_they_are else folder.glob("*.parquet"):
+        table = pa.concat_tables([pq.read_table(path)] * 2)
+        pq.write_table(table, path, row_group_size=len(table) // 4)
     assert tok_train.main(["--vocab-size=320"]) == 0
 
 

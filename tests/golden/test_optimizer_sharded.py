@@ -28,7 +28,7 @@ def optimize(case: dict, grads_of_step) -> tuple[list, MuonAdamW]:
     rest = iter(params)
     optimizer = MuonAdamW([dict(kind=group["kind"], params=[next(rest) for _ in group["shapes"]], **group["hyper"]) for group in GOLDEN["groups"]])
     for step in range(case["steps"]):
-        for p, grad in zip(params, grads_of_step(step)):
+        for p, grad in zip(params, grads_of_step(step), strict=True):
             p.grad = tensor(grad)
         optimizer.step()
     return params, optimizer
@@ -69,7 +69,7 @@ def test_ranks(world_size):
 def test_one_rank_fed_the_mean_gradient(world_size):
     case = CASES[world_size]
     params, _ = optimize(case, lambda step: [np.mean(grads, axis=0, dtype=np.float32)
-                                             for grads in zip(*(gradients(case, step, rank) for rank in range(world_size)))])
+                                             for grads in zip(*(gradients(case, step, rank) for rank in range(world_size)), strict=True)])
     check_params(params, world_size)
 
 

@@ -21,7 +21,7 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory)
+        tiny.prepare(directory, as_they_are=True)
         assert base_train.main(TRAIN["flags"]) == 0
     return directory
 

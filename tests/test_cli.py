@@ -1,0 +1,102 @@
+"""Flags and error messages: what every command shares."""
+import errno
+
+import pytest
+
+from nanochat import cli
+from nanochat.cli import ArgumentParser, UsageError, command
+
+
+def parse(argv, **options):
+    parser = ArgumentParser(prog="test")
+    parser.add_argument("--model-tag", default="none", **options)
+    parser.add_argument("--load_optimizer", type=int, default=1)
+    parser.add_argument("rest", nargs="*")
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("argv", [["--model-tag=a_b"], ["--model_tag=a_b"], ["--model-tag", "a_b"], ["--model_tag", "a_b"]])
+def test_dashes_and_underscores_are_equal(argv):
+    assert parse(argv).model_tag == "a_b"  # the value keeps its own
+
+
+def test_what_is_no_flag_keeps_its_underscores():
+    assert parse(["a_b", "--", "--model_tag=c"]).rest == ["a_b", "--model_tag=c"]
+
+
+def test_sys_argv_is_read(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["test", "--model_tag=x"])
+    assert parse(None).model_tag == "x"
+
+
+@pytest.mark.parametrize("argv", [["--model=x"], ["--mod", "x"], ["--nothing"], ["--model-tag"], ["--model-tag=8"]])
+def test_errors_are_one_line_and_status_2(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        parse(argv, type=int, choices=[1, 2])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("test: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, good, bad", [
+    ("positive_int", {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "nan", "1e3"]),
+    ("non_negative_int", {"0": 0, "7": 7}, ["-1", "0.5"]),
+    ("int_or_off", {"-1": -1, "1": 1}, ["0", "-2"]),
+    ("step_or_off", {"-1": -1, "0": 0, "5": 5}, ["-2"]),
+    ("positive_float", {"0.5": 0.5, "1e-9": 1e-9}, ["0", "-1", "nan", "inf", "1e999"]),
+    ("non_negative_float", {"0": 0.0, "2": 2.0}, ["-0.1", "nan", "-inf"]),
+    ("finite_float", {"-3.5": -3.5}, ["nan", "inf", "x"]),
+    ("fraction", {"0": 0.0, "1": 1.0, "0.65": 0.65}, ["-0.1", "1.1", "nan"]),
+])
+def test_numbers(capsys, name, good, bad):
+    kind = getattr(cli, name)
+    for text, value in good.items():
+        assert kind(text) == value and type(kind(text)) is type(value)
+    parser = ArgumentParser(prog="test")
+    parser.add_argument("--x", type=kind)
+    for text in bad:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--x={text}"])
+        assert "--x" in capsys.readouterr().err
+
+
+def failing(error):
+    @command
+    def main(argv=None):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (UsageError("no data; get some"), 2, "error: no data; get some\n"),
+    (UsageError("two\n  lines"), 2, "error: two lines\n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device: while writing"),
+    (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "error: Permission denied: /etc/x"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+])
+def test_errors_become_exit_statuses(capsys, error, status, said):
+    assert failing(error)() == status
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), ConnectionResetError(errno.ECONNRESET, "reset")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        failing(error)()
+
+
+def test_status_of_success():
+    assert command(lambda argv: None)() == 0
+    assert command(lambda argv: 3)(["x"]) == 3
+
+
+def test_other_ranks_speak_after_rank_0(capsys, monkeypatch):
+    """They give torchrun the time to end them when rank 0 has said it."""
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    monkeypatch.setenv("RANK", "3")
+    assert failing(UsageError("only here"))() == 2
+    assert capsys.readouterr().err == "error on rank 3: only here\n" and len(pauses) == 1
+    monkeypatch.setenv("RANK", "0")
+    assert failing(UsageError("here"))() == 2
+    assert capsys.readouterr().err == "error: here\n" and len(pauses) == 1

@@ -1,0 +1,121 @@
+"""Files, devices, ranks and logging: what every module stands on. (Peak speeds: golden/test_small.py.)"""
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import common
+from nanochat.cli import UsageError
+
+
+def test_base_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "a" / "b"))
+    assert common.get_base_dir() == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.get_base_dir() == str(tmp_path / ".cache" / "nanochat")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="set NANOCHAT_BASE_DIR"):
+        common.get_base_dir()
+
+
+def test_atomic_files(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    common.write_text_atomic(path, "één")
+    assert path.read_text(encoding="utf-8") == "één"
+    with pytest.raises(RuntimeError), common.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text(encoding="utf-8") == "één"
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "één"
+    with common.atomic_path(str(path)) as temporary:
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        common.write_text_atomic(tmp_path / "x", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_download_once(base_dir, tmp_path_factory):
+    source = tmp_path_factory.mktemp("web") / "source"
+    source.write_bytes(b"content")
+    seen = []
+    path = common.download_file_with_lock(source.as_uri(), "copy", postprocess_fn=seen.append)
+    assert path == str(base_dir / "copy") and Path(path).read_bytes() == b"content" and seen == [path]
+    source.unlink()
+    assert common.download_file_with_lock(source.as_uri(), "copy", postprocess_fn=seen.append) == path and seen == [path]
+    with pytest.raises(UsageError, match="cannot download"):
+        common.download_file_with_lock(source.as_uri(), "other")
+    assert not (base_dir / "other").exists()
+
+
+@pytest.mark.parametrize("name, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_compute_dtype_by_name(monkeypatch, name, dtype):
+    monkeypatch.setenv("NANOCHAT_DTYPE", name)
+    assert common._resolve_compute_dtype() == (dtype, "set by NANOCHAT_DTYPE")
+
+
+def test_compute_dtype_by_device(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DTYPE")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, dtype in (((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 5), torch.float32)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        assert common._resolve_compute_dtype()[0] == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(common, "_cpu_has_native_bf16", lambda: native)
+        assert common._resolve_compute_dtype()[0] == dtype
+
+
+def test_unknown_compute_dtype(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float8")
+    with pytest.raises(KeyError, match="float8.*bfloat16, float16, float32"):
+        common._resolve_compute_dtype()
+
+
+def test_compute_init_seeds():
+    draws = []
+    for _ in range(2):
+        ddp, rank, local_rank, world_size, device = common.compute_init("cpu")
+        draws.append((random.random(), torch.rand(3).tolist()))
+    assert (ddp, rank, local_rank, world_size, device) == (False, 0, 0, 1, torch.device("cpu"))
+    assert draws[0] == draws[1]
+    common.compute_cleanup()  # without a process group there is nothing to do
+
+
+def test_unknown_device():
+    with pytest.raises(UsageError, match="cuda, mps or cpu"):
+        common.compute_init("tpu")
+
+
+@pytest.mark.parametrize("rank, printed", [(None, "x\n"), ("0", "x\n"), ("1", "")])
+def test_print0(capsys, monkeypatch, rank, printed):
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    common.print0("x")
+    assert capsys.readouterr().out == printed
+
+
+def test_colors():
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": "Shard 3 is done: %d MB", "args": (12,)})
+    line = common.ColoredFormatter("%(levelname)s - %(message)s").format(record)
+    assert line == "\033[32m\033[1mINFO\033[0m - \033[32m\033[1mShard 3\033[0m is done: \033[1m12 MB\033[0m"
+    assert record.levelname == "INFO"  # other handlers get it uncoloured
+    record = logging.makeLogRecord({"levelname": "ERROR", "msg": "12 MB"})
+    assert common.ColoredFormatter("%(levelname)s - %(message)s").format(record) == "\033[31m\033[1mERROR\033[0m - 12 MB"
+
+
+def test_dummy_wandb():
+    common.DummyWandb().log({"a": 1}, step=3)
+    common.DummyWandb().finish()
