@@ -69,12 +69,15 @@ def make_stock() -> None:
 def worker(args) -> None:
     import torch
 
+    from nanochat.common import compute_init
     from nanochat.compiler import compile_model
     from nanochat.gpt import GPT
     from nanochat.recipe import gpt_config
     if args.worker.startswith("stock"):
         make_stock()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.worker.startswith("ours"):
+        compute_init(device.type)
     with torch.device("meta"):
         model = GPT(gpt_config(args.depth, 64, args.head_dim, args.max_seq_len, args.vocab_size, args.window_pattern))
     model.to_empty(device=device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanochat.compiler import jit
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28, "mps": 1 << 26}  # logits held at once: the cache, or a share of the memory
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28, "mps": 1 << 26}  # logits held at once: the cache, or a share of the memory
 
 
 def _chunk_rows(rows: int, vocab: int, device: torch.device) -> int:

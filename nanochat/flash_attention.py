@@ -39,7 +39,8 @@ def _load_fa3():
 
 
 BLOCK = 128  # queries per block
-BLOCK_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
+CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
+GPU_BYTES = 1 << 28
 
 _fa3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
@@ -73,7 +74,7 @@ def _block_mask(length: int, window: int, device: torch.device):
 @functools.lru_cache(maxsize=1)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=True)  # prompts come in all lengths
 
 
 def _flex_attention(q, k, v, window: int, enable_gqa: bool):
@@ -105,7 +106,8 @@ def _pieces(q, k, window: int):
     to stay in the processor's cache until it is used. Its operands are made contiguous: a batched matmul of strided
     ones copies them too, and a transposed one slowly.
     """
-    heads_at_once = max(1, torch.get_num_threads() * BLOCK_BYTES // (BLOCK * q.size(1) * q.element_size()))
+    bytes_at_once = torch.get_num_threads() * CPU_BYTES if q.device.type == "cpu" else GPU_BYTES
+    heads_at_once = max(1, bytes_at_once // (BLOCK * q.size(1) * q.element_size()))
     for first_head in range(0, q.size(0), heads_at_once):
         heads = slice(first_head, first_head + heads_at_once)
         for start in range(0, q.size(1), BLOCK):
