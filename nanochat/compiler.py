@@ -15,7 +15,7 @@ from torch import nn
 from nanochat.common import print0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not_compile(device_type: str) -> str:
     """Why torch.compile cannot be used on this kind of device; empty if it can."""
     if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):

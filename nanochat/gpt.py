@@ -216,7 +216,7 @@ class GPT(nn.Module):
     def _compute_window_sizes(config: GPTConfig) -> list[tuple[int, int]]:
         pattern = config.window_pattern.upper()
         assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
-        short = -(-(-(-config.sequence_len // 4)) // 128) * 128  # a quarter of the context, in tiles of 128
+        short = math.ceil(config.sequence_len / 4 / 128) * 128  # a quarter of the context, in tiles of 128
         sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.cli import UsageError
-from nanochat.gpt import SMEAR_GATE_CHANNELS, GPT, GPTConfig
+from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2 ** 19  # tokens

@@ -12,7 +12,7 @@ SECONDS=0
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
-ITERATIONS=240
+ITERATIONS=320
 MODEL="base_checkpoints/d4/model_$(printf %06d $ITERATIONS).pt"
 
 REDO=""
@@ -37,7 +37,7 @@ stage "tokenizer" tokenizer/token_bytes.pt python -m scripts.tok_train --vocab-s
 stage "pretraining" "$MODEL" python -m scripts.base_train \
     --depth=4 --head-dim=64 --max-seq-len=512 --window-pattern=L \
     --device-batch-size=16 --total-batch-size=8192 --num-iterations=$ITERATIONS \
-    --eval-every=60 --eval-tokens=65536 --sample-every=120 --core-metric-every=-1
+    --eval-every=80 --eval-tokens=65536 --sample-every=160 --core-metric-every=-1
 stage "evaluation" report/base-model-evaluation.md python -m scripts.base_eval --eval=bpb,sample --split-tokens=65536
 printf '\n=== report\n'
 python -m nanochat.report generate

@@ -30,7 +30,7 @@ def run_case(case: dict, dtype: torch.dtype):
 @pytest.mark.parametrize("case", load("optimizer")["cases"], ids=lambda case: case["name"])
 def test_trajectory(case):
     expected = arrays("optimizer")
-    for done, params, optimizer in run_case(case, torch.float32):
+    for done, params, optimizer in run_case(case, torch.float32):  # noqa: B007
         for i, p in enumerate(params):
             np.testing.assert_allclose(p.detach(), expected[f"{case['name']}/p{i}/after{done}"], rtol=0, atol=2e-5 * max(1.0, case["largest_change_after5"]))
     for i, state in case["state_after5"].items():
