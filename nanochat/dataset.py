@@ -458,8 +458,7 @@ def _rows(source: str, split: str, file: int = 0, row: int = 0) -> Generator[tup
     """(position after it, text) of the rows from a position on. The files of the dataset come in random order."""
     hub = HUB[source]
     try:
-        import datasets
-        stream = datasets.load_dataset(hub.repo, hub.config, split=split, streaming=True).select_columns(["text"])
+        stream = _open_stream(hub, split).select_columns(["text"])
         order = list(range(stream.num_shards))
         random.Random(42).shuffle(order)
         while file < len(order):
@@ -471,6 +470,17 @@ def _rows(source: str, split: str, file: int = 0, row: int = 0) -> Generator[tup
     except Exception as error:
         raise UsageError(f"cannot read {hub.repo} from the hub ({_reason(error)}); check the network and run the same command again "
                          "to continue, or use --source=stdlib, which needs none") from error
+
+
+def _open_stream(hub: HubDataset, split: str) -> Any:
+    import datasets
+    try:
+        return datasets.load_dataset(hub.repo, hub.config, split=split, streaming=True)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # the repository holds a script, which `datasets` 4 and newer refuse (huggingface/datasets#7693): take the hub's conversion
+        return datasets.load_dataset(hub.repo, split=split, streaming=True, revision="refs/convert/parquet")
 
 
 def _take(rows: Iterator[tuple[Position, str]], cut_rows: bool, progress: _Progress) -> tuple[list[str], Position, bool]:

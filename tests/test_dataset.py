@@ -424,8 +424,10 @@ def streams(monkeypatch):
     import datasets
     content = {}
 
-    def load_dataset(repo, config=None, split=None, streaming=False):
+    def load_dataset(repo, config=None, split=None, streaming=False, revision=None):
         assert streaming
+        if content.get("script") and revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
         if content.get("offline"):
             raise ConnectionError("no route to host")
         return datasets.Dataset.from_dict({"text": content[split], "id": range(len(content[split]))}).to_iterable_dataset(num_shards=3)
@@ -448,6 +450,12 @@ def streams(monkeypatch):
 
 def numbered(name, count):
     return [f"{name} {i:04d} " + "x" * random.Random(i).randrange(100) for i in range(count)]
+
+
+def test_a_repository_that_holds_a_script_is_read_from_its_conversion(folder, streams):
+    streams.update(train=numbered("train", 100), script=True)
+    assert main(["--source=openwebtext"]) == 0
+    assert sorted(read("train") + read("val")) == streams["train"]
 
 
 def test_streamed_source_with_its_own_validation_split(folder, streams):
