@@ -23,6 +23,9 @@ polar_express_coeffs = [
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
+# PyTorch 2.13 renamed the two collectives
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 SMALL = 1024  # parameters with fewer elements are updated on every rank instead of sharded
 
 
@@ -137,7 +140,7 @@ class MuonAdamW(torch.optim.Optimizer):
                                      "pad the vocabulary to a multiple of the number of ranks")
                 part = torch.empty_like(p.grad[:p.size(0) // world])
                 p.grad.div_(world)
-                jobs.append((p, part, dist.reduce_scatter_tensor(part, p.grad, async_op=True)))
+                jobs.append((p, part, reduce_scatter(part, p.grad, async_op=True)))
         return jobs
 
     def _update_adamw(self, group, jobs, rank, world):
@@ -155,7 +158,7 @@ class MuonAdamW(torch.optim.Optimizer):
             adamw_step_fused(part, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"],
                              beta1, beta2, group["eps"], group["weight_decay"])
             if sharded:
-                gathers.append((dist.all_gather_into_tensor(p.data, part.clone(), async_op=True), None))
+                gathers.append((all_gather(p.data, part.clone(), async_op=True), None))
         return gathers
 
     # -- Muon: one job per group: (stacked gradients of this rank's chunk, the buffer of all, work to wait for)
@@ -169,7 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch.stack([p.grad for p in params], out=everything[:len(params)])
         everything.div_(world)
         part = torch.empty_like(everything[:chunk])
-        return part, everything, dist.reduce_scatter_tensor(part, everything, async_op=True)
+        return part, everything, reduce_scatter(part, everything, async_op=True)
 
     def _update_muon(self, group, job, rank, world):
         grads, everything, work = job
@@ -196,5 +199,5 @@ class MuonAdamW(torch.optim.Optimizer):
         send = torch.zeros_like(grads)
         if mine:
             send[:len(mine)] = stacked
-        gather = dist.all_gather_into_tensor(everything, send, async_op=True)
+        gather = all_gather(everything, send, async_op=True)
         return [(gather, lambda: torch._foreach_copy_(params, list(everything[:len(params)].unbind())))]

@@ -23,3 +23,15 @@ def base_dir(tmp_path, monkeypatch):
     """A fresh, empty NANOCHAT_BASE_DIR."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The base directory of a tiny run that nobody interrupted, with checkpoints of steps 4 and 8; not to be written to."""
+    from tests import tiny
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        tiny.prepare(directory)
+        assert tiny.train() == 0
+    return directory

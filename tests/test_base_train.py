@@ -25,20 +25,10 @@ def base(base_dir):
     gc.enable()  # a run that ends early leaves the collector off
 
 
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory)
-        assert tiny.train() == 0
-    return directory
-
-
 @pytest.fixture
-def trained(trained_once, base):
+def trained(finished_run, base):
     """A base directory with the checkpoints of steps 4 and 8."""
-    shutil.copytree(tiny.folder(trained_once), tiny.folder(base))
+    shutil.copytree(tiny.folder(finished_run), tiny.folder(base))
     return base
 
 

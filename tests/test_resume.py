@@ -12,17 +12,6 @@ from nanochat.run_log import read_run_log
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The base directory of a run that nobody interrupted."""
-    directory = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory)
-        assert tiny.train() == 0
-    return directory
-
-
 @pytest.fixture
 def base(base_dir):
     tiny.prepare(base_dir)
@@ -30,15 +19,15 @@ def base(base_dir):
 
 
 @pytest.fixture
-def finished(whole, base_dir):
+def finished(finished_run, base_dir):
     """A copy of the uninterrupted run."""
-    shutil.copytree(whole, base_dir, dirs_exist_ok=True)
+    shutil.copytree(finished_run, base_dir, dirs_exist_ok=True)
     return base_dir
 
 
-def assert_same(base, whole, **kwargs):
-    assert tiny.losses(base) == tiny.losses(whole)
-    assert tiny.same_checkpoint(base, whole, **kwargs)
+def assert_same(base, finished_run, **kwargs):
+    assert tiny.losses(base) == tiny.losses(finished_run)
+    assert tiny.same_checkpoint(base, finished_run, **kwargs)
 
 
 def forget(base, step: int) -> None:
@@ -46,15 +35,15 @@ def forget(base, step: int) -> None:
         path.unlink()
 
 
-def test_the_run_spans_epochs_and_accumulates(whole):
+def test_the_run_spans_epochs_and_accumulates(finished_run):
     """What the tests below stand on."""
-    start, *records = read_run_log(tiny.folder(whole) / "log.jsonl")
+    start, *records = read_run_log(tiny.folder(finished_run) / "log.jsonl")
     epochs = {record["epoch"] for record in records if record["kind"] == "train"}
     assert len(epochs) > 1
     assert start["total_batch_size"] == 2 * 2 * 64  # two passes of two rows
 
 
-def test_kill_9_between_saves(base, whole):
+def test_kill_9_between_saves(base, finished_run):
     process = tiny.start(base, "--save-every=2")
     for line in process.stdout:
         if line.startswith("step 00005"):
@@ -64,12 +53,12 @@ def test_kill_9_between_saves(base, whole):
     assert process.returncode == -signal.SIGKILL
     assert checkpoints.list_steps(tiny.folder(base)) == [2, 4]
     assert tiny.train("--resume") == 0
-    assert_same(base, whole)
+    assert_same(base, finished_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["Step 00000", "step 00000", "step 00003", "Step 00004", "step 00004", "step 00007"])
-def test_kill_9_after_any_line(base, whole, line):
+def test_kill_9_after_any_line(base, finished_run, line):
     process = tiny.start(base)
     for printed in process.stdout:
         if printed.startswith(line):
@@ -77,7 +66,7 @@ def test_kill_9_after_any_line(base, whole, line):
     process.kill()
     process.communicate()
     assert tiny.run(base, "--resume").returncode == 0
-    assert_same(base, whole)
+    assert_same(base, finished_run)
 
 
 def train_and_die(rename: int) -> None:
@@ -99,7 +88,7 @@ def train_and_die(rename: int) -> None:
 @pytest.mark.parametrize("rename, steps", [
     (5, []), (9, [4]), *(pytest.param(*case, marks=pytest.mark.slow)
                          for case in ((1, []), (2, []), (3, []), (4, []), (6, [4]), (7, [4]), (8, [4]), (10, [4, 8])))])
-def test_kill_9_during_a_save(base, whole, rename, steps):
+def test_kill_9_during_a_save(base, finished_run, rename, steps):
     process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(rename,))
     process.start()
     process.join()
@@ -107,33 +96,33 @@ def test_kill_9_during_a_save(base, whole, rename, steps):
     folder = tiny.folder(base)
     assert checkpoints.list_steps(folder) == steps
     for step in steps:
-        assert tiny.same_checkpoint(base, whole, step)
+        assert tiny.same_checkpoint(base, finished_run, step)
     assert tiny.train("--resume") == 0
-    assert_same(base, whole)
+    assert_same(base, finished_run)
     assert not list(folder.glob(".*")), "what the kill left is gone"
 
 
-def test_resume_with_nothing_there_begins_anew(base, whole, capsys):
+def test_resume_with_nothing_there_begins_anew(base, finished_run, capsys):
     assert tiny.train("--resume") == 0
     assert "a new run begins" in capsys.readouterr().out
-    assert_same(base, whole)
+    assert_same(base, finished_run)
 
 
-def test_resume_takes_the_newest_checkpoint_and_resume_from_step_any(finished, whole, capsys):
+def test_resume_takes_the_newest_checkpoint_and_resume_from_step_any(finished, finished_run, capsys):
     forget(finished, 8)
     assert tiny.train("--save-every=2", "--resume") == 0
     assert "Resuming from step 4" in capsys.readouterr().out
-    assert_same(finished, whole)
+    assert_same(finished, finished_run)
     assert checkpoints.list_steps(tiny.folder(finished)) == [4, 6, 8]
     assert tiny.train("--resume-from-step=4") == 0
-    assert_same(finished, whole)
+    assert_same(finished, finished_run)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished, whole):
+def test_resuming_a_finished_run_changes_nothing(finished, finished_run):
     times = {path: path.stat().st_mtime_ns for path in tiny.folder(finished).glob("*.pt")}
     assert tiny.train("--resume") == 0
     assert times == {path: path.stat().st_mtime_ns for path in tiny.folder(finished).glob("*.pt")}
-    assert_same(finished, whole)
+    assert_same(finished, finished_run)
 
 
 def test_a_longer_horizon_trains_on(finished):
@@ -142,10 +131,10 @@ def test_a_longer_horizon_trains_on(finished):
     assert [step for kind, step, *_ in tiny.losses(finished) if kind == "train"] == list(range(10))
 
 
-def test_learning_rates_may_change_on_resume(finished, whole):
+def test_learning_rates_may_change_on_resume(finished, finished_run):
     """The flags count, not what the checkpoint was trained with: at a rate of 0 the matrices stay, and the rest moves on."""
     assert tiny.train("--resume-from-step=4", "--matrix-lr=0") == 0
-    before, after = (torch.load(tiny.folder(base) / f"model_{step:06d}.pt", weights_only=True) for base, step in ((whole, 4), (finished, 8)))
+    before, after = (torch.load(tiny.folder(base) / f"model_{step:06d}.pt", weights_only=True) for base, step in ((finished_run, 4), (finished, 8)))
     matrices = {key for key in before if key.startswith("transformer.h.")}
     assert {key for key in before if torch.equal(before[key], after[key])} == matrices
 
@@ -163,12 +152,12 @@ def test_several_streams_in_one_process(base_dir, tmp_path_factory, monkeypatch)
     assert_same(other, base_dir)
 
 
-def test_a_new_run_over_an_old_one(finished, whole, capsys):
+def test_a_new_run_over_an_old_one(finished, finished_run, capsys):
     """It says so, replaces the old log and the checkpoints of the same steps, and leaves others alone."""
     assert tiny.train("--matrix-lr=0.01", "--num-iterations=6") == 0
     assert "another run" in capsys.readouterr().out
     assert checkpoints.list_steps(tiny.folder(finished)) == [4, 6, 8]
-    assert not tiny.same_checkpoint(finished, whole, 4) and tiny.same_checkpoint(finished, whole, 8)
+    assert not tiny.same_checkpoint(finished, finished_run, 4) and tiny.same_checkpoint(finished, finished_run, 8)
     assert len([kind for kind, *_ in tiny.losses(finished) if kind == "train"]) == 6
 
 
