@@ -7,6 +7,7 @@
 """
 import functools
 import os
+import sysconfig
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def why_not_compile(device_type: str) -> str:
             get_cpp_compiler()
         except Exception as error:
             return f"no C++ compiler ({str(error).splitlines()[0][:80]})"
+        if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+            return "no Python headers (on Debian and Ubuntu: apt install python3-dev)"
         return ""
     return f"torch.compile is not reliable on {device_type}"
 
