@@ -67,7 +67,7 @@ def main(argv=None) -> None:
     parser.add_argument("--context", type=positive_int, default=256, help="tokens before the first decoded one")
     parser.add_argument("--steps", type=positive_int, default=16, help="timed steps with the cache; a quarter of them without")
     parser.add_argument("--batch-sizes", type=positive_ints, default="1,4,16")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: autodetect")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     *_, device = compute_init(args.device_type or autodetect_device_type())
     heads = -(-args.depth * 64 // args.head_dim)

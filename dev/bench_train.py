@@ -22,24 +22,26 @@ import subprocess
 import sys
 import time
 
+from nanochat.cli import command, positive_int
+
 CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "ours")
 GPU_CONTESTANTS = ("stock-bf16", "ours", "ours-fp8")
 
 
-def parse_args():
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 6])
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--max-seq-len", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=16, help="rows per step")
+    parser.add_argument("--depths", type=positive_int, nargs="+", default=[4, 6])
+    parser.add_argument("--head-dim", type=positive_int, default=64)
+    parser.add_argument("--max-seq-len", type=positive_int, default=512)
+    parser.add_argument("--rows", type=positive_int, default=16, help="rows per step")
     parser.add_argument("--window-pattern", default="L")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps per turn")
-    parser.add_argument("--contestants", nargs="+")
+    parser.add_argument("--vocab-size", type=positive_int, default=4096)
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--steps", type=positive_int, default=2, help="steps per turn")
+    parser.add_argument("--contestants", nargs="+", choices=sorted({*CPU_CONTESTANTS, *GPU_CONTESTANTS}))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--depth", type=positive_int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 # -----------------------------------------------------------------------------
@@ -215,8 +217,9 @@ def bench(args, depth: int) -> None:
         contestant.close()
 
 
-def main() -> None:
-    args = parse_args()
+@command
+def main(argv=None) -> None:
+    args = parse_args(argv)
     if args.worker:
         worker(args)
         return
@@ -225,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -184,7 +184,8 @@ def find_largest_model(checkpoints_dir: str | os.PathLike) -> str:
     """The tag `d<number>...` with the largest number, else the most recently changed. Raises CheckpointNotFound."""
     tags = list_models(checkpoints_dir)
     if not tags:
-        raise CheckpointNotFound(f"no model in {checkpoints_dir}; train one with python -m scripts.base_train")
+        how = " with python -m scripts.base_train" if Path(checkpoints_dir).name == SOURCES["base"] else ""
+        raise CheckpointNotFound(f"no model in {checkpoints_dir}; train one first{how}")
     depths = [(int(match[1]), tag) for tag in tags if (match := re.match(r"d(\d+)", tag))]
     if depths:
         deepest = max(depth for depth, _ in depths)

@@ -19,12 +19,28 @@ class UsageError(Exception):
     """A bad flag, file or setting. The message is one line: what is wrong, and what to do about it."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to every flag's help, unless it is one that says nothing (None, an empty text, an unset switch)."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, "") and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` with dashes and underscores equal, no abbreviations and one-line errors."""
+    """`argparse.ArgumentParser` with dashes and underscores equal, no abbreviations and one-line errors.
+
+    Every flag's help ends with its default, and the usage names the command as it is typed: `python -m scripts.base_train`.
+    """
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        if spec := getattr(sys.modules["__main__"], "__spec__", None):
+            kwargs.setdefault("prog", f"python -m {spec.name}")
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def add_argument(self, *flags, **kwargs):
+        kwargs.setdefault("help", "(default: %(default)s)")  # argparse shows none where there is no help
+        return super().add_argument(*flags, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         args = sys.argv[1:] if args is None else list(args)
@@ -45,9 +61,10 @@ def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
     def parse(text: str):
         try:
             value = convert(text)
+            accepted = math.isfinite(value) and accept(value)
         except (ValueError, OverflowError):
-            value = None
-        if value is None or not math.isfinite(value) or not accept(value):
+            accepted = False
+        if not accepted:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
     return parse
@@ -61,6 +78,13 @@ positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
 finite_float = _number(float, lambda v: True, "a number")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+def folder_name(text: str) -> str:
+    """A name that stays below the folder it is put in; empty for the default."""
+    if text in (".", "..") or "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
+    return text
 
 
 def command(main: Callable) -> Callable[..., int]:
@@ -78,7 +102,9 @@ def command(main: Callable) -> Callable[..., int]:
         except OSError as error:
             if error.filename is None and error.errno not in (28, 30, 122):  # disk full, read-only, quota
                 raise
-            message = f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another NANOCHAT_BASE_DIR"
+            message = f"{error.strerror}: {error.filename or 'while writing'}"
+            if not isinstance(error, FileNotFoundError):
+                message += "; fix permissions, free space or choose another NANOCHAT_BASE_DIR"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

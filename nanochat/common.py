@@ -71,7 +71,8 @@ class ColoredFormatter(logging.Formatter):
 
 def setup_default_logging() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(ColoredFormatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+    formatter = ColoredFormatter if handler.stream.isatty() else logging.Formatter  # no control codes in a file
+    handler.setFormatter(formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -104,7 +105,7 @@ def get_base_dir() -> str:
 
     Raises UsageError where it cannot be created.
     """
-    base_dir = os.environ.get("NANOCHAT_BASE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "nanochat")
+    base_dir = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
     try:
         os.makedirs(base_dir, exist_ok=True)
     except OSError as error:

@@ -46,14 +46,15 @@ def _gather_target(z, targets, cap: float):
 
 
 @torch.library.custom_op("nanochat::softcap_cross_entropy", mutates_args=())
-def _forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, mean: bool,
+def _forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float,
              need_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its gradients with respect to hidden and weight); the gradients are empty if not needed."""
+    """(summed loss, its gradients with respect to hidden and, in float32, weight); the gradients are empty if not needed.
+
+    The sum and not the mean, whose gradients of single logits would vanish in float16.
+    """
     rows, vocab = hidden.size(0), weight.size(0)
     chunk = _chunk_rows(rows, vocab, hidden.device)
-    count = (targets >= 0).sum().float()
-    scale = 1 / count if mean else torch.ones_like(count)
-    loss = torch.zeros_like(count)
+    loss = torch.zeros((), device=hidden.device)
     grad_hidden = torch.empty_like(hidden if need_grad else hidden[:0])
     grad_weight = torch.zeros_like(weight if need_grad else weight[:0], dtype=torch.float32)
     for start in range(0, rows, chunk):
@@ -65,28 +66,28 @@ def _forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, 
         logit, slope = _gather_target(z, t, cap)
         loss += ((total.log() - logit) * valid).sum()
         if need_grad:
-            row_scale = valid * scale
-            grad = _capped_softmax_grad(z, total, row_scale, cap)
-            grad.scatter_add_(1, t[:, None], (-slope * row_scale).to(grad.dtype)[:, None])
+            grad = _capped_softmax_grad(z, total, valid, cap)
+            grad.scatter_add_(1, t[:, None], (-slope * valid).to(grad.dtype)[:, None])
             torch.mm(grad, weight, out=grad_hidden[start:start + chunk])
             grad_weight += grad.t() @ h
-    return loss * scale, grad_hidden, grad_weight.to(weight.dtype)
+    return loss, grad_hidden, grad_weight
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, cap, mean, need_grad):
+def _(hidden, weight, targets, cap, need_grad):
     some = slice(None) if need_grad else slice(0)
-    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden[some]), torch.empty_like(weight[some])
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden[some]), torch.empty_like(weight[some], dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1], output[2])
+    ctx.weight_dtype = inputs[1].dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
+    return grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
@@ -107,4 +108,5 @@ def softcap_cross_entropy(hidden, weight, targets, cap: float, reduction: str = 
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: use mean, sum or none")
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _forward(hidden, weight, targets, cap, reduction == "mean", need_grad)[0]
+    loss = _forward(hidden, weight, targets, cap, need_grad)[0]
+    return loss / (targets >= 0).sum() if reduction == "mean" else loss

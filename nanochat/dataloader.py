@@ -145,6 +145,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
         return tokenizer.encode(documents, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
 
     def batches() -> Batches:
+        cuda = torch.device(device).type == "cuda"
         capacity = T + 1  # a row holds its inputs and the last target
         buffer = _Buffer()
         slices = _slices(paths, stream, num_streams, tokenizer_batch_size, position)
@@ -157,7 +158,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
             buffer.add(reference, tokens[:capacity])
         while True:
             # A new tensor each time: the copy to the device reads it later, and PyTorch keeps pinned memory until then
-            rows = torch.empty((B, capacity), dtype=torch.long, pin_memory=torch.device(device).type == "cuda")
+            rows = torch.empty((B, capacity), dtype=torch.long, pin_memory=cuda)
             for tokens_of_row in rows.numpy():
                 filled = 0
                 while filled < capacity:
@@ -169,7 +170,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
                     tokens = buffer.take(capacity - filled)[:capacity - filled]
                     tokens_of_row[filled:filled + len(tokens)] = tokens
                     filled += len(tokens)
-            rows = rows.to(device, non_blocking=True)
+            rows = rows.to(device, non_blocking=cuda)  # MPS would read memory that is already freed
             state = {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, "row": row,
                      "stream": stream, "num_streams": num_streams, "buffer": buffer.references()}
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), state

@@ -276,13 +276,13 @@ def path_groups(path: Path) -> Iterator[list[str]]:
     """One group per document of all .txt, .jsonl and .parquet files at or below `path`, files in random order."""
     readers = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix in readers]
+    files = [file for file in files if file.suffix.lower() in readers]
     if not files:
         raise UsageError(f"found no .txt, .jsonl or .parquet file in {path}")
     random.Random(42).shuffle(files)
     for file in files:
         try:
-            for document in readers[file.suffix](file):
+            for document in readers[file.suffix.lower()](file):
                 yield [document]
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8 ({error.reason}); convert it first, for example with iconv") from error
@@ -303,7 +303,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from nanochat import flash_attention
 from nanochat.cli import ArgumentParser, command
 from nanochat.common import COMPUTE_DTYPE
 
@@ -99,7 +100,8 @@ class KVCache:
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
-        self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)  # as FlashAttention wants it
+        # FlashAttention-3 reads it on the device; the fallback reads it here, and would wait for the device in every layer
+        self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device if flash_attention.USE_FA3 else "cpu")
         self._pos = 0  # the same number, known without asking the device
         self.prev_embedding: torch.Tensor | None = None  # (B, 1, C) of the last token, for the model's smear
         self.last_logits_only = False  # asks the model for the logits of the last position alone

@@ -22,27 +22,23 @@ from nanochat.common import COMPUTE_DTYPE
 
 
 def _load_fa3():
-    """FlashAttention-3's interface from the `kernels` package, or None where there is none for this machine."""
+    """FlashAttention-3's interface from the `kernels` package, or None where there is none for this machine; and why not."""
     if not torch.cuda.is_available():
-        return None
+        return None, "no CUDA"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         import kernels
-        major, _ = torch.cuda.get_device_capability()
-        if major == 9:
-            return kernels.get_kernel("varunneal/flash-attention-3").flash_attn_interface
-        if kernels.has_kernel("kernels-community/flash-attn3"):
-            return kernels.get_kernel("kernels-community/flash-attn3").flash_attn_interface
-    except Exception:  # no package, no network, no build for this torch: the fallbacks below serve
-        pass
-    return None
+        # Ampere to Hopper, any torch from 2.9 on; from a publisher that `kernels` trusts by itself
+        return kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_interface, ""
+    except Exception as error:  # no package, no network, no build for this GPU and torch: the fallbacks below serve
+        return None, f"{type(error).__name__}: {(str(error) or 'kernels-community/flash-attn3').splitlines()[0]}"
 
 
 BLOCK = 128  # queries per block
 CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
 GPU_BYTES = 1 << 28
 
-_fa3 = _load_fa3()
+_fa3, WHY_NOT_FA3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
 _override_impl: str | None = None  # tests set "fa3" or "sdpa" and resolve again
 
@@ -222,7 +218,7 @@ def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] 
 
     Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). The fallbacks are causal whatever `causal` says.
     """
-    if USE_FA3:
+    if USE_FA3 and q.is_cuda:
         return _fa3.flash_attn_func(q, k, v, causal=causal, window_size=window_size)
     y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2))
     return y.transpose(1, 2)
@@ -234,7 +230,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     q (B, Tn, H, D), k and v (B, Tn, Hkv, D), caches (B, Tmax, Hkv, D), cache_seqlens int32 (B,): positions already
     filled, the same for every row; the caller advances it. Returns (B, Tn, H, D). Raises ValueError when the cache is full.
     """
-    if USE_FA3:
+    if USE_FA3 and q.is_cuda:
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
     start = int(cache_seqlens[0])
     end = start + q.size(1)

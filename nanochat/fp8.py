@@ -66,7 +66,7 @@ class _Float8Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x8, x_inv, w8, w_inv = ctx.saved_tensors
-        g8, g_inv = _to_fp8(grad, E5M2)
+        g8, g_inv = _to_fp8(grad.contiguous(), E5M2)
         grad_x = torch._scaled_mm(g8, _to_col_major(w8), scale_a=g_inv, scale_b=w_inv, out_dtype=grad.dtype, use_fast_accum=False)
         grad_w = torch._scaled_mm(g8.t().contiguous(), _to_col_major(x8), scale_a=g_inv, scale_b=x_inv, out_dtype=grad.dtype,
                                   use_fast_accum=False)

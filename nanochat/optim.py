@@ -86,8 +86,8 @@ def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momen
     stacked_params.sub_(lr * g + lr * wd_t.to(g.dtype) * stacked_params * agree)
 
 
-def _scalar(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+def _scalar(value: float, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -191,8 +191,9 @@ class MuonAdamW(torch.optim.Optimizer):
             stacked = torch.stack(list(mine))
             muon_step_fused(
                 grads[:len(mine)], stacked, state["momentum_buffer"][:len(mine)], state["second_momentum_buffer"][:len(mine)],
-                _scalar(group["momentum"]), _scalar(group["lr"] * max(1.0, rows / columns) ** 0.5), _scalar(group["weight_decay"]),
-                _scalar(group["beta2"]), group["ns_steps"], red_dim)
+                *(_scalar(value, stacked.device) for value in (
+                    group["momentum"], group["lr"] * max(1.0, rows / columns) ** 0.5, group["weight_decay"], group["beta2"])),
+                group["ns_steps"], red_dim)
         if world == 1:
             torch._foreach_copy_(params, list(stacked.unbind()))
             return []

@@ -194,7 +194,7 @@ def _bullet_value(value: Any) -> str:
     if isinstance(value, int) and value >= 10000:
         return f"{value:,}"
     text = str(value)
-    if "\n" in text or len(text) > 60:  # what a model wrote: a block of its own inside the bullet
+    if len(text) > 60 or not text.isprintable():  # what a model wrote: a block of its own inside the bullet
         return textwrap.indent(f"\n\n{verbatim(text)}", "  ")
     return text
 
@@ -369,7 +369,7 @@ def _page(markdown: str) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m nanochat.report", description="Write or restart the report of a training pipeline")
+    parser = ArgumentParser(description="Write or restart the report of a training pipeline")
     parser.add_argument("command", nargs="?", default="generate", choices=["generate", "reset"], help="what to do")
     parser.add_argument("--model-tag", default=None, help="pretraining run to show (default: the newest)")
     args = parser.parse_args(argv)

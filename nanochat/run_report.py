@@ -59,7 +59,8 @@ def bullets(items: dict) -> str:
 
 
 def verbatim(text: str) -> str:
-    """`text` as a code block that no backticks in it can end."""
+    """`text` as a code block that no backticks in it can end, its control characters as their symbols (a young model writes any byte)."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n"
 

@@ -62,7 +62,10 @@ class RustBPETokenizer:
         num_merged = vocab_size - len(SPECIAL_TOKENS)
         assert num_merged >= 256, f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}: 256 bytes and the special tokens"
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(replace_surrogates, text_iterator), num_merged, pattern=SPLIT_PATTERN)
+        try:
+            trainer.train_from_iterator(map(replace_surrogates, text_iterator), num_merged, pattern=SPLIT_PATTERN)
+        except SystemError as error:  # how a Ctrl-C during its own work comes out of rustbpe
+            raise error.__cause__ or error from None
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         return cls(tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special), SPECIAL_TOKENS[0])

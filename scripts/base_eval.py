@@ -159,7 +159,7 @@ def evaluation_modes(text: str) -> list[str]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m scripts.base_eval", description="Evaluate a base model")
+    parser = ArgumentParser(description="Evaluate a base model")
     parser.add_argument("--eval", type=evaluation_modes, default=",".join(MODES), help="what to do, joined by commas")
     parser.add_argument("--model-tag", default=None, help="model to evaluate (default: the largest)")
     parser.add_argument("--step", type=non_negative_int, default=None, help="checkpoint to evaluate (default: the last)")

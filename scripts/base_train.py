@@ -31,6 +31,7 @@ from nanochat.cli import (
     UsageError,
     command,
     finite_float,
+    folder_name,
     fraction,
     int_or_off,
     non_negative_float,
@@ -55,6 +56,7 @@ from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
+from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -67,10 +69,10 @@ from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="base_train", description="Pretrain a base model")
+    parser = ArgumentParser(description="Pretrain a base model")
     add = parser.add_argument
     add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    add("--device-type", default="", help="cuda, cpu or mps; empty: autodetect")
+    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     add("--fp8", action="store_true", help="FP8 matmuls (CUDA compute capability 8.9 and newer)")
     add("--fp8-recipe", default="tensorwise", choices=RECIPES)
     # model
@@ -105,7 +107,7 @@ def build_parser() -> ArgumentParser:
     add("--sample-every", type=int_or_off, default=2000, help="-1: never")
     # output
     add("--save-every", type=int_or_off, default=-1, help="steps between checkpoints; -1: only at the end")
-    add("--model-tag", default=None, help="name of the checkpoint folder; default d<depth>")
+    add("--model-tag", type=folder_name, default=None, help="name of the checkpoint folder (default: d<depth>)")
     # data
     add("--data-streams", type=int_or_off, default=-1,
         help="shares that the row groups are dealt into; -1: one per rank. With the same number, runs on fewer ranks see the same batches")
@@ -318,6 +320,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     master = rank == 0
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
+    if device.type == "cuda":
+        print0("Attention: " + ("FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"))
     gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
 
     # Tokenizer and data

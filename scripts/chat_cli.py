@@ -70,13 +70,13 @@ class Chat:
 @command
 def main(argv=None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-i", "--source", choices=SOURCES, help="stage of training; None: sft where there is one, else base")
-    parser.add_argument("-g", "--model-tag", help="None: the largest model")
-    parser.add_argument("-s", "--step", type=non_negative_int, help="None: the last one")
+    parser.add_argument("-i", "--source", choices=SOURCES, help="stage of training (default: sft where there is one, else base)")
+    parser.add_argument("-g", "--model-tag", help="model to load (default: the largest)")
+    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
     parser.add_argument("-p", "--prompt", default="", help="answer this and exit")
     parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.6, help="0 always takes the likeliest token")
     parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: autodetect")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of another encoding must not end the conversation

@@ -81,13 +81,13 @@ def percent_of(used: float, peak: float | None, digits: int) -> float | None:
 def main(argv=None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-i", "--source", choices=SOURCES, default="base", help="stage of training")
-    parser.add_argument("-g", "--model-tag", help="None: the largest model")
-    parser.add_argument("-s", "--step", type=non_negative_int, help="None: the last one")
+    parser.add_argument("-g", "--model-tag", help="model to load (default: the largest)")
+    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
     parser.add_argument("--prompt-tokens", type=positive_int, default=2048, help="cut so that prompt and answer fit into the context")
     parser.add_argument("--decode-tokens", type=positive_int, default=256)
     parser.add_argument("--batch-sizes", type=positive_ints, default="1,8,32,128")
     parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.0)
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: autodetect")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     ddp, *_, device = compute_init(args.device_type or autodetect_device_type())
     if ddp:

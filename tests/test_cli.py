@@ -1,4 +1,5 @@
 """Flags and error messages: what every command shares."""
+import argparse
 import errno
 
 import pytest
@@ -39,7 +40,7 @@ def test_errors_are_one_line_and_status_2(capsys, argv):
 
 
 @pytest.mark.parametrize("name, good, bad", [
-    ("positive_int", {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "nan", "1e3"]),
+    ("positive_int", {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "nan", "1e3", "9" * 400]),
     ("non_negative_int", {"0": 0, "7": 7}, ["-1", "0.5"]),
     ("int_or_off", {"-1": -1, "1": 1}, ["0", "-2"]),
     ("step_or_off", {"-1": -1, "0": 0, "5": 5}, ["-2"]),
@@ -60,6 +61,25 @@ def test_numbers(capsys, name, good, bad):
         assert "--x" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), ("a/b", False), ("..", False), ("../x", False), ("a\\b", False)])
+def test_folder_names(text, good):
+    if good:
+        assert cli.folder_name(text) == text
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="plain name"):
+            cli.folder_name(text)
+
+
+def test_help_shows_defaults_that_say_something():
+    parser = ArgumentParser(prog="test")
+    parser.add_argument("--bare", default=7)
+    parser.add_argument("--zero", default=0.0, help="zero")
+    parser.add_argument("--absent", default=None, help="absent (default: the last)")
+    parser.add_argument("--switch", action="store_true", help="switch")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    assert {"--bare BARE (default: 7)", "--zero ZERO zero (default: 0.0)", "--absent ABSENT absent (default: the last)", "--switch switch"} <= set(lines)
+
+
 def failing(error):
     @command
     def main(argv=None):
@@ -71,7 +91,8 @@ def failing(error):
     (UsageError("no data; get some"), 2, "error: no data; get some\n"),
     (UsageError("two\n  lines"), 2, "error: two lines\n"),
     (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device: while writing"),
-    (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "error: Permission denied: /etc/x"),
+    (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 2, "error: Permission denied: /etc/x; fix permissions"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), 2, "error: No such file or directory: a\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
 def test_errors_become_exit_statuses(capsys, error, status, said):

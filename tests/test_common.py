@@ -17,6 +17,8 @@ def test_base_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert common.get_base_dir() == str(tmp_path / ".cache" / "nanochat")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/my base")
+    assert common.get_base_dir() == str(tmp_path / "my base")
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
     with pytest.raises(UsageError, match="set NANOCHAT_BASE_DIR"):

@@ -225,6 +225,14 @@ def test_folder(folder, corpus):
     assert json.loads((folder / "source.json").read_text()) == {"source": str(corpus)}
 
 
+def test_files_of_windows(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("windows")
+    (path / "A.TXT").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (path / "B.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "three"}\r\n')
+    assert main([f"--source={path}"]) == 0
+    assert sorted(read("train") + read("val")) == ["one\ntwo", "three"]
+
+
 def test_folder_gives_the_same_shards_each_time(folder, corpus):
     contents = []
     for _ in range(2):

@@ -117,6 +117,16 @@ def make_cache(batch_size=1, seq_len=8, num_layers=2) -> KVCache:
     return KVCache(batch_size=batch_size, num_heads=3, seq_len=seq_len, head_dim=4, num_layers=num_layers, device="cpu", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("use_fa3", [False, True])
+def test_cache_position_is_where_the_attention_reads_it(monkeypatch, use_fa3):
+    """On the CPU for the fallback, which needs its value and would otherwise wait for the device in every layer."""
+    monkeypatch.setattr("nanochat.flash_attention.USE_FA3", use_fa3)
+    cache = KVCache(batch_size=2, num_heads=1, seq_len=4, head_dim=8, num_layers=1, device="meta", dtype=torch.float32)
+    cache.advance(3)
+    assert cache.k_cache.device.type == "meta" and cache.get_pos() == 3
+    assert cache.cache_seqlens.device.type == ("meta" if use_fa3 else "cpu")
+
+
 def test_cache_starts_empty_advances_and_resets():
     cache = make_cache(batch_size=2)
     assert cache.k_cache.shape == cache.v_cache.shape == (2, 2, 8, 3, 4)

@@ -1,4 +1,7 @@
 """Every attention path against the definition: softmax over exactly the keys that the window allows."""
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,3 +110,30 @@ def test_override(monkeypatch):
     monkeypatch.setattr(fa, "HAS_FA3", False)
     with pytest.raises(AssertionError):
         fa._resolve_use_fa3()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_finding_flash_attention_3(monkeypatch, available):
+    def get_kernel(repo_id: str, *, revision=None, version=None, trust_remote_code=False):
+        """As in `kernels`: without a version or revision, or trust for a publisher it does not know, it refuses."""
+        assert (revision is None) != (version is None)
+        assert trust_remote_code or repo_id.startswith("kernels-community/")
+        if not available:
+            raise RuntimeError(f"no build of {repo_id}\nfor this machine")
+        return SimpleNamespace(flash_attn_interface="interface")
+
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    want = ("interface", "") if available else (None, "RuntimeError: no build of kernels-community/flash-attn3")
+    assert fa._load_fa3() == want
+
+
+def test_cpu_tensors_never_go_to_flash_attention_3(monkeypatch):
+    """A model can run on the CPU of a machine that has the GPU kernels."""
+    monkeypatch.setattr(fa, "USE_FA3", True)
+    q, k, v = (x.detach() for x in qkv(7, 1, 4, 2, 2, 8))
+    want = by_definition(q, k, v, -1)
+    torch.testing.assert_close(fa.flash_attn_func(q, k, v, causal=True).double(), want, rtol=0, atol=2e-6)
+    caches = torch.zeros_like(k), torch.zeros_like(v)
+    y = fa.flash_attn_with_kvcache(q, *caches, k=k, v=v, cache_seqlens=torch.zeros(1, dtype=torch.int32), causal=True)
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-6)

@@ -319,3 +319,10 @@ def test_sections_and_runs_together(here):
     text = written(path)
     assert text.index("## Environment") < text.index("## Pretraining run d4") < text.index("## Tokenizer training") < text.index("## Summary")
     assert json.dumps(text) and text.count("## Environment") == 1
+
+
+def test_control_characters_are_shown(here):
+    """They would make report.md a binary file to git and grep, and steer the terminal that shows it."""
+    assert verbatim("a\tb\nc\x00\x1b[31m\rd") == "```text\na\tb\nc␀␛[31m␍d\n```\n"
+    path = get_report().log("Samples", [{"sample": "\x1bc"}])
+    assert "␛c" in open(path, encoding="utf-8").read()

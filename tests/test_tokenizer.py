@@ -238,3 +238,13 @@ def test_tok_eval_compares(data, capsys, monkeypatch):
 def test_tok_eval_without_a_tokenizer(data, capsys):
     assert tok_eval.main([]) == 2
     assert "scripts.tok_train" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_trainer(monkeypatch):
+    class Trainer:
+        def train_from_iterator(self, *args, **kwargs):
+            raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr("rustbpe.Tokenizer", Trainer)
+    with pytest.raises(KeyboardInterrupt):
+        RustBPETokenizer.train_from_iterator(["text"], 300)
