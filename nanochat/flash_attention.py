@@ -123,7 +123,7 @@ def _pieces(q, k, window: int):
 
 @torch.library.custom_op("nanochat::blocked_attention", mutates_args=())
 def _blocked_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    out = torch.empty_like(q)
+    out = torch.empty_like(v)  # as many heads and positions as q, but the width of the values
     for heads, queries, keys, _, _, probs in _pieces(q * q.size(-1) ** -0.5, k, window):
         out[heads, queries] = torch.bmm(probs, v[heads, keys].contiguous())
     return out
@@ -148,7 +148,7 @@ def _blocked_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: t
 
 @_blocked_forward.register_fake
 def _(q, k, v, window):
-    return torch.empty_like(q)
+    return torch.empty_like(v)
 
 
 @_blocked_backward.register_fake
@@ -173,7 +173,7 @@ def _blocked_attention(q, k, v, window: int, enable_gqa: bool):
     if enable_gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     flat = (x.reshape(-1, x.size(2), x.size(3)).contiguous() for x in (q, k, v))
-    return _blocked_forward(*flat, window).view(q.shape)
+    return _blocked_forward(*flat, window).view(*q.shape[:3], v.size(3))
 
 
 def _attend_to_all(q, k, v):
@@ -188,7 +188,7 @@ def _attend_to_all(q, k, v):
         y = torch.cat([F.scaled_dot_product_attention(*(x.float() for x in row)) for row in rows]).to(q.dtype)
     else:
         y = F.scaled_dot_product_attention(grouped, k, v)
-    return y.reshape(q.shape)
+    return y.reshape(*q.shape[:3], v.size(3))
 
 
 def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
