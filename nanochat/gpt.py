@@ -261,18 +261,21 @@ class GPT(nn.Module):
             x = x[:, -1:]  # of a prompt only the last position is sampled from
         x = norm(x)
 
+        if targets is None:
+            return self._cap(self.lm_head(x))
         x, head = self.head_input(x)
-        if targets is None or type(head) is not Linear:  # an FP8 head computes its own logits
-            logits = head(x)[..., :self.config.vocab_size].float()
-            logits = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
-            if targets is None:
-                return logits
-            return F.cross_entropy(logits.reshape(B * T, -1), targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
+        if type(head) is not Linear:  # an FP8 head computes its own logits
+            logits = self._cap(head(x)).view(B * T, -1)
+            return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
         weight = head.weight[:self.config.vocab_size].to(x.dtype)
         return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
 
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of the real vocabulary, within +-15."""
+        return LOGIT_SOFTCAP * torch.tanh(logits[..., :self.config.vocab_size].float() / LOGIT_SOFTCAP)
+
     def head_input(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
-        """What the last matrix is applied to, and that matrix."""
+        """What the head's last matrix is applied to, and that matrix."""
         return x, self.lm_head
 
     def _smear(self, x, kv_cache):

@@ -21,7 +21,7 @@ def break_even_rank(in_features: int, out_features: int) -> float:
 
 def spectral_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U (out, rank) and V (rank, in), whose product is the closest to weight (out, in) that has this rank (Eckart and Young, 1936)."""
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
     root = values[:rank].sqrt()
     return (left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype)
 

@@ -358,10 +358,6 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
 
     # Model, batch size and horizon
     model, shape = build_initialized(args, vocab_size, device)
-    vocab_rows = model.lm_head.weight.size(0)
-    if vocab_rows % world_size:  # each rank updates its share of them
-        most = next(n for n in range(world_size, 0, -1) if vocab_rows % n == 0)
-        raise UsageError(f"the {vocab_rows} rows of the embeddings cannot be shared by {world_size} ranks; use {most}")
     counts = model.num_scaling_params()
     flops_per_token = model.estimate_flops()
     for key, value in counts.items():
