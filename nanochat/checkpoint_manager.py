@@ -24,6 +24,7 @@ import torch.distributed as dist
 from nanochat.cli import UsageError
 from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.tokenizer import get_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def model_from_config(model_config: dict) -> GPT:
     """An empty model on the meta device. Raises UsageError if the configuration is none of ours."""
     try:
         with torch.device("meta"):
-            return GPT(GPTConfig(**model_config))
+            return build_gpt(LayeredGPTConfig(**model_config) if "layers" in model_config else GPTConfig(**model_config))
     except Exception as error:  # it can be anything: a size of 0, a missing key, text for a number
         raise UsageError(f"the checkpoint's model_config does not fit this version: {error}") from error
 

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,15 +92,23 @@ def use_calculator(expr: str) -> int | float | str | None:
 class KVCache:
     """Keys and values of all layers, (n_layers, B, seq_len, heads, head_dim) each; every row is filled to the same position.
 
+    Layers that differ come as `layer_shapes`, (heads, width of a key, width of a value) each; then the caches are lists.
+
     The attention writes new positions through the views of `get_layer_cache`; the last layer then calls `advance`.
     """
 
-    def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype: torch.dtype):
+    def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype: torch.dtype,
+                 layer_shapes: list[tuple[int, int, int]] | None = None):
         self.batch_size, self.max_seq_len = batch_size, seq_len
         self.n_layers, self.n_heads, self.head_dim = num_layers, num_heads, head_dim
-        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
-        self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.k_cache: Any
+        self.v_cache: Any
+        if layer_shapes is None:
+            shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
+            self.k_cache, self.v_cache = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        else:
+            self.k_cache, self.v_cache = (
+                [torch.zeros(batch_size, seq_len, shape[0], shape[width], device=device, dtype=dtype) for shape in layer_shapes] for width in (1, 2))
         # FlashAttention-3 reads it on the device; the fallback reads it here, and would wait for the device in every layer
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device if flash_attention.USE_FA3 else "cpu")
         self._pos = 0  # the same number, known without asking the device
@@ -130,8 +139,8 @@ class KVCache:
         assert (self.n_layers, self.n_heads, self.head_dim) == (other.n_layers, other.n_heads, other.head_dim), "caches of different models"
         assert self.max_seq_len >= other.max_seq_len, f"{other.max_seq_len} positions do not fit into {self.max_seq_len}"
         filled = other.get_pos()
-        self.k_cache[:, :, :filled] = other.k_cache[:, :, :filled]
-        self.v_cache[:, :, :filled] = other.v_cache[:, :, :filled]
+        for mine, others in zip((*self.k_cache, *self.v_cache), (*other.k_cache, *other.v_cache), strict=True):
+            mine[:, :filled] = others[:, :filled]
         self.cache_seqlens.fill_(filled)
         self._pos = filled
         if other.prev_embedding is not None:
@@ -179,8 +188,10 @@ class Engine:
 
     def _new_cache(self, batch_size: int, seq_len: int) -> KVCache:
         config = self.model.config
+        layered = hasattr(config, "layers")
+        shapes = [(kv_heads, qk_dim, v_dim) for _, kv_heads, qk_dim, v_dim in self.model.attention_shapes()] if layered else None
         cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
-                        device=self.model.get_device(), dtype=COMPUTE_DTYPE)
+                        device=self.model.get_device(), dtype=COMPUTE_DTYPE, layer_shapes=shapes)
         cache.last_logits_only = True
         return cache
 

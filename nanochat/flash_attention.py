@@ -119,7 +119,7 @@ def _pieces(q, k, window: int):
 
 @torch.library.custom_op("nanochat::blocked_attention", mutates_args=())
 def _blocked_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    out = torch.empty_like(q)
+    out = torch.empty_like(v)  # as many heads and positions as q, but the width of the values
     for heads, queries, keys, _, _, probs in _pieces(q * q.size(-1) ** -0.5, k, window):
         out[heads, queries] = torch.bmm(probs, v[heads, keys].contiguous())
     return out
@@ -144,7 +144,7 @@ def _blocked_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: t
 
 @_blocked_forward.register_fake
 def _(q, k, v, window):
-    return torch.empty_like(q)
+    return torch.empty_like(v)
 
 
 @_blocked_backward.register_fake
@@ -169,7 +169,7 @@ def _blocked_attention(q, k, v, window: int, enable_gqa: bool):
     if enable_gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     flat = (x.reshape(-1, x.size(2), x.size(3)).contiguous() for x in (q, k, v))
-    return _blocked_forward(*flat, window).view(q.shape)
+    return _blocked_forward(*flat, window).view(*q.shape[:3], v.size(3))
 
 
 def _attend_to_all(q, k, v):
@@ -184,7 +184,7 @@ def _attend_to_all(q, k, v):
         y = torch.cat([F.scaled_dot_product_attention(*(x.float() for x in row)) for row in rows]).to(q.dtype)
     else:
         y = F.scaled_dot_product_attention(grouped, k, v)
-    return y.reshape(q.shape)
+    return y.reshape(*q.shape[:3], v.size(3))
 
 
 def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
@@ -218,7 +218,7 @@ def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] 
 
     Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). The fallbacks are causal whatever `causal` says.
     """
-    if USE_FA3 and q.is_cuda:
+    if USE_FA3 and q.is_cuda and q.size(-1) == v.size(-1):
         return _fa3.flash_attn_func(q, k, v, causal=causal, window_size=window_size)
     y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2))
     return y.transpose(1, 2)
@@ -230,7 +230,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     q (B, Tn, H, D), k and v (B, Tn, Hkv, D), caches (B, Tmax, Hkv, D), cache_seqlens int32 (B,): positions already
     filled, the same for every row; the caller advances it. Returns (B, Tn, H, D). Raises ValueError when the cache is full.
     """
-    if USE_FA3 and q.is_cuda:
+    if USE_FA3 and q.is_cuda and q.size(-1) == v_cache.size(-1):
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
     start = int(cache_seqlens[0])
     end = start + q.size(1)

@@ -85,12 +85,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, ve, cos_sin, window_size, kv_cache):
         """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q = self.c_q(x).view(B, T, self.n_head, -1)
+        k = self.c_k(x).view(B, T, self.n_kv_head, -1)
+        v = self.c_v(x).view(B, T, self.n_kv_head, -1)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
-            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
         cos, sin = cos_sin
         q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
         q, k = norm(q) * 1.2, norm(k) * 1.2  # unit RMS, then sharper than 1/sqrt(D) alone would be
@@ -143,6 +143,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.window_sizes = self._compute_window_sizes(config)
+        self.backout_layer = config.n_layer // 2
         self.run_layer = run_layer  # compiler.py puts a compiled one in its place
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         if padded_vocab != config.vocab_size:
@@ -178,13 +179,18 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
             nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
             nn.init.zeros_(block.mlp.c_proj.weight)
-        for i in range(config.n_layer):
-            depth = i / max(config.n_layer - 1, 1)
+        self._init_scalars_and_embeddings()
+
+    def _init_scalars_and_embeddings(self) -> None:
+        n_layer = self.config.n_layer
+        for i in range(n_layer):
+            depth = i / max(n_layer - 1, 1)
             self.resid_lambdas[i] = 1.15 - 0.10 * depth
             self.x0_lambdas[i] = 0.20 - 0.15 * depth
         nn.init.zeros_(self.smear_lambda)
         nn.init.constant_(self.backout_lambda, 0.2)
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+        bound = math.sqrt(3) / math.sqrt(self.config.n_embd)
         for embedding in self.value_embeds.values():
             nn.init.uniform_(embedding.weight, -bound, bound)
         for block in self.transformer.h:
@@ -195,6 +201,9 @@ class GPT(nn.Module):
     def init_buffers(self) -> None:
         """Fills the rotary tables and sets the embeddings' storage dtype: what a model needs besides its parameters' values."""
         self.cos, self.sin = self._precompute_rotary_embeddings(self.rotary_seq_len, self.config.n_embd // self.config.n_head)
+        self._cast_embeddings()
+
+    def _cast_embeddings(self) -> None:
         if COMPUTE_DTYPE != torch.float16:  # fp16 cannot hold the optimizer's small embedding updates
             self.transformer.wte.to(COMPUTE_DTYPE)
             self.value_embeds.to(COMPUTE_DTYPE)
@@ -221,6 +230,10 @@ class GPT(nn.Module):
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]
 
+    def cos_sin(self, layer_idx: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables of positions [start, start + length), (1, length, 1, D/2) each."""
+        return self.cos[:, start:start + length], self.sin[:, start:start + length]
+
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
@@ -233,7 +246,6 @@ class GPT(nn.Module):
         assert start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
-        cos_sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
 
         x = norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
         x = self._smear(x, kv_cache)
@@ -241,23 +253,30 @@ class GPT(nn.Module):
         x_mid = x
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self.run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos_sin, self.window_sizes[i], kv_cache)
-            if i == self.config.n_layer // 2:
+            x = self.run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, self.cos_sin(i, start, T), self.window_sizes[i], kv_cache)
+            if i == self.backout_layer:
                 x_mid = x
         x = x - self._backout().to(x.dtype) * x_mid
         if getattr(kv_cache, "last_logits_only", False):
             x = x[:, -1:]  # of a prompt only the last position is sampled from
         x = norm(x)
 
-        head = self.lm_head
-        if targets is None or type(head) is not Linear:  # an FP8 head computes its own logits
-            logits = head(x)[..., :self.config.vocab_size].float()
-            logits = LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
-            if targets is None:
-                return logits
-            return F.cross_entropy(logits.reshape(B * T, -1), targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
+        if targets is None:
+            return self._cap(self.lm_head(x))
+        x, head = self.head_input(x)
+        if type(head) is not Linear:  # an FP8 head computes its own logits
+            logits = self._cap(head(x)).view(B * T, -1)
+            return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
         weight = head.weight[:self.config.vocab_size].to(x.dtype)
         return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of the real vocabulary, within +-15."""
+        return LOGIT_SOFTCAP * torch.tanh(logits[..., :self.config.vocab_size].float() / LOGIT_SOFTCAP)
+
+    def head_input(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
+        """What the head's last matrix is applied to, and that matrix."""
+        return x, self.lm_head
 
     def _smear(self, x, kv_cache):
         """Adds the gated previous embedding to each position; the first of all has no previous one."""
@@ -275,7 +294,7 @@ class GPT(nn.Module):
     def _backout(self) -> torch.Tensor:
         """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar. Its gradient is then
         pure rounding noise, which Adam would turn into full-size steps: give it an exact 0 instead."""
-        if self.config.n_layer // 2 < self.config.n_layer - 1:
+        if self.backout_layer < self.config.n_layer - 1:
             return self.backout_lambda
         return self.backout_lambda.detach() + 0 * self.backout_lambda
 
@@ -289,30 +308,36 @@ class GPT(nn.Module):
     def _layer_windows(self, limit: int) -> list[int]:
         return [limit if window < 0 else min(window, limit) for window, _ in self.window_sizes]
 
+    def attention_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Per layer: query heads, key heads, width of a query or key head, width of a value head."""
+        head_dim = self.config.n_embd // self.config.n_head
+        return [(self.config.n_head, self.config.n_kv_head, head_dim, head_dim)] * self.config.n_layer
+
+    def _attention_macs(self, pairs: list[int]) -> int:
+        """Multiply-adds of attention where a layer looks at that many (query, key) pairs: scores and mixing of values."""
+        return sum(heads * (qk_dim + v_dim) * n for (heads, _, qk_dim, v_dim), n in zip(self.attention_shapes(), pairs))
+
     def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 per matmul weight, plus 12 * width * window for attention (PaLM, appendix B)."""
-        attention = sum(12 * self.config.n_embd * window for window in self._layer_windows(self.config.sequence_len))
-        return 6 * self.num_matmul_params() + attention
+        """Training FLOPs per token: 6 per matmul weight and per multiply-add of attention (PaLM, appendix B)."""
+        return 6 * self.num_matmul_params() + 6 * self._attention_macs(self._layer_windows(self.config.sequence_len))
 
     def estimate_decode_flops(self, context_len: int) -> int:
         """FLOPs of one decoded token behind `context_len` others."""
-        return 2 * self.num_matmul_params() + sum(4 * self.config.n_embd * window for window in self._layer_windows(context_len))
+        return 2 * self.num_matmul_params() + 2 * self._attention_macs(self._layer_windows(context_len))
 
     def estimate_prefill_flops(self, num_tokens: int) -> int:
         """FLOPs of a prompt; causal attention counted exactly."""
-        pairs = sum(m * (m + 1) // 2 + (num_tokens - m) * m for m in self._layer_windows(num_tokens))
-        return 2 * self.num_matmul_params() * num_tokens + 4 * self.config.n_embd * pairs
+        pairs = [m * (m + 1) // 2 + (num_tokens - m) * m for m in self._layer_windows(num_tokens)]
+        return 2 * self.num_matmul_params() * num_tokens + 2 * self._attention_macs(pairs)
 
     def kv_bytes_per_token(self) -> int:
-        return self.config.n_layer * self._kv_bytes_per_layer()
+        return self.kv_read_bytes(1)
 
     def kv_read_bytes(self, context_len: int) -> int:
         """Bytes of keys and values that decoding one token reads."""
-        return sum(self._kv_bytes_per_layer() * window for window in self._layer_windows(context_len))
-
-    def _kv_bytes_per_layer(self) -> int:
-        head_dim = self.config.n_embd // self.config.n_head
-        return 2 * self.config.n_kv_head * head_dim * COMPUTE_DTYPE.itemsize
+        return COMPUTE_DTYPE.itemsize * sum(
+            kv_heads * (qk_dim + v_dim) * window
+            for (_, kv_heads, qk_dim, v_dim), window in zip(self.attention_shapes(), self._layer_windows(context_len)))
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by role; scaling laws use `transformer_matrices` + `lm_head`."""

@@ -26,7 +26,7 @@ polar_express_coeffs = [
 # PyTorch 2.13 renamed the two collectives
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-SMALL = 1024  # parameters with fewer elements are updated on every rank instead of sharded
+SMALL = 1024  # parameters with fewer elements, and those whose rows cannot be shared evenly, are updated on every rank
 
 
 def adamw_step_fused(p, grad, exp_avg, exp_avg_sq, step_t, lr_t, beta1_t, beta2_t, eps_t, wd_t) -> None:
@@ -131,13 +131,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in group["params"]:
             if world == 1:
                 jobs.append((p, p.grad, None))
-            elif p.numel() < SMALL:
+            elif p.numel() < SMALL or p.size(0) % world:
                 p.grad.div_(world)
                 jobs.append((p, p.grad, dist.all_reduce(p.grad, async_op=True)))
             else:
-                if p.size(0) % world:
-                    raise ValueError(f"a parameter of {p.size(0)} rows cannot be sharded over {world} ranks; "
-                                     "pad the vocabulary to a multiple of the number of ranks")
                 part = torch.empty_like(p.grad[:p.size(0) // world])
                 p.grad.div_(world)
                 jobs.append((p, part, reduce_scatter(part, p.grad, async_op=True)))

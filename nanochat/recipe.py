@@ -4,12 +4,14 @@ Depth is the one dial: width follows from it, and batch size, learning rates and
 parameters and the tokens, relative to a reference of depth 12 that the defaults were tuned at.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
+from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.lowrank import break_even_rank, schedule_ranks
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2 ** 19  # tokens
@@ -28,6 +30,63 @@ def gpt_config(depth: int, aspect_ratio: int, head_dim: int, sequence_len: int, 
         raise UsageError(f"a width of {n_head * head_dim} is too small: the gates read {SMEAR_GATE_CHANNELS} channels; raise --aspect-ratio")
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head,
                      n_embd=n_head * head_dim, window_pattern=window_pattern)
+
+
+@dataclass(frozen=True)
+class LayerDials:
+    """What makes the layers differ from the stock ones; -1 and 0 stand for the stock choice."""
+
+    attn_rank: int = 0
+    mlp_rank: int = 0
+    lm_head_rank: int = 0
+    rank_schedule: str = "constant"
+    n_head: int = -1
+    n_kv_head: int = -1
+    qk_dim: int = -1
+    mlp_ratio: float = 4
+    mlp_depth: int = 1
+    order: str = "attn-mlp"
+
+    def apply(self, stock: GPTConfig, clamp_ranks: bool = False) -> GPTConfig:
+        """The stock configuration itself if no dial is turned, else a layered one. Raises UsageError for layers that cannot be.
+
+        With `clamp_ranks` ranks beyond the smallest matrix are cut to it instead.
+        """
+        if self == LayerDials():
+            return stock
+        with torch.device("meta"):
+            plain = LayeredGPTConfig.from_gpt(GPT(stock))
+        n_head = self.n_head if self.n_head > 0 else stock.n_head
+        n_kv_head = self.n_kv_head if self.n_kv_head > 0 else n_head
+        head_dim = plain.layers[0].head_dim
+        qk_dim = self.qk_dim if self.qk_dim > 0 else head_dim
+        hidden = round(self.mlp_ratio * stock.n_embd)
+        smallest = {"attn": min(stock.n_embd, n_head * head_dim, n_kv_head * min(head_dim, qk_dim)), "mlp": min(stock.n_embd, hidden)}
+
+        def ranks(wanted: int, largest: int) -> list[int]:
+            if wanted == 0:
+                return [0] * stock.n_layer
+            return schedule_ranks(self.rank_schedule, min(wanted, largest) if clamp_ranks else wanted, stock.n_layer, largest)
+
+        try:
+            layers = tuple(
+                replace(layer, n_head=n_head, n_kv_head=n_kv_head, qk_dim=qk_dim, mlp_hidden=hidden, mlp_depth=self.mlp_depth, order=self.order,
+                        attn_rank=attn_rank, mlp_rank=mlp_rank)
+                for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
+            head_rank = min(self.lm_head_rank, stock.n_embd) if clamp_ranks else self.lm_head_rank
+            return replace(plain, layers=layers, lm_head_rank=head_rank)
+        except ValueError as error:
+            raise UsageError(f"there is no such model: {error}") from error
+
+    def remarks(self, config: GPTConfig) -> list[str]:
+        """Ranks that save nothing, one line each."""
+        if not isinstance(config, LayeredGPTConfig):
+            return []
+        layer = config.layers[-1]  # the one with the largest ranks
+        matrices = [("attention", layer.attn_rank, config.n_embd, layer.n_head * layer.head_dim), ("MLP", layer.mlp_rank, config.n_embd, layer.mlp_hidden),
+                    ("head", config.lm_head_rank, config.n_embd, config.vocab_size)]
+        return [f"A rank of {rank} in the {name} saves nothing: from {break_even_rank(a, b):.0f} on the factors are larger than the dense matrix"
+                for name, rank, a, b in matrices if rank >= break_even_rank(a, b)]
 
 
 def scaling_params(model: GPT) -> int:
@@ -50,8 +109,8 @@ class Horizon:
 
 
 def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: float, target_param_data_ratio: float,
-                 total_batch_size: int) -> Horizon:
-    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth.
+                 total_batch_size: int, dials: LayerDials | None = None) -> Horizon:
+    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `dials` what the layers differ in.
 
     The batch grows with tokens^0.383 (Power Lines, 2505.13738), the learning rates with its square root, and weight decay
     with sqrt(batch)/tokens. The number of steps is `num_iterations`, else what `target_flops` pays for, else what the
@@ -61,7 +120,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
         raise UsageError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio a positive value")
     ratio = target_param_data_ratio or 1.0  # its sign and size cancel where the horizon is explicit
     with torch.device("meta"):
-        reference = GPT(gpt_config(depth=REFERENCE_DEPTH, **config))
+        reference = build_gpt((dials or LayerDials()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), clamp_ranks=True))
     target_tokens = int(ratio * scaling_params(model))
     reference_tokens = ratio * scaling_params(reference)
     if total_batch_size <= 0:

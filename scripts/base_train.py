@@ -12,6 +12,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 
 import gc
 import itertools
+import json
 import math
 import random
 import shutil
@@ -36,6 +37,7 @@ from nanochat.cli import (
     int_or_off,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
     step_or_off,
 )
@@ -59,9 +61,11 @@ from nanochat.engine import Engine
 from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
+from nanochat.layered_gpt import ORDERS, build_gpt
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.lowrank import RANK_SCHEDULES
 from nanochat.optim import MuonAdamW
-from nanochat.recipe import gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon
+from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -81,6 +85,18 @@ def build_parser() -> ArgumentParser:
     add("--head-dim", type=positive_int, default=128)
     add("--max-seq-len", type=positive_int, default=2048, help="context length in tokens")
     add("--window-pattern", default="SSSL", help="attention span per layer, repeated: L full context, S a quarter")
+    # layers that differ from the stock ones (layered_gpt.py)
+    add("--rank", type=non_negative_int, default=0, help="low-rank attention and MLP: W = U V; 0: dense. The update of the factors is not tuned yet")
+    add("--attn-rank", type=non_negative_int, default=None, help="of the attention alone; default --rank")
+    add("--mlp-rank", type=non_negative_int, default=None, help="of the MLP alone; default --rank")
+    add("--lm-head-rank", type=non_negative_int, default=0)
+    add("--rank-schedule", default="constant", choices=RANK_SCHEDULES, help="how the ranks are spread over depth, at the same budget")
+    add("--n-head", type=int_or_off, default=-1, help="query heads; -1: width / head-dim")
+    add("--n-kv-head", type=int_or_off, default=-1, help="key and value heads; -1: as many as query heads")
+    add("--qk-dim", type=int_or_off, default=-1, help="width of a query and a key; -1: head-dim")
+    add("--mlp-ratio", type=positive_float, default=4.0, help="hidden width of the MLP / width")
+    add("--mlp-depth", type=positive_int, default=1, help="hidden layers of the MLP")
+    add("--order", default="attn-mlp", choices=ORDERS)
     # horizon, the first positive one counts
     add("--num-iterations", type=int, default=-1, help="optimizer steps")
     add("--target-flops", type=finite_float, default=-1.0, help="training FLOPs")
@@ -118,15 +134,25 @@ def build_parser() -> ArgumentParser:
 # Setting up
 
 
-def build_gpt(args, vocab_size: int, device: torch.device) -> tuple[GPT, dict]:
+def layer_dials(args) -> LayerDials:
+    return LayerDials(
+        attn_rank=args.rank if args.attn_rank is None else args.attn_rank, mlp_rank=args.rank if args.mlp_rank is None else args.mlp_rank,
+        lm_head_rank=args.lm_head_rank, rank_schedule=args.rank_schedule, n_head=args.n_head, n_kv_head=args.n_kv_head, qk_dim=args.qk_dim,
+        mlp_ratio=args.mlp_ratio, mlp_depth=args.mlp_depth, order=args.order)
+
+
+def build_initialized(args, vocab_size: int, device: torch.device) -> tuple[GPT, dict]:
     """An initialized model, and the arguments of `gpt_config` besides depth."""
     shape = dict(aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, sequence_len=args.max_seq_len, vocab_size=vocab_size,
                  window_pattern=args.window_pattern)
-    config = gpt_config(args.depth, **shape)
+    dials = layer_dials(args)
+    config = dials.apply(gpt_config(args.depth, **shape))
+    for remark in dials.remarks(config):
+        print0(remark)
     if args.max_seq_len < 2:
         raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
     with torch.device("meta"):
-        model = GPT(config)
+        model = build_gpt(config)
     model.to_empty(device=device)
     model.init_weights()
     return model, shape
@@ -335,17 +361,14 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     my_streams = range(rank, streams, world_size)
 
     # Model, batch size and horizon
-    model, shape = build_gpt(args, vocab_size, device)
-    vocab_rows = model.lm_head.weight.size(0)
-    if vocab_rows % world_size:  # each rank updates its share of them
-        most = next(n for n in range(world_size, 0, -1) if vocab_rows % n == 0)
-        raise UsageError(f"the {vocab_rows} rows of the embeddings cannot be shared by {world_size} ranks; use {most}")
+    model, shape = build_initialized(args, vocab_size, device)
     counts = model.num_scaling_params()
     flops_per_token = model.estimate_flops()
     for key, value in counts.items():
         print0(f"{key:24s}: {value:,}")
     print0(f"Estimated FLOPs per token: {flops_per_token:e}")
-    horizon = plan_horizon(model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size)
+    horizon = plan_horizon(model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size,
+                           layer_dials(args))
     B = args.device_batch_size
     if B == -1:
         rows, rest = divmod(horizon.total_batch_size, T * streams)
@@ -382,9 +405,9 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         train_state = checkpoints.load_train_state(folder, resume_step, rank)
         if resume_step > N:
             raise UsageError(f"the checkpoint of step {resume_step} is beyond the horizon of {N} steps; raise it to train on")
-        if meta["model_config"] != (mine := asdict(model.config)):
+        if meta["model_config"] != (mine := json.loads(json.dumps(asdict(model.config)))):  # JSON knows no tuples
             differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
-            raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}")
+            raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then, or another --model-tag")
         checkpoints.load_weights(model, model_data, device)
         del model_data
 
