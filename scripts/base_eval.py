@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -149,6 +149,17 @@ def core_csv(core: dict) -> str:
 # -----------------------------------------------------------------------------
 
 
+def with_progress(batches: Iterable, steps: int, label: str) -> Iterator:
+    """The same batches; says from time to time how many of `steps` are done."""
+    started = shown = time.perf_counter()
+    for done, batch in enumerate(batches):
+        now = time.perf_counter()
+        if done and now - shown > PROGRESS_SECONDS:
+            shown = now
+            print0(f"{label}: {done / steps:.0%}, eta {(now - started) * (steps - done) / done / 60:.1f}m", flush=True)
+        yield batch
+
+
 def evaluation_modes(text: str) -> list[str]:
     modes = [mode.strip() for mode in text.split(",")]
     for mode in modes:
@@ -194,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             token_bytes = get_token_bytes(device)
             for split in ("train", "val"):
                 batches = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, args.device_batch_size, sequence_len, split, device=device)
-                summary[f"{split} bpb"] = evaluate_bpb(model, batches, args.split_tokens // tokens_per_step, token_bytes)
+                steps = args.split_tokens // tokens_per_step
+                summary[f"{split} bpb"] = evaluate_bpb(model, with_progress(batches, steps, f"{split} bpb"), steps, token_bytes)
                 print0(f"{split} bpb: {summary[f'{split} bpb']:.6f}")
 
         if "core" in args.eval:

@@ -162,3 +162,11 @@ def test_bad_zips_leave_nothing_behind(base_dir, content, message):
     with pytest.raises(UsageError, match=message):
         base_eval.place_eval_bundle(path)
     assert [entry.name for entry in base_dir.iterdir()] == ["inner"]
+
+
+def test_long_evaluations_show_progress(capsys, monkeypatch):
+    from scripts import base_eval
+    monkeypatch.setattr(base_eval, "PROGRESS_SECONDS", 0)
+    assert list(base_eval.with_progress(iter("abcd"), 4, "val bpb")) == list("abcd")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", eta")[0] for line in lines[-2:]] == ["val bpb: 50%", "val bpb: 75%"]
