@@ -75,4 +75,8 @@ def compile_model(model: nn.Module, device_type: str) -> Any:
     if reason := why_not_compile(device_type):
         print0(f"Running eagerly, without torch.compile: {reason}")
         return model
-    return torch.compile(model, dynamic=False) if device_type == "cuda" else _CompiledLayers(model)
+    if device_type == "cuda":
+        return torch.compile(model, dynamic=False)
+    # layers that differ, in their rank say, take a graph each; beyond the default of 8 the rest would silently run eagerly
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(model.transformer.h))  # type: ignore
+    return _CompiledLayers(model)

@@ -146,8 +146,6 @@ class GPT(nn.Module):
         self.backout_layer = config.n_layer // 2
         self.run_layer = run_layer  # compiler.py puts a compiled one in its place
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
-        if padded_vocab != config.vocab_size:
-            print0(f"Padding the vocabulary from {config.vocab_size} to {padded_vocab}: faster matmuls")
         kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(padded_vocab, config.n_embd),

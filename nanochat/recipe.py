@@ -47,10 +47,11 @@ class LayerDials:
     mlp_depth: int = 1
     order: str = "attn-mlp"
 
-    def apply(self, stock: GPTConfig, clamp_ranks: bool = False) -> GPTConfig:
+    def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
         """The stock configuration itself if no dial is turned, else a layered one. Raises UsageError for layers that cannot be.
 
-        With `clamp_ranks` ranks beyond the smallest matrix are cut to it instead.
+        For the `reference` model, whose depth the user did not choose, what does not fit is cut to what does: key heads to a
+        divisor of its heads, ranks to its matrices. The schedule does not matter there, only the sum of the ranks counts.
         """
         if self == LayerDials():
             return stock
@@ -58,6 +59,8 @@ class LayerDials:
             plain = LayeredGPTConfig.from_gpt(GPT(stock))
         n_head = self.n_head if self.n_head > 0 else stock.n_head
         n_kv_head = self.n_kv_head if self.n_kv_head > 0 else n_head
+        if reference:
+            n_kv_head = max(n for n in range(1, min(n_head, n_kv_head) + 1) if n_head % n == 0)
         head_dim = plain.layers[0].head_dim
         qk_dim = self.qk_dim if self.qk_dim > 0 else head_dim
         hidden = round(self.mlp_ratio * stock.n_embd)
@@ -66,14 +69,14 @@ class LayerDials:
         def ranks(wanted: int, largest: int) -> list[int]:
             if wanted == 0:
                 return [0] * stock.n_layer
-            return schedule_ranks(self.rank_schedule, min(wanted, largest) if clamp_ranks else wanted, stock.n_layer, largest)
+            return [min(wanted, largest)] * stock.n_layer if reference else schedule_ranks(self.rank_schedule, wanted, stock.n_layer, largest)
 
         try:
             layers = tuple(
                 replace(layer, n_head=n_head, n_kv_head=n_kv_head, qk_dim=qk_dim, mlp_hidden=hidden, mlp_depth=self.mlp_depth, order=self.order,
                         attn_rank=attn_rank, mlp_rank=mlp_rank)
                 for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
-            head_rank = min(self.lm_head_rank, stock.n_embd) if clamp_ranks else self.lm_head_rank
+            head_rank = min(self.lm_head_rank, stock.n_embd) if reference else self.lm_head_rank
             return replace(plain, layers=layers, lm_head_rank=head_rank)
         except ValueError as error:
             raise UsageError(f"there is no such model: {error}") from error
@@ -120,7 +123,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
         raise UsageError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio a positive value")
     ratio = target_param_data_ratio or 1.0  # its sign and size cancel where the horizon is explicit
     with torch.device("meta"):
-        reference = build_gpt((dials or LayerDials()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), clamp_ranks=True))
+        reference = build_gpt((dials or LayerDials()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
     target_tokens = int(ratio * scaling_params(model))
     reference_tokens = ratio * scaling_params(reference)
     if total_batch_size <= 0:

@@ -192,8 +192,8 @@ def check_output(folder: Path, model: GPT, master: bool) -> None:
         raise UsageError(f"a checkpoint needs {needed / 2**20:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free; make room or move NANOCHAT_BASE_DIR")
 
 
-def fit_device_batch(model: GPT, rows: int, sequence_len: int, world_size: int) -> int:
-    """The most rows per pass that fit, found by trying: halves from `rows` (this rank's rows per step) on.
+def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
+    """The most rows per pass that fit, found by trying: the divisors of `rows` (this rank's rows per step), largest first.
 
     On a CPU memory is not the limit: about 8,192 tokens per pass keep both cores and caches busy.
     """
@@ -288,7 +288,13 @@ class Accumulator:
         the step starts again with the same batches and half the rows per pass.
         """
         drawn: list = []
-        rest = (drawn.append(batch) or batch for batch in batches)  # type: ignore[func-returns-value]
+
+        def draw():
+            for batch in batches:
+                drawn.append(batch)
+                yield batch
+
+        rest = draw()
         while True:
             try:
                 for x, y in itertools.chain(tuple(drawn), rest):
@@ -362,6 +368,9 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
 
     # Model, batch size and horizon
     model, shape = build_initialized(args, vocab_size, device)
+    padded_vocab = model.transformer.wte.num_embeddings
+    if padded_vocab != vocab_size:
+        print0(f"Padding the vocabulary from {vocab_size} to {padded_vocab}: faster matmuls")
     counts = model.num_scaling_params()
     flops_per_token = model.estimate_flops()
     for key, value in counts.items():
@@ -374,7 +383,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         rows, rest = divmod(horizon.total_batch_size, T * streams)
         if rest:
             raise UsageError(f"--total-batch-size={horizon.total_batch_size} is no multiple of {T * streams} (context * streams)")
-        B = fit_device_batch(model, rows, T, world_size)
+        B = fit_device_batch(model, rows, T)
         print0(f"Device batch size: {B} rows per pass")
     accumulation, rest = divmod(horizon.total_batch_size, B * T * world_size)
     if rest or accumulation % len(my_streams):

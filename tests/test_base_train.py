@@ -191,7 +191,7 @@ def test_device_batch_size_is_found(trained, capsys):
     assert "Device batch size: 4 rows" in capsys.readouterr().out
     model = checkpoints.load_model("base", "cpu", "train", model_tag="d3")[0]
     for rows, sequence_len, best in [(300, 64, 100), (128, 64, 128), (7, 64, 7), (131, 64, 1), (12, 8192, 1)]:
-        assert base_train.fit_device_batch(model, rows, sequence_len, 1) == best
+        assert base_train.fit_device_batch(model, rows, sequence_len) == best
 
 
 # -----------------------------------------------------------------------------

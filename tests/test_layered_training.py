@@ -83,3 +83,12 @@ def test_depth_20_rank_128_by_hand():
     assert model.estimate_flops() == 6 * (matrices + 32768 * width + 24) + stock_attention
     horizon = plan_horizon(model, shape, -1, -1, 12, -1, dials)
     assert horizon.target_tokens == 12 * scaling_params(model)
+
+
+@pytest.mark.parametrize("dials", [LayerDials(n_kv_head=5), LayerDials(attn_rank=700, mlp_rank=700, rank_schedule="linear"), LayerDials(lm_head_rank=1000)])
+def test_the_horizon_has_a_reference_also_where_the_dials_do_not_fit_it(dials):
+    """They fit a model of depth 20; the reference has depth 12, 6 heads and a width of 768."""
+    shape = dict(aspect_ratio=64, head_dim=128, sequence_len=2048, vocab_size=32768, window_pattern="SSSL")
+    with torch.device("meta"):
+        model = LayeredGPT(dials.apply(gpt_config(20, **shape)))
+    assert plan_horizon(model, shape, -1, -1, 12, -1, dials).num_iterations > 0
