@@ -5,9 +5,12 @@
 * against the memory's limit: a step must read every matmul weight once, plus the keys and values of each row
 
     python -m dev.bench_decode --depth=8
+    python -m dev.bench_decode --depth=8 --ranks=32,128,256    # low-rank weights as factors, as products, as chosen; and dense
+    python -m dev.bench_decode --calls                         # what a second matmul call costs: the rule of nanochat.lowrank
 
 The variants take turns and their median steps are compared, so that a busy machine slows all of them alike.
 """
+import copy
 import statistics
 import sys
 import time
@@ -15,11 +18,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.layered_gpt import build_gpt
+from nanochat.lowrank import LowRankLinear, call_cost
+from nanochat.recipe import LayerDials
 from scripts.infer_bench import positive_ints
 
 NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=lambda name: -1)  # so that no answer ends early
@@ -40,7 +47,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
     with torch.device("meta"):
-        model = GPT(config)
+        model = build_gpt(config)
     model.to_empty(device=device)
     model.init_weights()
     return model.eval()
@@ -57,6 +64,86 @@ def without_cache(model: GPT, prompt: list[int], batch_size: int) -> Callable:
     return lambda: model(ids)[:, -1].argmax(dim=-1).tolist()
 
 
+def in_turns(variants: list[Callable], steps: list[int]) -> list[float]:
+    """Median seconds of each variant's steps, after one to warm up."""
+    times: list[list[float]] = [[] for _ in variants]
+    for step in range(max(steps) + 1):
+        for taken, work, wanted in zip(times, variants, steps):
+            if step <= wanted:
+                taken.append(seconds(work))
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+def compare_caching(config: GPTConfig, prompt: list[int], args, device: torch.device) -> None:
+    master, cast = random_model(config, device), random_model(config, device)
+    cast.cast_for_inference()
+    weight_bytes = master.num_matmul_params() * COMPUTE_DTYPE.itemsize
+    bandwidth = read_bandwidth(device)
+    print(f"{weight_bytes / 2**20:.1f} MiB of matmul weights, memory read at {bandwidth / 1e9:.1f} GB/s\n")
+    print("tokens/s     no cache      cache  cast once      limit | cache/no cache  cast once/cache  cast once/limit")
+    for batch_size in args.batch_sizes:
+        variants = [without_cache(master, prompt, batch_size), *(with_cache(model, prompt, batch_size, args.steps + 2) for model in (master, cast))]
+        naive, slow, fast = (batch_size / s for s in in_turns(variants, [max(1, args.steps // 4), args.steps, args.steps]))
+        limit = batch_size * bandwidth / (weight_bytes + batch_size * master.kv_read_bytes(args.context))
+        print(f"batch {batch_size:4} {naive:10.1f} {slow:10.1f} {fast:10.1f} {limit:10.1f} | {slow / naive:14.1f} {fast / slow:16.2f} {fast / limit:16.1%}")
+
+
+def compare_merging(config: GPTConfig, prompt: list[int], args, device: torch.device) -> None:
+    """Low-rank models decoding with factors, with products, and with what `cast_for_inference` chooses, beside a dense one."""
+    dense = random_model(config, device)
+    dense.cast_for_inference()
+    print("\ntokens/s          factors  products    chosen     dense | chosen/better of the two  chosen/dense  products chosen")
+    for rank in args.ranks:
+        low_rank = LayerDials(attn_rank=rank, mlp_rank=rank).apply(config)
+        factors = random_model(low_rank, device)
+        products, chosen = copy.deepcopy(factors), copy.deepcopy(factors)
+        layers = [[module for module in model.modules() if isinstance(module, LowRankLinear)] for model in (products, chosen)]
+        for layer in layers[0]:
+            layer.merge()
+        for model in (factors, products):
+            GPT.cast_for_inference(model)
+        chosen.cast_for_inference()
+        merged = sum(layer.product is not None for layer in layers[1])
+        for batch_size in args.batch_sizes:
+            variants = [with_cache(model, prompt, batch_size, args.steps + 2) for model in (factors, products, chosen, dense)]
+            rates = [batch_size / s for s in in_turns(variants, [args.steps] * 4)]
+            print(f"rank {rank:4} batch {batch_size:3}" + "".join(f"{rate:10.1f}" for rate in rates)
+                  + f" | {rates[2] / max(rates[:2]):24.2f} {rates[2] / rates[3]:13.2f} {merged:9} of {len(layers[1])}")
+
+
+def compare_calls(device: torch.device) -> None:
+    """One row through factors and through their product, over 64 MiB of different matrices, as in a model; and the best threshold."""
+    rule = call_cost(device.type, COMPUTE_DTYPE)
+    results = []
+    print("\n  in x out   rank  saved weights | factors us  product us  factors/product")
+    for n_in, n_out in ((256, 256), (256, 1024), (512, 512), (768, 768), (512, 2048), (1024, 1024), (2048, 2048)):
+        for rank in (n_in // 16, n_in // 8, n_in // 4, n_in // 2):
+            saved = n_in * n_out - rank * (n_in + n_out)
+            copies = max(1, 2**26 // (n_in * n_out * COMPUTE_DTYPE.itemsize))
+            x, W, U, V = (torch.randn(*shape, device=device).to(COMPUTE_DTYPE)
+                          for shape in ((1, 1, n_in), (copies, n_out, n_in), (copies, n_out, rank), (copies, rank, n_in)))
+
+            def through_factors():
+                y = [F.linear(F.linear(x, v), u) for u, v in zip(U, V)]
+                return y[-1].sum().item()
+
+            def through_product():
+                y = [F.linear(x, w) for w in W]
+                return y[-1].sum().item()
+
+            factors, product = (1e6 * s / copies for s in in_turns([through_factors, through_product], [7, 7]))
+            results.append((saved, factors, product))
+            print(f"{n_in:4} x {n_out:4} {rank:6} {saved:14,} | {factors:10.1f} {product:11.1f} {factors / product:16.2f}", flush=True)
+
+    def loss(threshold: int) -> float:
+        """Time lost by the rule, relative to always taking the faster one."""
+        return sum((product if saved <= threshold else factors) / min(product, factors) for saved, factors, product in results) / len(results) - 1
+
+    best = min([0, *sorted(saved for saved, *_ in results)], key=loss)
+    print(f"\nmerging where factors save at most N weights: best N here {best:,} ({loss(best):.1%} slower than the faster one each time), "
+          f"the rule of nanochat.lowrank {rule:,} ({loss(rule):.1%})")
+
+
 @command
 @torch.inference_mode()
 def main(argv=None) -> None:
@@ -67,31 +154,21 @@ def main(argv=None) -> None:
     parser.add_argument("--context", type=positive_int, default=256, help="tokens before the first decoded one")
     parser.add_argument("--steps", type=positive_int, default=16, help="timed steps with the cache; a quarter of them without")
     parser.add_argument("--batch-sizes", type=positive_ints, default="1,4,16")
+    parser.add_argument("--ranks", type=positive_ints, help="compare low-rank models of these ranks with a dense one")
+    parser.add_argument("--calls", action="store_true", help="compare single layers as factors and as products")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     *_, device = compute_init(args.device_type or autodetect_device_type())
+    print(f"{COMPUTE_DTYPE}, {device}, {torch.get_num_threads()} threads")
+    if args.calls:
+        compare_calls(device)
+        return
     heads = -(-args.depth * 64 // args.head_dim)
     config = GPTConfig(sequence_len=max(1024, args.context), vocab_size=args.vocab, n_layer=args.depth, n_head=heads, n_kv_head=heads,
                        n_embd=heads * args.head_dim)
-    master, cast = random_model(config, device), random_model(config, device)
-    cast.cast_for_inference()
-    weight_bytes = master.num_matmul_params() * COMPUTE_DTYPE.itemsize
-    bandwidth = read_bandwidth(device)
-    print(f"{config}\n{weight_bytes / 2**20:.1f} MiB of matmul weights in {COMPUTE_DTYPE}, context {args.context}, {device}, "
-          f"{torch.get_num_threads()} threads, memory read at {bandwidth / 1e9:.1f} GB/s\n")
-    print("tokens/s     no cache      cache  cast once      limit | cache/no cache  cast once/cache  cast once/limit")
+    print(f"{config}, context {args.context}")
     prompt = torch.randint(args.vocab, (args.context,)).tolist()
-    for batch_size in args.batch_sizes:
-        cached = [with_cache(model, prompt, batch_size, args.steps + 2) for model in (master, cast)]
-        variants = [without_cache(master, prompt, batch_size), *cached]
-        times: list[list[float]] = [[] for _ in variants]
-        for step in range(args.steps + 1):
-            for i, work in enumerate(variants):
-                if i > 0 or step <= max(1, args.steps // 4):
-                    times[i].append(seconds(work))
-        naive, slow, fast = (batch_size / statistics.median(steps[1:]) for steps in times)  # the first of each is the warm-up
-        limit = batch_size * bandwidth / (weight_bytes + batch_size * master.kv_read_bytes(args.context))
-        print(f"batch {batch_size:4} {naive:10.1f} {slow:10.1f} {fast:10.1f} {limit:10.1f} | {slow / naive:14.1f} {fast / slow:16.2f} {fast / limit:16.1%}")
+    (compare_merging if args.ranks else compare_caching)(config, prompt, args, device)
 
 
 if __name__ == "__main__":

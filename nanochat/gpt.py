@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from nanochat.common import COMPUTE_DTYPE, print0
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, adamw_group, matrix_groups
 
 VE_GATE_CHANNELS = 12  # the value-embedding gate reads the first channels of the stream
 SMEAR_GATE_CHANNELS = 24
@@ -134,6 +134,7 @@ def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, k
 class GPT(nn.Module):
     """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`."""
 
+    norm = staticmethod(norm)  # of the stream before the first layer and after the last
     transformer: Any  # of the module's attributes the type checker knows only that they are tensors or modules
     value_embeds: Any
     cos: torch.Tensor
@@ -245,7 +246,7 @@ class GPT(nn.Module):
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
 
-        x = norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
+        x = self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
         x = self._smear(x, kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
@@ -257,7 +258,7 @@ class GPT(nn.Module):
         x = x - self._backout().to(x.dtype) * x_mid
         if getattr(kv_cache, "last_logits_only", False):
             x = x[:, -1:]  # of a prompt only the last position is sampled from
-        x = norm(x)
+        x = self.norm(x)
 
         if targets is None:
             return self._cap(self.lm_head(x))
@@ -265,12 +266,16 @@ class GPT(nn.Module):
         if type(head) is not Linear:  # an FP8 head computes its own logits
             logits = self._cap(head(x)).view(B * T, -1)
             return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
-        weight = head.weight[:self.config.vocab_size].to(x.dtype)
+        weight = self.head_scale(head.weight)[:self.config.vocab_size].to(x.dtype)
         return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
 
     def _cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the real vocabulary, within +-15."""
         return LOGIT_SOFTCAP * torch.tanh(logits[..., :self.config.vocab_size].float() / LOGIT_SOFTCAP)
+
+    def head_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        """The head's last matrix (V, C) as the loss multiplies with it."""
+        return weight
 
     def head_input(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
         """What the head's last matrix is applied to, and that matrix."""
@@ -346,44 +351,42 @@ class GPT(nn.Module):
             "value_embeds": count(*self.value_embeds.parameters()),
             "lm_head": count(*self.lm_head.parameters()),
             "transformer_matrices": count(*self.transformer.h.parameters()),
-            "scalars": count(self.resid_lambdas, self.x0_lambdas, self.smear_gate.weight, self.smear_lambda, self.backout_lambda),
+            "scalars": count(*self._scalars()),
         }
         counts["total"] = sum(counts.values())
         assert counts["total"] == count(*self.parameters()), "a parameter is missing from the count"
         return counts
 
+    def _scalars(self) -> list[torch.Tensor]:
+        return [self.resid_lambdas, self.x0_lambdas, self.smear_gate.weight, self.smear_lambda, self.backout_lambda]
+
     # -------------------------------------------------------------------------
     # Optimizer
 
     def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
-                        weight_decay: float = 0.0, scalar_lr: float = 0.5) -> MuonAdamW:
-        """Muon for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format.
-
-        AdamW's learning rates of embeddings and head are tuned at width 768 and scale with 1/sqrt(width).
-        """
-        width_scale = (self.config.n_embd / 768) ** -0.5
-        print0(f"AdamW learning rates scaled by (width/768)^-0.5 = {width_scale:.6f}")
-
-        def adamw(params, lr, betas, weight_decay):
-            return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay)
-
-        groups = [
-            adamw(self.lm_head.parameters(), unembedding_lr * width_scale, (0.8, 0.96), 0.01),
-            adamw(self.transformer.wte.parameters(), embedding_lr * width_scale, (0.8, 0.995), 0.001),
-            adamw(self.value_embeds.parameters(), embedding_lr * width_scale * 0.5, (0.8, 0.995), 0.01),
-            adamw([self.resid_lambdas], scalar_lr * 0.01, (0.8, 0.95), 0.05),
-            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
-            adamw([self.smear_gate.weight, self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
-        ]
-        matrices = list(self.transformer.h.parameters())
-        for shape in sorted({tuple(p.shape) for p in matrices}):
-            groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=matrix_lr,
-                               momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=weight_decay))
-        assert sum(len(group["params"]) for group in groups) == len(list(self.parameters())), "a parameter is in no group"
-        optimizer = MuonAdamW(groups)
+                        weight_decay: float = 0.0, scalar_lr: float = 0.5, matrix_optimizer: str = "muon") -> MuonAdamW:
+        """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format."""
+        optimizer = MuonAdamW(self._param_groups(unembedding_lr=unembedding_lr, embedding_lr=embedding_lr, matrix_lr=matrix_lr,
+                                                 weight_decay=weight_decay, scalar_lr=scalar_lr, matrix_optimizer=matrix_optimizer))
+        covered = sum(len(group["params"]) for group in optimizer.param_groups)
+        assert covered == len(list(self.parameters())), "a parameter is in no group"
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
+
+    def _param_groups(self, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer) -> list[dict]:
+        """AdamW's learning rates of embeddings and head are tuned at width 768 and scale with 1/sqrt(width)."""
+        width_scale = (self.config.n_embd / 768) ** -0.5
+        print0(f"AdamW learning rates scaled by (width/768)^-0.5 = {width_scale:.6f}")
+        return [
+            adamw_group(self.lm_head.parameters(), unembedding_lr * width_scale, (0.8, 0.96), 0.01),
+            adamw_group(self.transformer.wte.parameters(), embedding_lr * width_scale, (0.8, 0.995), 0.001),
+            adamw_group(self.value_embeds.parameters(), embedding_lr * width_scale * 0.5, (0.8, 0.995), 0.01),
+            adamw_group([self.resid_lambdas], scalar_lr * 0.01, (0.8, 0.95), 0.05),
+            adamw_group([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
+            adamw_group([self.smear_gate.weight, self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
+            *matrix_groups(self.transformer.h.parameters(), matrix_lr, weight_decay, matrix_optimizer),
+        ]
 
     # -------------------------------------------------------------------------
 

@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, run_layer
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
+from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
+from nanochat.optim import MuonAdamW
 
+BLOCKS = ("prenorm", "ngpt")
+ACTIVATIONS = ("relu2", "swiglu")
 ORDERS = ("attn-mlp", "mlp-attn", "parallel")
 
 
@@ -32,6 +36,8 @@ class LayerSpec:
     mlp_depth: int = 1  # hidden layers of the MLP
     attn_rank: int = 0
     mlp_rank: int = 0
+    block: str = "prenorm"
+    activation: str = "relu2"
     order: str = "attn-mlp"
     window: int = -1
     value_embed: bool = False
@@ -44,8 +50,11 @@ class LayerSpec:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
         if self.qk_dim % 2:
             raise ValueError(f"queries of width {self.qk_dim} cannot be rotated in pairs; use an even number")
-        if self.order not in ORDERS:
-            raise ValueError(f"unknown order {self.order!r}: use one of {', '.join(ORDERS)}")
+        for name, value, known in (("block", self.block, BLOCKS), ("activation", self.activation, ACTIVATIONS), ("order", self.order, ORDERS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        if self.activation == "swiglu" and self.mlp_depth > 1:
+            raise ValueError("a SwiGLU MLP has one hidden layer; use relu2 for more")
         if not 0 <= self.attn_rank <= min(n_embd, self.n_head * self.head_dim, self.n_kv_head * min(self.head_dim, self.qk_dim)):
             raise ValueError(f"an attention rank of {self.attn_rank} exceeds the smallest attention matrix")
         if not 0 <= self.mlp_rank <= min(n_embd, self.mlp_hidden):
@@ -74,6 +83,12 @@ class LayeredGPTConfig(GPTConfig):
                 layer.check(self.n_embd)
             except ValueError as error:
                 raise ValueError(f"layer {index}: {error}") from error
+        if len({layer.block for layer in self.layers}) > 1:
+            raise ValueError("pre-norm and normalized layers cannot be mixed: the stream is on the unit sphere for all of them or for none")
+
+    @property
+    def normalized(self) -> bool:
+        return self.layers[0].block == "ngpt"
 
     @classmethod
     def from_gpt(cls, gpt: GPT) -> "LayeredGPTConfig":
@@ -106,11 +121,12 @@ class LayeredAttention(CausalSelfAttention):
 
 
 class LayeredMLP(nn.Module):
-    """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`."""
+    """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`, or one layer of SwiGLU (Shazeer, 2002.05202)."""
 
     def __init__(self, n_embd: int, spec: LayerSpec):
         super().__init__()
         self.c_fc = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank)
+        self.c_gate = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank) if spec.activation == "swiglu" else None
         if spec.mlp_depth > 1:
             self.c_hidden = nn.ModuleList(linear_or_low_rank(spec.mlp_hidden, spec.mlp_hidden, spec.mlp_rank) for _ in range(spec.mlp_depth - 1))
         else:
@@ -118,7 +134,7 @@ class LayeredMLP(nn.Module):
         self.c_proj = linear_or_low_rank(spec.mlp_hidden, n_embd, spec.mlp_rank)
 
     def forward(self, x):
-        x = F.relu(self.c_fc(x)).square()
+        x = F.relu(self.c_fc(x)).square() if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
         for layer in self.c_hidden:
             x = F.relu(layer(norm(x))).square()  # squares of squares would leave any number format
         return self.c_proj(x)
@@ -157,8 +173,11 @@ class LayeredGPT(GPT):
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(padded_vocab, config.n_embd),
-            "h": nn.ModuleList(LayeredBlock(config.n_embd, layer, i) for i, layer in enumerate(config.layers)),
+            "h": nn.ModuleList((NormalizedBlock if config.normalized else LayeredBlock)(config.n_embd, layer, i) for i, layer in enumerate(config.layers)),
         })
+        self.s_z = nn.Parameter(torch.empty(padded_vocab)) if config.normalized else None
+        if config.normalized:
+            self.norm = unit  # type: ignore[method-assign]
         self.lm_head = linear_or_low_rank(config.n_embd, padded_vocab, config.lm_head_rank)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -203,6 +222,10 @@ class LayeredGPT(GPT):
         """The stock initialization, drawn in the stock order; low-rank layers start as the best copy of what they replace."""
         config = self.config
         bound = math.sqrt(3) / math.sqrt(config.n_embd)
+        if config.normalized:
+            self._init_scalars_and_embeddings()
+            init_normalized(self)
+            return
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         _init(self.lm_head, lambda weight: nn.init.normal_(weight, std=0.001))
         for block in self.transformer.h:
@@ -210,16 +233,49 @@ class LayeredGPT(GPT):
                 _init(projection, lambda weight: nn.init.uniform_(weight, -bound, bound))
             _init_to_zero(block.attn.c_proj)
             _init(block.mlp.c_fc, lambda weight: nn.init.uniform_(weight, -0.4 * bound, 0.4 * bound))
+            if block.mlp.c_gate is not None:
+                _init(block.mlp.c_gate, lambda weight: nn.init.uniform_(weight, -bound, bound))
             for layer in block.mlp.c_hidden:
                 _init(layer, lambda weight: nn.init.uniform_(weight, -math.sqrt(3 / weight.size(1)), math.sqrt(3 / weight.size(1))))
             _init_to_zero(block.mlp.c_proj)
         self._init_scalars_and_embeddings()
+
+    def _cast_embeddings(self) -> None:
+        if not self.config.normalized:  # bfloat16 cannot hold vectors to the length of 1
+            super()._cast_embeddings()
+
+    def _scalars(self) -> list[torch.Tensor]:
+        return super()._scalars() + ([] if self.s_z is None else [self.s_z])
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        return super()._cap(logits if self.s_z is None else logits * self.s_z)
+
+    def head_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self.s_z is None else weight * self.s_z[:, None]
 
     def attention_shapes(self) -> list[tuple[int, int, int, int]]:
         return [(layer.n_head, layer.n_kv_head, layer.qk_dim, layer.head_dim) for layer in self.config.layers]
 
     def head_input(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
         return (self.lm_head.V(x), self.lm_head.U) if isinstance(self.lm_head, LowRankLinear) else (x, self.lm_head)
+
+    def cast_for_inference(self) -> None:
+        """As for the stock model; low-rank layers that decode faster as one matrix keep that too."""
+        for module in self.modules():
+            if isinstance(module, LowRankLinear):
+                module.merge_if_faster()
+        super().cast_for_inference()
+
+    def setup_optimizer(self, *args, **kwargs) -> MuonAdamW:
+        """As for the stock model; the weights of normalized layers return to the unit sphere after every step."""
+        optimizer = super().setup_optimizer(*args, **kwargs)
+        if self.config.normalized:
+            normalize = NormalizedWeights(self)
+            optimizer.register_step_post_hook(lambda *_: normalize())
+        return optimizer
+
+    def _param_groups(self, *args, **kwargs) -> list[dict]:
+        return normalized_groups(self, *args, **kwargs) if self.config.normalized else super()._param_groups(*args, **kwargs)
 
 
 def build_gpt(config: GPTConfig) -> GPT:

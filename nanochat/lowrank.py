@@ -1,17 +1,34 @@
-"""Low-rank layers: W = U V with U (out, r) and V (r, in), never multiplied out in training.
+"""Low-rank layers: W = U V with U (out, r) and V (r, in), multiplied out only to decode small matrices.
 
 * Spectral initialization (Khodak et al., 2105.01029): the factors come from the truncated SVD of the dense layer's own
   initialization, sqrt(s) to each side, so the product is the best rank-r copy of what a dense layer would start from.
 * A layer that starts at zero keeps a random V and gets U = 0: the product is zero, and U has a gradient from the first step on.
 * Rank schedules spread one budget of ranks over the depth.
+* A decoding step reads every weight for a few rows, so its time is bytes plus calls, and two factors are two calls. Where the product
+  is not much larger than the factors, inference keeps it too and decodes with it; prompts still go through the factors.
 """
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochat.cli import UsageError
+from nanochat.common import COMPUTE_DTYPE
 from nanochat.gpt import Linear
 
 RANK_SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
+DECODE_ROWS = 16  # up to so many rows a product costs what reading its weights costs
+
+
+def call_cost(device_type: str, dtype: torch.dtype) -> int:
+    """How many weights are read in the time of one more call of a matmul with a few rows.
+
+    A rule rather than a stopwatch at load, so that a checkpoint gives the same outputs every time. The CPU's numbers are
+    measured (`python -m dev.bench_decode --calls`; oneDNN's bf16 kernels are slow to call), the GPUs' are estimates: 3 us of
+    launching at 2 TB/s (CUDA) and 0.35 TB/s (MPS).
+    """
+    if device_type == "cpu":
+        return 192 * 1024 if dtype == torch.bfloat16 else 16 * 1024
+    return (6 if device_type == "cuda" else 1) * 2**20 // dtype.itemsize
 
 
 def break_even_rank(in_features: int, out_features: int) -> float:
@@ -35,9 +52,24 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.V = Linear(in_features, rank)
         self.U = Linear(rank, out_features)
+        self.product: torch.Tensor | None
+        self.register_buffer("product", None, persistent=False)  # U V, for decoding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is not None and x.numel() <= DECODE_ROWS * self.in_features:
+            return F.linear(x, self.product.to(x.dtype))
         return self.U(self.V(x))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Keeps the product too, in the compute dtype, and decodes with it. It does not follow later changes of the factors."""
+        self.product = (self.U.weight.float() @ self.V.weight.float()).to(COMPUTE_DTYPE)
+
+    def merge_if_faster(self) -> None:
+        """Merges where the weights that the factors save cost less to read than a second call."""
+        saved = self.in_features * self.out_features - self.rank * (self.in_features + self.out_features)
+        if saved <= call_cost(self.U.weight.device.type, COMPUTE_DTYPE):
+            self.merge()
 
     @torch.no_grad()
     def init_from_dense(self, weight: torch.Tensor) -> None:

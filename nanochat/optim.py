@@ -9,6 +9,8 @@ Notable:
   collectives need neither futures nor averaging in the back end, so gloo (CPU) works as NCCL does
 * hyper-parameters enter the Muon kernel as 0-dim tensors, so changing them does not recompile
 """
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
@@ -26,6 +28,7 @@ polar_express_coeffs = [
 # PyTorch 2.13 renamed the two collectives
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+ADAMW_SHARE = 1.0  # of Muon's step per entry that AdamW takes, where it has the matrices
 SMALL = 1024  # parameters with fewer elements, and those whose rows cannot be shared evenly, are updated on every rank
 
 
@@ -88,6 +91,27 @@ def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momen
 
 def _scalar(value: float, device: torch.device) -> torch.Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
+
+
+MATRIX_OPTIMIZERS = ("muon", "adamw")
+
+
+def adamw_group(params: Iterable, lr: float, betas: tuple[float, float], weight_decay: float) -> dict:
+    return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay)
+
+
+def matrix_groups(params: Iterable, lr: float, weight_decay: float, optimizer: str = "muon") -> list[dict]:
+    """One group for each shape. `lr` is Muon's, under which a matrix moves by lr / sqrt(columns) per entry; AdamW gets that too."""
+    params = list(params)
+    groups = []
+    for shape in sorted({tuple(p.shape) for p in params}):
+        same = [p for p in params if p.shape == shape]
+        if optimizer == "muon":
+            groups.append(dict(kind="muon", params=same, lr=lr, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=weight_decay))
+        else:
+            share = ADAMW_SHARE / shape[1] ** 0.5
+            groups.append(adamw_group(same, lr * share, (0.9, 0.95), weight_decay / share))
+    return groups
 
 
 class MuonAdamW(torch.optim.Optimizer):

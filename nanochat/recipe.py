@@ -43,8 +43,10 @@ class LayerDials:
     n_head: int = -1
     n_kv_head: int = -1
     qk_dim: int = -1
-    mlp_ratio: float = 4
+    mlp_ratio: float = -1
     mlp_depth: int = 1
+    block: str = "prenorm"
+    activation: str = "relu2"
     order: str = "attn-mlp"
 
     def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
@@ -63,7 +65,9 @@ class LayerDials:
             n_kv_head = max(n for n in range(1, min(n_head, n_kv_head) + 1) if n_head % n == 0)
         head_dim = plain.layers[0].head_dim
         qk_dim = self.qk_dim if self.qk_dim > 0 else head_dim
-        hidden = round(self.mlp_ratio * stock.n_embd)
+        # three matrices of SwiGLU at 8/3 of the width are as large as the two of ReLU² at 4
+        ratio = self.mlp_ratio if self.mlp_ratio > 0 else 8 / 3 if self.activation == "swiglu" else 4
+        hidden = round(ratio * stock.n_embd)
         smallest = {"attn": min(stock.n_embd, n_head * head_dim, n_kv_head * min(head_dim, qk_dim)), "mlp": min(stock.n_embd, hidden)}
 
         def ranks(wanted: int, largest: int) -> list[int]:
@@ -73,7 +77,8 @@ class LayerDials:
 
         try:
             layers = tuple(
-                replace(layer, n_head=n_head, n_kv_head=n_kv_head, qk_dim=qk_dim, mlp_hidden=hidden, mlp_depth=self.mlp_depth, order=self.order,
+                replace(layer, n_head=n_head, n_kv_head=n_kv_head, qk_dim=qk_dim, mlp_hidden=hidden, mlp_depth=self.mlp_depth, block=self.block,
+                        activation=self.activation, order=self.order,
                         attn_rank=attn_rank, mlp_rank=mlp_rank)
                 for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
             head_rank = min(self.lm_head_rank, stock.n_embd) if reference else self.lm_head_rank

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,11 +61,11 @@ from nanochat.engine import Engine
 from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
-from nanochat.layered_gpt import ORDERS, build_gpt
+from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, build_gpt
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.lowrank import RANK_SCHEDULES
-from nanochat.optim import MuonAdamW
-from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon
+from nanochat.optim import MATRIX_OPTIMIZERS, MuonAdamW
+from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon, scaling_params
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -94,9 +94,11 @@ def build_parser() -> ArgumentParser:
     add("--n-head", type=int_or_off, default=-1, help="query heads; -1: width / head-dim")
     add("--n-kv-head", type=int_or_off, default=-1, help="key and value heads; -1: as many as query heads")
     add("--qk-dim", type=int_or_off, default=-1, help="width of a query and a key; -1: head-dim")
-    add("--mlp-ratio", type=positive_float, default=4.0, help="hidden width of the MLP / width")
+    add("--mlp-ratio", type=positive_float, default=-1, help="hidden width of the MLP / width; default 4, or 8/3 for swiglu (as many parameters)")
     add("--mlp-depth", type=positive_int, default=1, help="hidden layers of the MLP")
+    add("--activation", default="relu2", choices=ACTIVATIONS)
     add("--order", default="attn-mlp", choices=ORDERS)
+    add("--block", default="prenorm", choices=BLOCKS, help="prenorm: nanochat's; ngpt: hidden states and weights on the unit sphere (ngpt.py)")
     # horizon, the first positive one counts
     add("--num-iterations", type=int, default=-1, help="optimizer steps")
     add("--target-flops", type=finite_float, default=-1.0, help="training FLOPs")
@@ -106,10 +108,11 @@ def build_parser() -> ArgumentParser:
     add("--total-batch-size", type=int_or_off, default=-1, help="tokens per step; -1: from model and horizon")
     add("--embedding-lr", type=non_negative_float, default=0.3)
     add("--unembedding-lr", type=non_negative_float, default=0.008)
-    add("--weight-decay", type=non_negative_float, default=0.28, help="of Muon's matrices, at the reference batch and tokens")
+    add("--weight-decay", type=non_negative_float, default=0.28, help="of the blocks' matrices, at the reference batch and tokens; ngpt: 0")
     add("--matrix-lr", type=non_negative_float, default=0.02)
+    add("--matrix-optimizer", default="muon", choices=MATRIX_OPTIMIZERS, help="of the blocks' matrices")
     add("--scalar-lr", type=non_negative_float, default=0.5)
-    add("--warmup-steps", type=non_negative_int, default=40)
+    add("--warmup-steps", type=non_negative_int, default=40, help="default of ngpt: 0")
     add("--warmdown-ratio", type=fraction, default=0.65, help="share of the run over which the learning rates fall")
     add("--final-lr-frac", type=fraction, default=0.05)
     # resuming
@@ -121,6 +124,7 @@ def build_parser() -> ArgumentParser:
     add("--core-metric-every", type=int_or_off, default=2000, help="-1: never")
     add("--core-metric-max-per-task", type=int_or_off, default=500)
     add("--sample-every", type=int_or_off, default=2000, help="-1: never")
+    add("--seed", type=non_negative_int, default=42, help="of the initialization; the data keep their order")
     # output
     add("--save-every", type=int_or_off, default=-1, help="steps between checkpoints; -1: only at the end")
     add("--model-tag", type=folder_name, default=None, help="name of the checkpoint folder (default: d<depth>)")
@@ -138,7 +142,20 @@ def layer_dials(args) -> LayerDials:
     return LayerDials(
         attn_rank=args.rank if args.attn_rank is None else args.attn_rank, mlp_rank=args.rank if args.mlp_rank is None else args.mlp_rank,
         lm_head_rank=args.lm_head_rank, rank_schedule=args.rank_schedule, n_head=args.n_head, n_kv_head=args.n_kv_head, qk_dim=args.qk_dim,
-        mlp_ratio=args.mlp_ratio, mlp_depth=args.mlp_depth, order=args.order)
+        mlp_ratio=args.mlp_ratio, mlp_depth=args.mlp_depth, block=args.block, activation=args.activation, order=args.order)
+
+
+def parse_args(argv):
+    """The flags. Raises UsageError for weight decay of normalized layers."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.block == "ngpt":
+        parser.set_defaults(weight_decay=0.0, warmup_steps=0)
+        args = parser.parse_args(argv)
+        if args.weight_decay:
+            raise UsageError(f"--weight-decay={args.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
+                             "leave it out")
+    return args
 
 
 def build_initialized(args, vocab_size: int, device: torch.device) -> tuple[GPT, dict]:
@@ -337,234 +354,266 @@ def optimizer_step(optimizer: MuonAdamW, scaler) -> None:
 
 @command
 def main(argv=None) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     user_config = vars(args).copy()
     print_banner()
     device_type = args.device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     try:
-        train(args, user_config, rank, world_size, device)
+        Training(args, user_config, rank, world_size, device).run()
     finally:
         compute_cleanup()
 
 
-def train(args, user_config: dict, rank: int, world_size: int, device: torch.device) -> None:
-    master = rank == 0
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
-    if device.type == "cuda":
-        print0("Attention: " + ("FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"))
-    gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
+class Training:
+    """One run: what its steps share, and what each leaves to the next."""
 
-    # Tokenizer and data
-    tokenizer = get_tokenizer()
-    token_bytes = get_token_bytes(device=device)
-    vocab_size = tokenizer.get_vocab_size()
-    T = args.max_seq_len
-    streams = world_size if args.data_streams == -1 else args.data_streams
-    if streams % world_size:
-        raise UsageError(f"--data-streams={streams} cannot be shared by {world_size} ranks; use a multiple")
-    my_streams = range(rank, streams, world_size)
+    def __init__(self, args, user_config: dict, rank: int, world_size: int, device: torch.device):
+        self.args, self.user_config, self.rank, self.world_size, self.device = args, user_config, rank, world_size, device
+        print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
+        if device.type == "cuda":
+            print0("Attention: " + ("FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"))
+        self.gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
+        self.tokenizer = get_tokenizer()
+        self.token_bytes = get_token_bytes(device=device)
+        self.streams = world_size if args.data_streams == -1 else args.data_streams
+        if self.streams % world_size:
+            raise UsageError(f"--data-streams={self.streams} cannot be shared by {world_size} ranks; use a multiple")
+        self.my_streams = range(rank, self.streams, world_size)
+        self.folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{args.depth}")
 
-    # Model, batch size and horizon
-    model, shape = build_initialized(args, vocab_size, device)
-    padded_vocab = model.transformer.wte.num_embeddings
-    if padded_vocab != vocab_size:
-        print0(f"Padding the vocabulary from {vocab_size} to {padded_vocab}: faster matmuls")
-    counts = model.num_scaling_params()
-    flops_per_token = model.estimate_flops()
-    for key, value in counts.items():
-        print0(f"{key:24s}: {value:,}")
-    print0(f"Estimated FLOPs per token: {flops_per_token:e}")
-    horizon = plan_horizon(model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size,
-                           layer_dials(args))
-    B = args.device_batch_size
-    if B == -1:
-        rows, rest = divmod(horizon.total_batch_size, T * streams)
-        if rest:
-            raise UsageError(f"--total-batch-size={horizon.total_batch_size} is no multiple of {T * streams} (context * streams)")
-        B = fit_device_batch(model, rows, T)
-        print0(f"Device batch size: {B} rows per pass")
-    accumulation, rest = divmod(horizon.total_batch_size, B * T * world_size)
-    if rest or accumulation % len(my_streams):
-        fitting = next((n for n in range(min(B, horizon.total_batch_size // (T * streams)), 0, -1) if horizon.total_batch_size % (n * T * streams) == 0), None)
-        raise UsageError(
-            f"a total batch of {horizon.total_batch_size} tokens cannot be made of passes of {B} rows * {T} tokens * {streams} "
-            f"{'ranks' if streams == world_size else 'streams'}; "
-            + (f"use --device-batch-size={fitting}, or -1 to have it found" if fitting else f"use a --total-batch-size that is a multiple of {T * streams}"))
-    eval_steps = args.eval_tokens // (B * T * streams) * len(my_streams)
-    if args.eval_every > 0 and eval_steps == 0:
-        raise UsageError(f"--eval-tokens={args.eval_tokens} is less than one batch; use at least {B * T * streams}")
-    print0(f"Total batch size {horizon.total_batch_size:,} => gradient accumulation steps: {accumulation}")
-    N = horizon.num_iterations
-    print0(f"Number of iterations: {N:,} = {horizon.total_tokens:,} tokens, {horizon.total_tokens / (counts['transformer_matrices'] + counts['lm_head']):.2f} "
-           f"per parameter, {flops_per_token * horizon.total_tokens:e} FLOPs")
+        model = self.plan()
+        check_output(self.folder, model, rank == 0)
+        self.resume_step = find_resume_step(args, self.folder)
+        self.start(model)
 
-    # Output, and the checkpoint to continue from
-    folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{args.depth}")
-    check_output(folder, model, master)
-    resume_step = find_resume_step(args, folder)
-    model_data = optimizer_data = meta = train_state = None
-    if resume_step is not None:
-        print0(f"Resuming from step {resume_step} in {folder}")
-        written_by = checkpoints.load_meta(folder, resume_step).get("world_size") or len(list(folder.glob(f"optim_{resume_step:06d}_rank*.pt")))
-        if written_by not in (0, world_size):
-            raise UsageError(f"the checkpoint of step {resume_step} was written by {written_by} ranks, not {world_size}; use as many as then")
-        model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, resume_step, device, load_optimizer=True, rank=rank)
-        train_state = checkpoints.load_train_state(folder, resume_step, rank)
-        if resume_step > N:
-            raise UsageError(f"the checkpoint of step {resume_step} is beyond the horizon of {N} steps; raise it to train on")
+    # -- before the first step
+
+    def plan(self) -> GPT:
+        """The model at its initialization, the horizon and the sizes of the batches."""
+        args = self.args
+        torch.manual_seed(args.seed)
+        vocab_size = self.tokenizer.get_vocab_size()
+        model, shape = build_initialized(args, vocab_size, self.device)
+        padded_vocab = model.transformer.wte.num_embeddings
+        if padded_vocab != vocab_size:
+            print0(f"Padding the vocabulary from {vocab_size} to {padded_vocab}: faster matmuls")
+        for key, value in model.num_scaling_params().items():
+            print0(f"{key:24s}: {value:,}")
+        print0(f"Estimated FLOPs per token: {model.estimate_flops():e}")
+        self.horizon = plan_horizon(model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size,
+                                    layer_dials(args))
+        total, T, streams = self.horizon.total_batch_size, args.max_seq_len, self.streams
+        B = args.device_batch_size
+        if B == -1:
+            rows, rest = divmod(total, T * streams)
+            if rest:
+                raise UsageError(f"--total-batch-size={total} is no multiple of {T * streams} (context * streams)")
+            B = fit_device_batch(model, rows, T)
+            print0(f"Device batch size: {B} rows per pass")
+        self.accumulation, rest = divmod(total, B * T * self.world_size)
+        if rest or self.accumulation % len(self.my_streams):
+            fitting = next((n for n in range(min(B, total // (T * streams)), 0, -1) if total % (n * T * streams) == 0), None)
+            raise UsageError(
+                f"a total batch of {total} tokens cannot be made of passes of {B} rows * {T} tokens * {streams} "
+                f"{'ranks' if streams == self.world_size else 'streams'}; "
+                + (f"use --device-batch-size={fitting}, or -1 to have it found" if fitting else f"use a --total-batch-size that is a multiple of {T * streams}"))
+        self.device_batch = B
+        self.eval_steps = args.eval_tokens // (B * T * streams) * len(self.my_streams)
+        if args.eval_every > 0 and self.eval_steps == 0:
+            raise UsageError(f"--eval-tokens={args.eval_tokens} is less than one batch; use at least {B * T * streams}")
+        print0(f"Total batch size {total:,} => gradient accumulation steps: {self.accumulation}")
+        tokens = self.horizon.total_tokens
+        print0(f"Number of iterations: {self.horizon.num_iterations:,} = {tokens:,} tokens, {tokens / scaling_params(model):.2f} per parameter, "
+               f"{model.estimate_flops() * tokens:e} FLOPs")
+        return model
+
+    def start(self, model: GPT) -> None:
+        """The state before the first step: that of a new run, or that of a checkpoint."""
+        args, horizon = self.args, self.horizon
+        meta = train_state = optimizer_data = None
+        if self.resume_step is not None:
+            meta, train_state, optimizer_data = self.load(model)
+        if args.fp8:
+            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=worth_converting)
+        self.core_every = args.core_metric_every
+        if self.core_every > 0:
+            try:
+                bundle = find_eval_bundle()
+            except UsageError as error:
+                print0(f"No CORE metric in this run: {error}")
+                self.core_every = -1
+            else:
+                load_bundle(bundle, args.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
+
+        self.weight_decay = args.weight_decay * horizon.weight_decay_scale
+        self.optimizer_setup = dict(
+            unembedding_lr=args.unembedding_lr * horizon.lr_scale, embedding_lr=args.embedding_lr * horizon.lr_scale,
+            matrix_lr=args.matrix_lr * horizon.lr_scale, weight_decay=self.weight_decay, scalar_lr=args.scalar_lr * horizon.lr_scale,
+            matrix_optimizer=args.matrix_optimizer)
+        optimizer = model.setup_optimizer(**self.optimizer_setup)
+        if optimizer_data is not None:
+            learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(optimizer_data)
+            except (ValueError, KeyError) as error:
+                raise UsageError(f"the optimizer state of step {self.resume_step} does not fit this model: {error}") from error
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                group["initial_lr"] = learning_rate  # the flags of now, not those of the checkpoint
+        self.scaler = torch.amp.GradScaler(self.device.type) if COMPUTE_DTYPE == torch.float16 else None
+        self.adopt(model, optimizer)
+
+        # Data, at the exact position where the checkpoint left it
+        self.positions: list = [None] * len(self.my_streams)
+        if train_state is not None:
+            self.positions = train_state["loader_states"]
+            if len(self.positions) != len(self.my_streams):
+                raise UsageError(f"the checkpoint was written with other --data-streams than {self.streams}; use the same number")
+        elif meta is not None:
+            self.positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
+            print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
+        self.train_loader = self.loader("train", self.positions)
+
+        # What the loop carries from step to step
+        self.step = 0
+        self.val_bpb: float | None = None
+        self.core_metric: float | None = None
+        self.min_val_bpb = float("inf")
+        self.smooth_train_loss = 0.0
+        self.total_training_time = 0.0
+        self.mfu = 0.0
+        if meta is not None:
+            try:
+                self.step, self.val_bpb, loop_state = meta["step"], meta["val_bpb"], meta["loop_state"]
+                self.min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
+                self.smooth_train_loss, self.total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
+            except (KeyError, TypeError) as error:
+                raise UsageError(f"{self.folder}/meta_{self.resume_step:06d}.json is corrupt or not of a pretraining run ({error}); use another step") from error
+        if train_state is not None:
+            set_rng_state(train_state["rng"], self.device)
+            if self.scaler and train_state.get("scaler"):
+                self.scaler.load_state_dict(train_state["scaler"])
+        self.first_step = self.step
+
+        self.log = RunLog(self.folder / "log.jsonl" if self.rank == 0 else None, resume_step=self.resume_step)
+        self.wandb_run = init_wandb(args, self.user_config, self.rank)
+        device = self.device
+        self.log.log("start", self.step, config=self.user_config, model_config=asdict(model.config), counts=model.num_scaling_params(),
+                     flops_per_token=self.flops_per_token, num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
+                     total_tokens=horizon.total_tokens, device=str(device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size,
+                     device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
+
+    def load(self, model: GPT) -> tuple:
+        """Meta data, exact training state and optimizer state of the checkpoint to continue; its weights go into `model`."""
+        step, folder = self.resume_step, self.folder
+        assert step is not None
+        print0(f"Resuming from step {step} in {folder}")
+        written_by = checkpoints.load_meta(folder, step).get("world_size") or len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
+        if written_by not in (0, self.world_size):
+            raise UsageError(f"the checkpoint of step {step} was written by {written_by} ranks, not {self.world_size}; use as many as then")
+        model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, step, self.device, load_optimizer=True, rank=self.rank)
+        train_state = checkpoints.load_train_state(folder, step, self.rank)
+        if step > self.horizon.num_iterations:
+            raise UsageError(f"the checkpoint of step {step} is beyond the horizon of {self.horizon.num_iterations} steps; raise it to train on")
         if meta["model_config"] != (mine := json.loads(json.dumps(asdict(model.config)))):  # JSON knows no tuples
             differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
             raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then, or another --model-tag")
-        checkpoints.load_weights(model, model_data, device)
-        del model_data
+        checkpoints.load_weights(model, model_data, self.device)
+        return meta, train_state, optimizer_data
 
-    if args.fp8:
-        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=worth_converting)
-    core_every = args.core_metric_every
-    if core_every > 0:
-        try:
-            bundle = find_eval_bundle()
-        except UsageError as error:
-            print0(f"No CORE metric in this run: {error}")
-            core_every = -1
-        else:
-            load_bundle(bundle, args.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
+    def adopt(self, model: GPT, optimizer: MuonAdamW) -> None:
+        """Goes on with this model."""
+        self.model, self.optimizer = model, optimizer
+        self.flops_per_token = model.estimate_flops()
+        compiled = compile_model(model, self.device.type)
+        # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
+        self.evaluated = compiled if self.device.type == "cuda" else model
+        self.accumulate = Accumulator(compiled, model, self.scaler)
+        self.engine = Engine(model, self.tokenizer)
 
-    weight_decay = args.weight_decay * horizon.weight_decay_scale
-    optimizer = model.setup_optimizer(
-        unembedding_lr=args.unembedding_lr * horizon.lr_scale, embedding_lr=args.embedding_lr * horizon.lr_scale,
-        matrix_lr=args.matrix_lr * horizon.lr_scale, weight_decay=weight_decay, scalar_lr=args.scalar_lr * horizon.lr_scale)
-    if optimizer_data is not None:
-        learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(optimizer_data)
-        except (ValueError, KeyError) as error:
-            raise UsageError(f"the optimizer state of step {resume_step} does not fit this model: {error}") from error
-        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["initial_lr"] = learning_rate  # the flags of now, not those of the checkpoint
-        del optimizer_data
-    scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
+    def loader(self, split: str, positions: list | None = None):
+        """Batches (x, y, state) of this rank's streams in turn."""
+        return interleave([
+            data_loader(self.tokenizer, self.device_batch, self.args.max_seq_len, split=split, device=self.device, resume_state_dict=position,
+                        stream=stream, num_streams=self.streams)
+            for stream, position in zip(self.my_streams, positions or [None] * len(self.my_streams), strict=True)])
 
-    compiled = compile_model(model, device.type)
-    # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
-    evaluated = compiled if device.type == "cuda" else model
-    accumulate = Accumulator(compiled, model, scaler)
-    engine = Engine(model, tokenizer)
+    # -- between the steps
 
-    # Data, at the exact position where the checkpoint left it
-    positions: list = [None] * len(my_streams)
-    if train_state is not None:
-        positions = train_state["loader_states"]
-        if len(positions) != len(my_streams):
-            raise UsageError(f"the checkpoint was written with other --data-streams than {streams}; use the same number")
-    elif meta is not None:
-        positions = [meta["dataloader_state_dict"]] * len(my_streams)
-        print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
-    train_loader = interleave([
-        data_loader(tokenizer, B, T, split="train", device=device, resume_state_dict=position, stream=stream, num_streams=streams)
-        for stream, position in zip(my_streams, positions, strict=True)])
+    @property
+    def tokens(self) -> int:
+        return self.step * self.horizon.total_batch_size
 
-    def val_batches():
-        loaders = [data_loader(tokenizer, B, T, split="val", device=device, stream=stream, num_streams=streams) for stream in my_streams]
-        return ((x, y) for x, y, _ in interleave(loaders))
+    def spent(self) -> dict:
+        return dict(tokens=self.tokens, flops=self.flops_per_token * self.tokens, time=self.total_training_time)
 
-    # What the loop carries from step to step
-    step = 0
-    val_bpb: float | None = None
-    min_val_bpb = float("inf")
-    smooth_train_loss = 0.0
-    total_training_time = 0.0
-    if meta is not None:
-        try:
-            step, val_bpb, loop_state = meta["step"], meta["val_bpb"], meta["loop_state"]
-            min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
-            smooth_train_loss, total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{folder}/meta_{resume_step:06d}.json is corrupt or not of a pretraining run ({error}); use another step") from error
-    if train_state is not None:
-        set_rng_state(train_state["rng"], device)
-        if scaler and train_state.get("scaler"):
-            scaler.load_state_dict(train_state["scaler"])
-        del train_state
+    def log_wandb(self, **values) -> None:
+        self.wandb_run.log({"step": self.step, "total_training_flops": self.spent()["flops"], "total_training_time": self.total_training_time, **values})
 
-    log = RunLog(folder / "log.jsonl" if master else None, resume_step=resume_step)
-    wandb_run = init_wandb(args, user_config, rank)
-    log.log("start", step, config=user_config, model_config=asdict(model.config), counts=counts, flops_per_token=flops_per_token,
-            num_iterations=N, total_batch_size=horizon.total_batch_size, total_tokens=horizon.total_tokens, device=str(device),
-            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, dtype=str(COMPUTE_DTYPE), world_size=world_size)
+    @contextmanager
+    def evaluating(self):
+        self.model.eval()
+        with disable_fp8(self.model) if self.args.fp8 else nullcontext():
+            yield
+        self.model.train()
 
-    x, y, loader_state = next(train_loader)  # always one batch ahead
+    def validate(self) -> None:
+        with self.evaluating():
+            self.val_bpb = evaluate_bpb(self.evaluated, ((x, y) for x, y, _ in self.loader("val")), self.eval_steps, self.token_bytes)
+        self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
+        print0(f"Step {self.step:05d} | Validation bpb: {self.val_bpb:.6f}")
+        self.log.log("eval", self.step, val_bpb=self.val_bpb, **self.spent())
+        self.log_wandb(**{"val/bpb": self.val_bpb})
 
-    def step_batches():
-        nonlocal x, y, loader_state
-        for micro_step in range(accumulation):
-            positions[micro_step % len(my_streams)] = loader_state
-            yield x, y
-            x, y, loader_state = next(train_loader)
+    def measure_core(self) -> None:
+        with self.evaluating():
+            core = evaluate_core(self.model, self.tokenizer, self.device, max_per_task=self.args.core_metric_max_per_task)
+        self.core_metric = core["core_metric"]
+        print0(f"Step {self.step:05d} | CORE metric: {self.core_metric:.4f}")
+        self.log.log("core", self.step, **core, **self.spent())
+        self.log_wandb(core_metric=self.core_metric, centered_results=core["centered_results"])
 
-    core_metric: float | None = None
-    first_step = step
-    while True:
-        last = step == N
-        tokens = step * horizon.total_batch_size
-        spent = dict(tokens=tokens, flops=flops_per_token * tokens, time=total_training_time)
+    def sample(self) -> None:
+        with self.evaluating():
+            samples = sample_prompts(self.engine, self.tokenizer)
+        for sample in samples:
+            print0(sample)
+        self.log.log("sample", self.step, samples=samples)
 
-        if args.eval_every > 0 and (last or step % args.eval_every == 0):
-            model.eval()
-            with disable_fp8(model) if args.fp8 else nullcontext():
-                val_bpb = evaluate_bpb(evaluated, val_batches(), eval_steps, token_bytes)
-            model.train()
-            min_val_bpb = min(min_val_bpb, val_bpb)
-            print0(f"Step {step:05d} | Validation bpb: {val_bpb:.6f}")
-            log.log("eval", step, val_bpb=val_bpb, **spent)
-            wandb_run.log({"step": step, "total_training_flops": spent["flops"], "total_training_time": total_training_time, "val/bpb": val_bpb})
+    def save(self) -> None:
+        meta_data = dict(
+            step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.device_batch,
+            max_seq_len=self.args.max_seq_len, total_batch_size=self.horizon.total_batch_size, world_size=self.world_size,
+            dataloader_state_dict={key: self.loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
+            loop_state=dict(min_val_bpb=self.min_val_bpb if math.isfinite(self.min_val_bpb) else None, smooth_train_loss=self.smooth_train_loss,
+                            total_training_time=self.total_training_time))
+        # the positions are those after the last batch trained on: the one in hand is read again after a resume
+        exact = dict(loader_states=self.positions, rng=get_rng_state(self.device), scaler=self.scaler.state_dict() if self.scaler else None)
+        checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta_data, rank=self.rank, train_state=exact)
 
-        if core_every > 0 and (last or (step > 0 and step % core_every == 0)):
-            model.eval()
-            with disable_fp8(model) if args.fp8 else nullcontext():
-                core = evaluate_core(model, tokenizer, device, max_per_task=args.core_metric_max_per_task)
-            model.train()
-            core_metric = core["core_metric"]
-            print0(f"Step {step:05d} | CORE metric: {core_metric:.4f}")
-            log.log("core", step, **core, **spent)
-            wandb_run.log({"step": step, "total_training_flops": spent["flops"], "core_metric": core_metric, "centered_results": core["centered_results"]})
+    # -- one step
 
-        if args.sample_every > 0 and master and (last or (step > 0 and step % args.sample_every == 0)):
-            model.eval()
-            with disable_fp8(model) if args.fp8 else nullcontext():
-                samples = sample_prompts(engine, tokenizer)
-            model.train()
-            for sample in samples:
-                print0(sample)
-            log.log("sample", step, samples=samples)
+    def step_batches(self) -> Iterator:
+        for micro_step in range(self.accumulation):
+            self.positions[micro_step % len(self.my_streams)] = self.loader_state
+            yield self.x, self.y
+            self.x, self.y, self.loader_state = next(self.train_loader)
 
-        if step != resume_step and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0)):
-            meta_data = dict(
-                step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config=user_config, device_batch_size=B, max_seq_len=T,
-                total_batch_size=horizon.total_batch_size, world_size=world_size,
-                dataloader_state_dict={key: loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
-                loop_state=dict(min_val_bpb=min_val_bpb if math.isfinite(min_val_bpb) else None, smooth_train_loss=smooth_train_loss,
-                                total_training_time=total_training_time))
-            # the positions are those after the last batch trained on: the one in hand is read again after a resume
-            exact = dict(loader_states=positions, rng=get_rng_state(device), scaler=scaler.state_dict() if scaler else None)
-            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank, train_state=exact)
-
-        if last:
-            break
-
+    def train_step(self) -> None:
+        args, N, step = self.args, self.horizon.num_iterations, self.step
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         started = time.perf_counter()
-        loss = accumulate(step_batches(), accumulation)
+        loss = self.accumulate(self.step_batches(), self.accumulation)
         multiplier = lr_multiplier(step, N, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(step, N, args.warmdown_ratio)
-                group["weight_decay"] = muon_weight_decay(step, N, weight_decay)
-        optimizer_step(optimizer, scaler)
-        model.zero_grad(set_to_none=True)
+                group["weight_decay"] = muon_weight_decay(step, N, self.weight_decay)
+        optimizer_step(self.optimizer, self.scaler)
+        self.model.zero_grad(set_to_none=True)
         raw_loss = loss.item()  # waits for the device
         synchronize()
         dt = time.perf_counter() - started
@@ -572,69 +621,94 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         if not math.isfinite(raw_loss):
             raise UsageError(f"the loss of step {step} is {raw_loss}: training diverged; lower the learning rates (--matrix-lr, --embedding-lr) "
                              "or resume an earlier checkpoint")
-        smooth_train_loss = 0.9 * smooth_train_loss + 0.1 * raw_loss
-        debiased = smooth_train_loss / (1 - 0.9 ** (step + 1))
+        self.smooth_train_loss = 0.9 * self.smooth_train_loss + 0.1 * raw_loss
+        debiased = self.smooth_train_loss / (1 - 0.9 ** (step + 1))
         if step > 10:
-            total_training_time += dt  # the first steps compile
-        tokens_per_second = int(horizon.total_batch_size / dt)
-        mfu = 100 * flops_per_token * horizon.total_batch_size / dt / (gpu_peak_flops * world_size)
-        eta = f" | eta: {(N - step) * total_training_time / (step - 10) / 60:.1f}m" if step > 10 else ""
-        epoch = f"{loader_state['epoch']} pq: {loader_state['pq_idx']} rg: {loader_state['rg_idx']}"
+            self.total_training_time += dt  # the first steps compile
+        batch = self.horizon.total_batch_size
+        tokens_per_second = int(batch / dt)
+        self.mfu = 100 * self.flops_per_token * batch / dt / (self.gpu_peak_flops * self.world_size)
+        eta = f" | eta: {(N - step) * self.total_training_time / (step - 10) / 60:.1f}m" if step > 10 else ""
+        epoch = f"{self.loader_state['epoch']} pq: {self.loader_state['pq_idx']} rg: {self.loader_state['rg_idx']}"
         print0(f"step {step:05d}/{N:05d} ({100 * step / N:.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
-               f"tok/sec: {tokens_per_second:,} | bf16_mfu: {mfu:.2f} | epoch: {epoch} | total time: {total_training_time / 60:.2f}m{eta}", flush=True)
-        done = dict(tokens=tokens + horizon.total_batch_size, flops=flops_per_token * (tokens + horizon.total_batch_size))
-        log.log("train", step, loss=debiased, raw_loss=raw_loss, lrm=multiplier, dt=dt, tok_per_sec=tokens_per_second, mfu=mfu,
-                time=total_training_time, epoch=loader_state["epoch"], **done)
+               f"tok/sec: {tokens_per_second:,} | bf16_mfu: {self.mfu:.2f} | epoch: {epoch} | total time: {self.total_training_time / 60:.2f}m{eta}", flush=True)
+        self.log.log("train", step, loss=debiased, raw_loss=raw_loss, lrm=multiplier, dt=dt, tok_per_sec=tokens_per_second, mfu=self.mfu,
+                     epoch=self.loader_state["epoch"], **(self.spent() | dict(tokens=self.tokens + batch, flops=self.flops_per_token * (self.tokens + batch))))
         if step % 100 == 0:
-            wandb_run.log({"step": step, "total_training_flops": spent["flops"], "total_training_time": total_training_time, "train/loss": debiased,
-                           "train/lrm": multiplier, "train/dt": dt, "train/tok_per_sec": tokens_per_second, "train/mfu": mfu, "train/epoch": epoch})
-        step += 1
+            self.log_wandb(**{"train/loss": debiased, "train/lrm": multiplier, "train/dt": dt, "train/tok_per_sec": tokens_per_second,
+                              "train/mfu": self.mfu, "train/epoch": epoch})
+        self.step += 1
 
-        # the collector's pauses cost up to half a second each: take what there is out of its sight and run it rarely
-        if step == first_step + 1:
-            gc.collect()
-            gc.freeze()
-            gc.disable()
-        elif step % 5000 == 0:
-            gc.collect()
+    # -- the whole run
 
-    gc.unfreeze()
-    gc.enable()
-    peak_memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == "cuda" else 0.0
-    if not peak_memory and sys.platform != "win32":
-        import resource
-        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-    print0(f"Peak memory usage: {peak_memory:.2f}MiB")
-    print0(f"Total training time: {total_training_time / 60:.2f}m")
-    if math.isfinite(min_val_bpb):
-        print0(f"Minimum validation bpb: {min_val_bpb:.6f}")
-    log.log("end", step, min_val_bpb=min_val_bpb, total_training_time=total_training_time, total_flops=flops_per_token * horizon.total_tokens,
-            peak_memory_mib=peak_memory)
-    get_report().log(section="Base model training", data=[
-        user_config,
-        {
-            "Number of parameters": counts["total"],
-            "Number of FLOPs per token": f"{flops_per_token:e}",
-            "Calculated number of iterations": N,
-            "Number of training tokens": horizon.total_tokens,
-            "Tokens : Scaling params ratio": horizon.total_tokens / (counts["transformer_matrices"] + counts["lm_head"]),
-            "DDP world size": world_size,
-            "warmup_steps": args.warmup_steps,
-            "warmdown_ratio": args.warmdown_ratio,
-            "final_lr_frac": args.final_lr_frac,
-        },
-        {
-            "Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None,
-            "Final validation bpb": val_bpb,
-            "CORE metric estimate": core_metric,
-            "MFU %": f"{mfu:.2f}%" if step > first_step else None,
-            "Total training flops": f"{flops_per_token * horizon.total_tokens:e}",
-            "Total training time": f"{total_training_time / 60:.2f}m",
-            "Peak memory usage": f"{peak_memory:.2f}MiB",
-        },
-    ])
-    log.close()
-    wandb_run.finish()
+    def run(self) -> None:
+        args = self.args
+        while True:
+            step, last = self.step, self.step == self.horizon.num_iterations
+
+            def due(every: int) -> bool:
+                return last or (step > 0 and step % every == 0)
+
+            if args.eval_every > 0 and (due(args.eval_every) or step == 0):
+                self.validate()
+            if self.core_every > 0 and due(self.core_every):
+                self.measure_core()
+            if args.sample_every > 0 and self.rank == 0 and due(args.sample_every):
+                self.sample()
+            if step != self.resume_step and (last or (args.save_every > 0 and due(args.save_every))):
+                self.save()
+            if last:
+                break
+            self.train_step()
+            # the collector's pauses cost up to half a second each: take what there is out of its sight and run it rarely
+            if self.step == self.first_step + 1:
+                gc.collect()
+                gc.freeze()
+                gc.disable()
+            elif self.step % 5000 == 0:
+                gc.collect()
+        gc.unfreeze()
+        gc.enable()
+        self.finish()
+
+    def finish(self) -> None:
+        """The last words: log, report, wandb."""
+        peak_memory = torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if self.device.type == "cuda" else 0.0
+        if not peak_memory and sys.platform != "win32":
+            import resource
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+        print0(f"Peak memory usage: {peak_memory:.2f}MiB")
+        print0(f"Total training time: {self.total_training_time / 60:.2f}m")
+        min_val_bpb = self.min_val_bpb if math.isfinite(self.min_val_bpb) else None
+        if min_val_bpb is not None:
+            print0(f"Minimum validation bpb: {min_val_bpb:.6f}")
+        tokens, flops = self.tokens, self.spent()["flops"]
+        self.log.log("end", self.step, min_val_bpb=self.min_val_bpb, total_training_time=self.total_training_time, total_flops=flops, peak_memory_mib=peak_memory)
+        get_report().log(section="Base model training", data=[
+            self.user_config,
+            {
+                "Number of parameters": self.model.num_scaling_params()["total"],
+                "Number of FLOPs per token": f"{self.flops_per_token:e}",
+                "Calculated number of iterations": self.step,
+                "Number of training tokens": tokens,
+                "Tokens : Scaling params ratio": tokens / scaling_params(self.model),
+                "DDP world size": self.world_size,
+                "warmup_steps": self.args.warmup_steps,
+                "warmdown_ratio": self.args.warmdown_ratio,
+                "final_lr_frac": self.args.final_lr_frac,
+            },
+            {
+                "Minimum validation bpb": min_val_bpb,
+                "Final validation bpb": self.val_bpb,
+                "CORE metric estimate": self.core_metric,
+                "MFU %": f"{self.mfu:.2f}%" if self.step > self.first_step else None,
+                "Total training flops": f"{flops:e}",
+                "Total training time": f"{self.total_training_time / 60:.2f}m",
+                "Peak memory usage": f"{peak_memory:.2f}MiB",
+            },
+        ])
+        self.log.close()
+        self.wandb_run.finish()
 
 
 if __name__ == "__main__":
