@@ -26,9 +26,10 @@ from nanochat.gpt import VE_GATE_CHANNELS, Linear, apply_rotary_emb
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.optim import adamw_group, matrix_groups
 
-ALPHA = 0.05  # where alpha starts, as in the paper
-HEAD_SHARE, EMBEDDING_SHARE, SCALES_SHARE, X0_SHARE, GATE_LR = 1.0, 1.0, 0.02, 1.0, 0.005
 S_Z = 10.0  # where the scale of the logits starts: cosines below 1 would leave the softmax flat
+# Learning rates in the unit of the stock model's flags, so that flags tuned for one block suit the other (dev/LOG.md)
+HEAD_SHARE, EMBEDDING_SHARE, RESID_SHARE, SCALES_SHARE = 12.0, 16.0, 0.25, 0.5
+GATE_LR = 0.005
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -134,15 +135,15 @@ class NormalizedBlock(nn.Module):
 
 
 def init_normalized(model) -> None:
-    """Random directions and the paper's scales, in a LayeredGPT whose scalars are initialized already."""
-    root = math.sqrt(model.config.n_embd)
+    """Random directions and the paper's scales (alpha of its order, 1 / layers), in a LayeredGPT whose scalars are initialized already."""
+    root, alpha = math.sqrt(model.config.n_embd), 1 / model.config.n_layer
     for module in (model.transformer.wte, *model.lm_head.modules(), *model.transformer.h.modules()):
         if isinstance(module, (Linear, nn.Embedding)):
             nn.init.normal_(module.weight)
     nn.init.constant_(model.s_z, S_Z)
     for block in model.transformer.h:
         attn, mlp = block.attn, block.mlp
-        for scale, start in ((block.alpha_attn, ALPHA), (block.alpha_mlp, ALPHA), (attn.s_qk, 1.0), (attn.s_head, 1.0),
+        for scale, start in ((block.alpha_attn, alpha), (block.alpha_mlp, alpha), (attn.s_qk, 1.0), (attn.s_head, 1.0),
                              (mlp.s_u, root), (mlp.s_v, root), *((scale, math.sqrt(scale.numel())) for scale in mlp.s_hidden)):
             if scale is not None:
                 nn.init.constant_(scale, start)  # s_u, s_v, s_hidden: projections of a unit vector get a variance of 1
@@ -177,12 +178,12 @@ def normalized_groups(model, unembedding_lr, embedding_lr, matrix_lr, weight_dec
         adamw_group(model.lm_head.parameters(), unembedding_lr * HEAD_SHARE / root, (0.8, 0.96), 0.0),
         adamw_group(model.transformer.wte.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
         adamw_group(model.value_embeds.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
-        adamw_group([model.resid_lambdas], scalar_lr * 0.01, (0.8, 0.95), 0.0),
-        adamw_group([model.x0_lambdas], scalar_lr * X0_SHARE, (0.96, 0.95), 0.0),
+        adamw_group([model.resid_lambdas], scalar_lr * RESID_SHARE, (0.8, 0.95), 0.0),
+        adamw_group([model.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
         adamw_group([model.smear_lambda, model.backout_lambda], 0.2, (0.8, 0.95), 0.0),
         adamw_group([model.smear_gate.weight], 0.2 * root, (0.8, 0.95), 0.0),
         adamw_group([gate.weight for gate in gates], GATE_LR * root, (0.8, 0.95), 0.0),
-        scales(ALPHA, "alpha_attn", "alpha_mlp"),
+        scales(1 / model.config.n_layer, "alpha_attn", "alpha_mlp"),
         scales(1.0, "s_qk", "s_head"),
         scales(root, "s_u", "s_v"),
         scales(root * 2, "s_hidden"),

@@ -144,7 +144,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
     return Horizon(total_batch_size, num_iterations, target_tokens, batch_scale, batch_scale * reference_tokens / target_tokens)
 
 
-def lr_multiplier(step: int, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float) -> float:
+def lr_multiplier(step: float, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float) -> float:
     """Linear warm-up over steps, constant, linear warm-down over the last share of the run to `final_lr_frac`."""
     warmdown = round(warmdown_ratio * num_iterations)
     if step < warmup_steps:
@@ -155,7 +155,7 @@ def lr_multiplier(step: int, num_iterations: int, warmup_steps: int, warmdown_ra
     return left + (1 - left) * final_lr_frac
 
 
-def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float) -> float:
+def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> float:
     """0.85 to 0.97 over 400 steps, back to 0.90 over the warm-down; the warm-up has priority."""
     warmdown = round(warmdown_ratio * num_iterations)
     if step < 400:
@@ -165,6 +165,6 @@ def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float) -> floa
     return 0.97
 
 
-def muon_weight_decay(step: int, num_iterations: int, weight_decay: float) -> float:
+def muon_weight_decay(step: float, num_iterations: int, weight_decay: float) -> float:
     """Half a cosine from `weight_decay` to 0."""
     return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))

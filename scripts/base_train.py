@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,25 @@ from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bo
 from nanochat.engine import Engine
 from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.growth import grow
+from nanochat.growth.kappa import GrowthTrigger, Prediction, final_loss_of_earlier_run
+from nanochat.growth.model import OPTIMIZER_MODES
+from nanochat.growth.model_maps import model_maps
+from nanochat.growth.modes import MODES, width_mode
+from nanochat.growth.optimizer import leave_out_frozen
+from nanochat.growth.plan import (
+    Shape,
+    describe,
+    dial_path,
+    growth_record,
+    latest_growths,
+    parse_fractions,
+    parse_path,
+    plan_stages,
+    show_plan,
+)
+from nanochat.growth.target import DEPTH_MODES, spelled_out
 from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, build_gpt
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.lowrank import RANK_SCHEDULES
@@ -86,7 +104,7 @@ def build_parser() -> ArgumentParser:
     add("--max-seq-len", type=positive_int, default=2048, help="context length in tokens")
     add("--window-pattern", default="SSSL", help="attention span per layer, repeated: L full context, S a quarter")
     # layers that differ from the stock ones (layered_gpt.py)
-    add("--rank", type=non_negative_int, default=0, help="low-rank attention and MLP: W = U V; 0: dense. The update of the factors is not tuned yet")
+    add("--rank", type=non_negative_int, default=0, help="low-rank attention and MLP: W = U V; 0: dense")
     add("--attn-rank", type=non_negative_int, default=None, help="of the attention alone; default --rank")
     add("--mlp-rank", type=non_negative_int, default=None, help="of the MLP alone; default --rank")
     add("--lm-head-rank", type=non_negative_int, default=0)
@@ -103,6 +121,23 @@ def build_parser() -> ArgumentParser:
     add("--num-iterations", type=int, default=-1, help="optimizer steps")
     add("--target-flops", type=finite_float, default=-1.0, help="training FLOPs")
     add("--target-param-data-ratio", type=finite_float, default=12, help="tokens per parameter of blocks and head")
+    # growth (nanochat/growth): start smaller than --depth and grow into it; the horizon becomes a budget of FLOPs
+    add("--grow-from", type=positive_int, default=None, help="depth of the first model; width and heads follow as for --depth")
+    add("--grow-stages", type=positive_int, default=1, help="growths between --grow-from and --depth")
+    add("--grow-path", default=None, help="all shapes instead, depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
+    add("--kappa", type=fraction, default=None, help="grow when this share of the gain that the model can still make is left: loss <= p + kappa (s - p)")
+    add("--kappa-final-loss", type=positive_float, default=None, help="p in bits per byte; default: of a finished run of that shape, else from the curve")
+    add("--grow-at", default=None, help="grow at these shares of the FLOPs instead, one for each growth: 0.2,0.5")
+    add("--grow-budget", type=positive_float, default=1.0, help="FLOPs of the whole run, as a share of what the final model would get without growth")
+    add("--grow-mode", default="lossless", choices=MODES, help="how width grows")
+    add("--grow-depth-mode", default="identity", choices=DEPTH_MODES, help="how depth grows")
+    add("--grow-optimizer", default="transport", choices=OPTIMIZER_MODES, help="what becomes of the optimizer's state")
+    add("--grow-noise", type=non_negative_float, default=None, help="of the lossless mode, relative to the weights")
+    add("--grow-theta", type=finite_float, default=None, help="of the lossless mode, in degrees: 45 copies channels, 0 adds fresh ones")
+    add("--grow-spread", type=fraction, default=None, help="of the lossless mode: how unequally copies of heads and units are read")
+    add("--grow-rewarm", type=non_negative_int, default=0, help="steps over which the learning rates come back after a growth")
+    add("--grow-freeze", action="store_true", help="train only what a growth adds in depth; layers that were there stay as they are")
+    add("--grow-plan", action="store_true", help="print the stages and end")
     # optimization
     add("--device-batch-size", type=int_or_off, default=32, help="rows per rank and pass; -1: as many as fit")
     add("--total-batch-size", type=int_or_off, default=-1, help="tokens per step; -1: from model and horizon")
@@ -158,24 +193,56 @@ def parse_args(argv):
     return args
 
 
-def build_initialized(args, vocab_size: int, device: torch.device) -> tuple[GPT, dict]:
-    """An initialized model, and the arguments of `gpt_config` besides depth."""
-    shape = dict(aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, sequence_len=args.max_seq_len, vocab_size=vocab_size,
-                 window_pattern=args.window_pattern)
+def growth_path(args) -> list[Shape]:
+    """The shapes of all stages; none without growth. Raises UsageError for flags that contradict each other."""
+    if args.grow_path and args.grow_from:
+        raise UsageError("--grow-path and --grow-from both say where to start; give one of them")
+    if not (args.grow_path or args.grow_from):
+        for flag in ("kappa", "grow_at"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag.replace('_', '-')} says when to grow, but not into what; add --grow-from or --grow-path")
+        return []
+    if args.kappa is not None and args.grow_at:
+        raise UsageError("--kappa and --grow-at both decide when to grow; give one of them")
+    if args.kappa is None and not args.grow_at:
+        raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
+    if args.fp8:
+        raise UsageError("--fp8 does not go with growth yet; leave it out")
+    if args.kappa is not None and args.eval_every < 1:
+        raise UsageError("kappa is decided by validations; give --eval-every a positive number")
+    if args.grow_path:
+        path = parse_path(args.grow_path)
+    else:
+        path = dial_path(args.grow_from, args.depth, args.grow_stages, args.aspect_ratio, args.head_dim)
+    if len(path) < 2:
+        raise UsageError(f"--grow-path={args.grow_path} has one shape; write the last one too")
+    return path
+
+
+def model_config(args, vocab_size: int, shape: Shape | None = None) -> GPTConfig:
+    """The configuration that the flags ask for, of another depth, width and rank than theirs if a shape is given."""
+    depth = shape.depth if shape else args.depth
+    config = gpt_config(depth, args.aspect_ratio, args.head_dim, args.max_seq_len, vocab_size, args.window_pattern)
     dials = layer_dials(args)
-    config = dials.apply(gpt_config(args.depth, **shape))
-    for remark in dials.remarks(config):
-        print0(remark)
-    if args.max_seq_len < 2:
-        raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
+    if shape:
+        if shape.width % args.head_dim:
+            raise UsageError(f"a width of {shape.width} is not made of heads of {args.head_dim}; use a multiple, or another --head-dim")
+        n_head = shape.width // args.head_dim
+        config = replace(config, n_embd=shape.width, n_head=n_head, n_kv_head=n_head)
+        if shape.rank is not None:
+            dials = replace(dials, attn_rank=shape.rank, mlp_rank=shape.rank)
+    return dials.apply(config)
+
+
+def build_initialized(config: GPTConfig, device: torch.device) -> GPT:
     with torch.device("meta"):
         model = build_gpt(config)
     model.to_empty(device=device)
     model.init_weights()
-    return model, shape
+    return model
 
 
-def init_wandb(args, user_config: dict, rank: int):
+def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
     """A wandb run on rank 0; when wandb cannot be reached the run is kept on disk, and training goes on in any case."""
     if args.run == "dummy" or rank != 0:
         return DummyWandb()
@@ -183,10 +250,10 @@ def init_wandb(args, user_config: dict, rank: int):
         import wandb
         settings = wandb.Settings(init_timeout=30)
         try:
-            return wandb.init(project="nanochat", name=args.run, config=user_config, settings=settings)
+            return wandb.init(project=project, name=args.run, config=user_config, settings=settings)
         except Exception as error:
             print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline, `wandb sync` uploads it later")
-            return wandb.init(project="nanochat", name=args.run, config=user_config, settings=settings, mode="offline")
+            return wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline")
     except Exception as error:
         print0(f"No wandb ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); training goes on without")
         return DummyWandb()
@@ -352,6 +419,10 @@ def optimizer_step(optimizer: MuonAdamW, scaler) -> None:
 # -----------------------------------------------------------------------------
 
 
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 @command
 def main(argv=None) -> None:
     args = parse_args(argv)
@@ -360,7 +431,9 @@ def main(argv=None) -> None:
     device_type = args.device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     try:
-        Training(args, user_config, rank, world_size, device).run()
+        training = Training(args, user_config, rank, world_size, device)
+        if not args.grow_plan:
+            training.run()
     finally:
         compute_cleanup()
 
@@ -380,9 +453,12 @@ class Training:
         if self.streams % world_size:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {world_size} ranks; use a multiple")
         self.my_streams = range(rank, self.streams, world_size)
-        self.folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{args.depth}")
 
         model = self.plan()
+        if args.grow_plan:
+            return
+        depth = self.stages[-1].shape.depth if self.stages else args.depth
+        self.folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{depth}")
         check_output(self.folder, model, rank == 0)
         self.resume_step = find_resume_step(args, self.folder)
         self.start(model)
@@ -392,17 +468,41 @@ class Training:
     def plan(self) -> GPT:
         """The model at its initialization, the horizon and the sizes of the batches."""
         args = self.args
-        torch.manual_seed(args.seed)
+        if args.max_seq_len < 2:
+            raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
         vocab_size = self.tokenizer.get_vocab_size()
-        model, shape = build_initialized(args, vocab_size, self.device)
+        path = growth_path(args)
+        config = model_config(args, vocab_size, path[0] if path else None)
+        final = model_config(args, vocab_size, path[-1]) if path else config
+        self.stages = plan_stages(config, path, args.grow_depth_mode) if path else []
+        for remark in layer_dials(args).remarks(final):
+            print0(remark)
+        torch.manual_seed(args.seed)
+        model = build_initialized(config, self.device)
         padded_vocab = model.transformer.wte.num_embeddings
         if padded_vocab != vocab_size:
             print0(f"Padding the vocabulary from {vocab_size} to {padded_vocab}: faster matmuls")
         for key, value in model.num_scaling_params().items():
             print0(f"{key:24s}: {value:,}")
         print0(f"Estimated FLOPs per token: {model.estimate_flops():e}")
-        self.horizon = plan_horizon(model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size,
+        with torch.device("meta"):
+            final_model = build_gpt(final)
+        shape = dict(aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, sequence_len=args.max_seq_len, vocab_size=vocab_size,
+                     window_pattern=args.window_pattern)
+        self.horizon = plan_horizon(final_model, shape, args.num_iterations, args.target_flops, args.target_param_data_ratio, args.total_batch_size,
                                     layer_dials(args))
+        self.budget = final_model.estimate_flops() * self.horizon.total_tokens
+        self.growth_parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(args, f"grow_{name}")) is not None}
+        if self.stages:
+            width = width_mode(args.grow_mode, **self.growth_parameters)
+            for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
+                model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
+            self.budget = round(args.grow_budget * self.budget)
+            growths = len(self.stages) - 1
+            self.growths_at = parse_fractions(args.grow_at) if args.grow_at else latest_growths(growths)
+            if len(self.growths_at) != growths:
+                raise UsageError(f"--grow-at={args.grow_at} has {len(self.growths_at)} moments for {growths} growths")
+            print0(show_plan(self.stages, self.budget, self.growths_at, fixed=bool(args.grow_at)))
         total, T, streams = self.horizon.total_batch_size, args.max_seq_len, self.streams
         B = args.device_batch_size
         if B == -1:
@@ -424,16 +524,17 @@ class Training:
             raise UsageError(f"--eval-tokens={args.eval_tokens} is less than one batch; use at least {B * T * streams}")
         print0(f"Total batch size {total:,} => gradient accumulation steps: {self.accumulation}")
         tokens = self.horizon.total_tokens
-        print0(f"Number of iterations: {self.horizon.num_iterations:,} = {tokens:,} tokens, {tokens / scaling_params(model):.2f} per parameter, "
-               f"{model.estimate_flops() * tokens:e} FLOPs")
+        print0(f"Number of iterations{' of the final model alone' if self.stages else ''}: {self.horizon.num_iterations:,} = {tokens:,} tokens, "
+               f"{tokens / scaling_params(final_model):.2f} per parameter, {final_model.estimate_flops() * tokens:e} FLOPs")
         return model
 
     def start(self, model: GPT) -> None:
         """The state before the first step: that of a new run, or that of a checkpoint."""
         args, horizon = self.args, self.horizon
         meta = train_state = optimizer_data = None
+        self.growth_history: list[dict] = []
         if self.resume_step is not None:
-            meta, train_state, optimizer_data = self.load(model)
+            model, meta, train_state, optimizer_data = self.load(model)
         if args.fp8:
             convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=worth_converting)
         self.core_every = args.core_metric_every
@@ -451,7 +552,7 @@ class Training:
             unembedding_lr=args.unembedding_lr * horizon.lr_scale, embedding_lr=args.embedding_lr * horizon.lr_scale,
             matrix_lr=args.matrix_lr * horizon.lr_scale, weight_decay=self.weight_decay, scalar_lr=args.scalar_lr * horizon.lr_scale,
             matrix_optimizer=args.matrix_optimizer)
-        optimizer = model.setup_optimizer(**self.optimizer_setup)
+        optimizer = leave_out_frozen(model.setup_optimizer(**self.optimizer_setup))
         if optimizer_data is not None:
             learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
             try:
@@ -482,11 +583,18 @@ class Training:
         self.smooth_train_loss = 0.0
         self.total_training_time = 0.0
         self.mfu = 0.0
+        self.flops = 0
+        self.grown_at = -1
+        self.trigger = self.new_trigger()
         if meta is not None:
             try:
                 self.step, self.val_bpb, loop_state = meta["step"], meta["val_bpb"], meta["loop_state"]
                 self.min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
                 self.smooth_train_loss, self.total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
+                self.flops = loop_state.get("flops", self.flops_per_token * self.tokens)
+                self.grown_at = loop_state.get("grown_at", -1)
+                if self.trigger is not None:
+                    self.trigger = GrowthTrigger(**loop_state["growth_trigger"])
             except (KeyError, TypeError) as error:
                 raise UsageError(f"{self.folder}/meta_{self.resume_step:06d}.json is corrupt or not of a pretraining run ({error}); use another step") from error
         if train_state is not None:
@@ -514,13 +622,22 @@ class Training:
             raise UsageError(f"the checkpoint of step {step} was written by {written_by} ranks, not {self.world_size}; use as many as then")
         model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, step, self.device, load_optimizer=True, rank=self.rank)
         train_state = checkpoints.load_train_state(folder, step, self.rank)
-        if step > self.horizon.num_iterations:
+        self.growth_history = meta.get("growth", [])
+        if self.stages and len(self.growth_history) < len(self.stages):
+            if self.growth_history:
+                with torch.device("meta"):
+                    model = build_gpt(self.stages[len(self.growth_history)].config)
+                model.to_empty(device=self.device)
+                model.init_buffers()
+        elif not self.stages and step > self.horizon.num_iterations:
             raise UsageError(f"the checkpoint of step {step} is beyond the horizon of {self.horizon.num_iterations} steps; raise it to train on")
         if meta["model_config"] != (mine := json.loads(json.dumps(asdict(model.config)))):  # JSON knows no tuples
             differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
             raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then, or another --model-tag")
         checkpoints.load_weights(model, model_data, self.device)
-        return meta, train_state, optimizer_data
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in meta.get("frozen", ()))
+        return model, meta, train_state, optimizer_data
 
     def adopt(self, model: GPT, optimizer: MuonAdamW) -> None:
         """Goes on with this model."""
@@ -546,7 +663,18 @@ class Training:
         return self.step * self.horizon.total_batch_size
 
     def spent(self) -> dict:
-        return dict(tokens=self.tokens, flops=self.flops_per_token * self.tokens, time=self.total_training_time)
+        return dict(tokens=self.tokens, flops=self.flops, time=self.total_training_time)
+
+    @property
+    def done(self) -> bool:
+        return self.flops >= self.budget if self.stages else self.step == self.horizon.num_iterations
+
+    @property
+    def position(self) -> float:
+        """Where the schedules stand, in steps of the final model: with growth the steps of the smaller models count by their FLOPs."""
+        if not self.stages:
+            return self.step
+        return max(self.horizon.num_iterations * min(1.0, self.flops / self.budget), min(self.step, self.args.warmup_steps))
 
     def log_wandb(self, **values) -> None:
         self.wandb_run.log({"step": self.step, "total_training_flops": self.spent()["flops"], "total_training_time": self.total_training_time, **values})
@@ -558,10 +686,12 @@ class Training:
             yield
         self.model.train()
 
-    def validate(self) -> None:
+    def validate(self, log: bool = True) -> None:
         with self.evaluating():
             self.val_bpb = evaluate_bpb(self.evaluated, ((x, y) for x, y, _ in self.loader("val")), self.eval_steps, self.token_bytes)
         self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
+        if not log:
+            return
         print0(f"Step {self.step:05d} | Validation bpb: {self.val_bpb:.6f}")
         self.log.log("eval", self.step, val_bpb=self.val_bpb, **self.spent())
         self.log_wandb(**{"val/bpb": self.val_bpb})
@@ -587,10 +717,59 @@ class Training:
             max_seq_len=self.args.max_seq_len, total_batch_size=self.horizon.total_batch_size, world_size=self.world_size,
             dataloader_state_dict={key: self.loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
             loop_state=dict(min_val_bpb=self.min_val_bpb if math.isfinite(self.min_val_bpb) else None, smooth_train_loss=self.smooth_train_loss,
-                            total_training_time=self.total_training_time))
+                            total_training_time=self.total_training_time, flops=self.flops))
+        if self.stages:
+            meta_data["loop_state"] |= dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
+            meta_data |= dict(growth=self.growth_history, frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad])
         # the positions are those after the last batch trained on: the one in hand is read again after a resume
         exact = dict(loader_states=self.positions, rng=get_rng_state(self.device), scaler=self.scaler.state_dict() if self.scaler else None)
         checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta_data, rank=self.rank, train_state=exact)
+
+    # -- growth
+
+    def new_trigger(self) -> GrowthTrigger | None:
+        """Decides when the present stage ends; None for the last one."""
+        args, stage = self.args, len(self.growth_history)
+        if stage + 1 >= len(self.stages):
+            return None
+        final = None
+        if args.kappa is not None:
+            final = Prediction(args.kappa_final_loss, "--kappa-final-loss") if args.kappa_final_loss else \
+                final_loss_of_earlier_run(self.folder.parent, self.stages[stage].config)
+        return GrowthTrigger(args.kappa, cap=self.growths_at[stage] * self.budget, horizon=self.budget, final=final)
+
+    def maybe_grow(self) -> None:
+        """Grows if the trigger says so; the latest validation must be of this step. Checkpoints of the step are of the model before."""
+        assert self.trigger is not None and self.val_bpb is not None
+        decision = self.trigger.observe(self.flops, self.val_bpb)
+        if not decision.grow:
+            return
+        args, number = self.args, len(self.growth_history) + 1
+        source, target = self.model.config, self.stages[number]
+        before, history = self.val_bpb, self.growth_history
+        model, optimizer = grow(
+            self.model, target.config, self.optimizer, mode=args.grow_mode, depth_mode=args.grow_depth_mode, layers=target.layers,
+            optimizer_mode=args.grow_optimizer, setup=self.optimizer_setup, freeze=args.grow_freeze,
+            generator=torch.Generator().manual_seed(args.seed + number), **self.growth_parameters)
+        assert optimizer is not None
+        self.adopt(model, optimizer)
+        gc.unfreeze()  # the small model is to be forgotten
+        gc.collect()
+        self.grown_at, self.first_step = self.step, self.step
+        self.validate(log=False)
+        history.append(growth_record(self.step, source, model.config, args.grow_mode, args.grow_depth_mode, args.seed, tokens=self.tokens, flops=self.flops,
+                                     loss_before=before, loss_after=self.val_bpb))
+        self.trigger = self.new_trigger()
+        if self.trigger is not None:
+            self.trigger.observe(self.flops, self.val_bpb)
+        share = self.flops / self.budget
+        kappa = "" if args.kappa is None else f" | kappa: {args.kappa:g} p: {_number(decision.predicted)} target: {_number(decision.target)}"
+        print0(f"Step {self.step:05d} | Growth {describe(source)} -> {describe(model.config)} | bpb {before:.6f} -> {self.val_bpb:.6f}{kappa} | "
+               f"FLOPs spent: {100 * share:.1f}% | {decision.reason}")
+        values = dict(loss_before=before, loss_after=self.val_bpb, kappa=args.kappa, predicted=decision.predicted, target=decision.target, share=share)
+        self.log.log("grow", self.step, label=f"{describe(source)} → {describe(model.config)}", reason=decision.reason, mode=args.grow_mode,
+                     depth_mode=args.grow_depth_mode, flops_per_token=self.flops_per_token, counts=model.num_scaling_params(), **values, **self.spent())
+        self.log_wandb(**{f"grow/{key}": value for key, value in values.items() if value is not None}, **{"grow/params": model.num_scaling_params()["total"]})
 
     # -- one step
 
@@ -601,17 +780,19 @@ class Training:
             self.x, self.y, self.loader_state = next(self.train_loader)
 
     def train_step(self) -> None:
-        args, N, step = self.args, self.horizon.num_iterations, self.step
+        args, N, step, position = self.args, self.horizon.num_iterations, self.step, self.position
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         synchronize()
         started = time.perf_counter()
         loss = self.accumulate(self.step_batches(), self.accumulation)
-        multiplier = lr_multiplier(step, N, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        multiplier = lr_multiplier(position, N, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        if self.grown_at >= 0 and args.grow_rewarm:
+            multiplier *= min(1.0, (step - self.grown_at + 1) / args.grow_rewarm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
-                group["momentum"] = muon_momentum(step, N, args.warmdown_ratio)
-                group["weight_decay"] = muon_weight_decay(step, N, self.weight_decay)
+                group["momentum"] = muon_momentum(position, N, args.warmdown_ratio)
+                group["weight_decay"] = muon_weight_decay(position, N, self.weight_decay)
         optimizer_step(self.optimizer, self.scaler)
         self.model.zero_grad(set_to_none=True)
         raw_loss = loss.item()  # waits for the device
@@ -623,17 +804,20 @@ class Training:
                              "or resume an earlier checkpoint")
         self.smooth_train_loss = 0.9 * self.smooth_train_loss + 0.1 * raw_loss
         debiased = self.smooth_train_loss / (1 - 0.9 ** (step + 1))
-        if step > 10:
-            self.total_training_time += dt  # the first steps compile
+        if step > 10 and step != self.grown_at:
+            self.total_training_time += dt  # the others compile
         batch = self.horizon.total_batch_size
+        self.flops += self.flops_per_token * batch
         tokens_per_second = int(batch / dt)
         self.mfu = 100 * self.flops_per_token * batch / dt / (self.gpu_peak_flops * self.world_size)
-        eta = f" | eta: {(N - step) * self.total_training_time / (step - 10) / 60:.1f}m" if step > 10 else ""
+        progress = self.flops / self.budget
+        eta = f" | eta: {self.total_training_time * max(0.0, 1 / progress - 1) / 60:.1f}m" if step > 10 else ""
+        of = "" if self.stages else f"/{N:05d}"
         epoch = f"{self.loader_state['epoch']} pq: {self.loader_state['pq_idx']} rg: {self.loader_state['rg_idx']}"
-        print0(f"step {step:05d}/{N:05d} ({100 * step / N:.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
+        print0(f"step {step:05d}{of} ({100 * position / N:.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
                f"tok/sec: {tokens_per_second:,} | bf16_mfu: {self.mfu:.2f} | epoch: {epoch} | total time: {self.total_training_time / 60:.2f}m{eta}", flush=True)
         self.log.log("train", step, loss=debiased, raw_loss=raw_loss, lrm=multiplier, dt=dt, tok_per_sec=tokens_per_second, mfu=self.mfu,
-                     epoch=self.loader_state["epoch"], **(self.spent() | dict(tokens=self.tokens + batch, flops=self.flops_per_token * (self.tokens + batch))))
+                     epoch=self.loader_state["epoch"], **(self.spent() | dict(tokens=self.tokens + batch)))
         if step % 100 == 0:
             self.log_wandb(**{"train/loss": debiased, "train/lrm": multiplier, "train/dt": dt, "train/tok_per_sec": tokens_per_second,
                               "train/mfu": self.mfu, "train/epoch": epoch})
@@ -644,12 +828,13 @@ class Training:
     def run(self) -> None:
         args = self.args
         while True:
-            step, last = self.step, self.step == self.horizon.num_iterations
+            step, last = self.step, self.done
 
             def due(every: int) -> bool:
                 return last or (step > 0 and step % every == 0)
 
-            if args.eval_every > 0 and (due(args.eval_every) or step == 0):
+            validating = args.eval_every > 0 and (due(args.eval_every) or step == 0) or (self.trigger is not None and self.trigger.at_cap(self.flops))
+            if validating:
                 self.validate()
             if self.core_every > 0 and due(self.core_every):
                 self.measure_core()
@@ -659,6 +844,8 @@ class Training:
                 self.save()
             if last:
                 break
+            if validating and self.trigger is not None:
+                self.maybe_grow()
             self.train_step()
             # the collector's pauses cost up to half a second each: take what there is out of its sight and run it rarely
             if self.step == self.first_step + 1:

@@ -9,4 +9,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("fp8", "rowwise_raises"): "the recipe rowwise works",
     ("small", "NVIDIA L40"): "its own data sheet's numbers, not the L4's",
     ("small", "NVIDIA A4000"): "not taken for an A40: unknown, like every card without an entry of its own",
+    ("sft_packing", "too_long_only"): "an error instead of padding for ever; conversations that are longer than a row are cut before they block the packer",
+    ("scripts_trace", "chat_sft loss"): "the average of the logged loss is debiased by the number of steps it is over",
+    ("scripts_trace", "chat_sft windows"): "with another --max-seq-len the model is trained with the windows that it will be used with",
+    ("rl", "saved"): "with step, settings and optimizer, so that a run can be resumed",
 }

@@ -1,0 +1,87 @@
+"""Trials: many short trainings by `base_train` itself, side by side, each done once.
+
+A trial is a set of base_train's flags. Its log stays in its checkpoint folder below the base directory, named by a hash of the
+flags, so a study that was interrupted, or that shares trials with another, does not train them again. The weights are deleted.
+"""
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
+
+
+@dataclass
+class Result:
+    flags: dict
+    steps: list[int]  # of the validations
+    bpb: list[float]  # validation bits per byte there
+    flops: list[float]  # spent until there
+    seconds: float  # of training
+    params: int  # all parameters
+
+    @property
+    def final(self) -> float:
+        """Last validation bits per byte, infinite if the training diverged."""
+        return self.bpb[-1] if self.bpb else float("inf")
+
+
+def name_of(flags: dict) -> str:
+    return "trial-" + hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read(base_dir: str, flags: dict) -> Result | None:
+    """A finished trial's result, or None."""
+    from nanochat.run_log import read_run_log
+    folder = Path(base_dir, "base_checkpoints", name_of(flags))
+    if not (folder / "done.json").exists():
+        return None
+    records = list(read_run_log(folder / "log.jsonl")) if json.loads((folder / "done.json").read_text())["status"] == 0 else []
+    evals = [record for record in records if record["kind"] == "eval"]
+    start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
+    return Result(flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"])
+
+
+def _run(base_dir: str, flags: dict) -> None:
+    """One trial, in a worker process."""
+    os.environ["NANOCHAT_BASE_DIR"] = base_dir
+    import torch
+
+    from nanochat.common import write_text_atomic
+    from scripts import base_train
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 1000  # type: ignore  # one process trains models of many shapes
+    folder = Path(base_dir, "base_checkpoints", name_of(flags))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "out.txt", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = base_train.main([*(f"--{key}={value}" for key, value in flags.items()), f"--model-tag={folder.name}"])
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": flags}))
+
+
+def run_trials(base_dir: str, trials: Iterable[dict], jobs: int = 2) -> list[Result]:
+    """Results in the order of the trials; those not on disk are trained, `jobs` at a time with one thread each."""
+    trials = [{**DEFAULTS, **trial} for trial in trials]
+    todo = list({name_of(flags): flags for flags in trials if read(base_dir, flags) is None}.values())
+    if todo:
+        started = time.perf_counter()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            for i, _ in enumerate(pool.imap_unordered(_run_pair, [(base_dir, flags) for flags in todo]), 1):
+                spent = time.perf_counter() - started
+                print(f"{i} of {len(todo)} trials, {spent / 60:.1f} min, eta {spent / i * (len(todo) - i) / 60:.1f} min", file=sys.stderr, flush=True)
+    results = [read(base_dir, flags) for flags in trials]
+    assert all(results)
+    return results  # type: ignore[return-value]
+
+
+def _run_pair(pair: tuple) -> None:
+    _run(*pair)

@@ -1,0 +1,18 @@
+"""Growth: a model that becomes wider, deeper or of higher rank in the middle of its training, and goes on as the same function.
+
+| file | what it is |
+|---|---|
+| `model.py` | `grow`, the one call; its docstring has the formulas |
+| `axes.py` | the axes of every parameter |
+| `maps.py`, `model_maps.py` | how an axis grows; the maps of all axes of a model |
+| `modes.py` | lossless, hyperclone, bus, identity, random |
+| `expand.py` | weights through maps, and the noise that nobody sees |
+| `optimizer.py` | moments through maps, over any number of ranks |
+| `target.py` | depth: which layer continues which; the grown configuration |
+| `kappa.py` | when to grow |
+| `plan.py` | the stages of a run |
+"""
+from nanochat.growth.model import grow
+from nanochat.growth.target import grown_config
+
+__all__ = ["grow", "grown_config"]

@@ -1,0 +1,153 @@
+"""grow: a larger model that goes on where a smaller one stands."""
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nanochat.cli import UsageError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.growth import optimizer as states
+from nanochat.growth.axes import Write, parameter_axes
+from nanochat.growth.expand import expand, wide
+from nanochat.growth.maps import Maps
+from nanochat.growth.model_maps import model_maps
+from nanochat.growth.modes import Lossless, width_mode
+from nanochat.growth.target import continued_layers, layered_target, spelled_out, stock_config
+from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig
+from nanochat.ngpt import NormalizedWeights
+from nanochat.optim import MuonAdamW
+
+OPTIMIZER_MODES = ("transport", "reset")
+
+
+@torch.no_grad()
+def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, mode: str = "lossless", depth_mode: str = "identity",
+         layers: Sequence[int | None] | None = None, optimizer_mode: str = "transport", setup: Mapping[str, Any] | None = None,
+         freeze: bool = False, generator: torch.Generator | None = None, **parameters: float) -> tuple[GPT, MuonAdamW | None]:
+    """A model of the configuration `target` that continues `model`, and its optimizer (None without `optimizer`).
+
+    **Width**, by `mode` (modes.py). An axis of n entries grows to n' by a map: entry j continues entry index[j], is written with a
+    coefficient a_j and read with b_j, and for every i the sum of a_j b_j over its copies is 1. As matrices, S[j, index[j]] = a_j and
+    R[index[j], j] = b_j, so that R S = I (maps.py). Activations become x' = S x, a weight between two axes (axes.py) becomes
+
+        W' = S_out W R_in + N,  N S_in = 0        (expand.py)
+        G' = R_outᵀ G S_inᵀ  for its gradients    (optimizer.py)
+
+    Any target that is nowhere smaller will do: n'/n need not be whole, heads are copied whole and may grow unevenly, and with grouped
+    queries each copy of a query uses a copy of its key. Hidden widths, ranks and depth grow in the same call; factors whose rank is 0 in
+    the target are multiplied out.
+    In the mode "lossless" (default) the function stays the same up to the rounding of what is stored: 1e-10 in the logits with float64
+    weights, 1e-5 with float32. Embeddings stored in bfloat16 are rounded to its 8 bits where a coefficient is not a power of two. Its
+    parameters theta, spread and noise (`modes.Lossless`) come as keyword arguments.
+
+    **Depth**, by `depth_mode` (target.py), or by `layers`: for each layer of the target the layer that it continues, None for a new one.
+    New layers are initialized like those of a new model, but pass the stream on as it is: zero output projections (nGPT: alpha 0),
+    resid_lambda 1, x0_lambda 0.
+
+    target: a LayeredGPTConfig (see `grown_config`), or a GPTConfig, of which depth, width and heads count. The result is a stock GPT
+    if `model` is one and the grown layers are those of a stock model, else a LayeredGPT: windows, value embeddings and the backout
+    layer stay with their layers.
+    optimizer, optimizer_mode: "transport" carries its moments over, "reset" starts them anew. Groups and hyper-parameters are
+    those of `setup_optimizer(**setup)` of the grown model. With several ranks all must call; each gets its shard of the same bits.
+    freeze: layers that continue one of `model` want no gradient from now on and have no optimizer state (a second copy of a layer does).
+    generator: of all random numbers, by default seeded with 0. From equal states of a CPU generator every rank and device gets the same model.
+
+    Raises UsageError for a target that cannot be. `model` and `optimizer` are left as they are.
+    """
+    source = spelled_out(model.config)
+    layers = continued_layers(source.n_layer, target.n_layer, depth_mode) if layers is None else list(layers)
+    target = layered_target(source, target, layers)
+    if optimizer_mode not in OPTIMIZER_MODES:
+        raise UsageError(f"unknown optimizer mode {optimizer_mode!r}: use one of {', '.join(OPTIMIZER_MODES)}")
+    width = width_mode(mode, **parameters)
+    generator = generator or torch.Generator().manual_seed(0)
+    padded_vocab = model.transformer.wte.num_embeddings
+
+    axes = parameter_axes(target)
+    maps = model_maps(width, source, target, layers, padded_vocab)
+    weights = dict(model.named_parameters())
+    origin = {name: continued_parameter(name, layers) for name in axes}
+    frozen = {layers.index(layer) for layer in range(source.n_layer)} if freeze else set()
+
+    def maps_of(name: str) -> Maps:
+        return [axis and (maps[axis.axis], isinstance(axis, Write)) for axis in axes[name]]
+
+    grown = empty_model(stock_config(target) if type(model) is GPT else target, padded_vocab, model.get_device())
+    new_weights = initialized_layers(target, layers, padded_vocab, generator)
+    for name, parameter in grown.named_parameters():
+        if (old_name := origin[name]) is None:
+            parameter.copy_(new_weights[name])
+            continue
+        weight, factor = continued_weight(weights, old_name)
+        parameter.copy_(expand(weight, maps_of(name), width, generator, factor if source.normalized else None))
+        parameter.requires_grad_(layer_of(name) not in frozen and weights.get(old_name, parameter).requires_grad)
+    new = [layer is None for layer in layers]
+    grown.resid_lambdas[new], grown.x0_lambdas[new] = 1.0, 0.0
+    if source.normalized and not isinstance(width, Lossless):
+        NormalizedWeights(grown)()
+    grown.train(model.training)
+    if optimizer is None:
+        return grown, None
+
+    grown_optimizer = states.leave_out_frozen(grown.setup_optimizer(**(setup or {})))
+    if optimizer_mode == "transport":
+        state = states.full_state(model, optimizer)
+        states.load_full_state(grown, grown_optimizer, {
+            name: states.transport(state[old_name], maps_of(name), parameter.shape)
+            for name, parameter in grown.named_parameters() if (old_name := origin[name]) is not None and old_name in state})
+    return grown, grown_optimizer
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter of this name belongs to."""
+    match = re.match(r"(?:transformer\.h|value_embeds)\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The name of the same parameter in another layer."""
+    return re.sub(r"^(transformer\.h|value_embeds)\.\d+\.", rf"\g<1>.{layer}.", name)
+
+
+def continued_parameter(name: str, layers: list[int | None]) -> str | None:
+    """The name in the model of what this parameter of the grown one continues, None in a new layer."""
+    if (layer := layer_of(name)) is None:
+        return name
+    continued = layers[layer]
+    return None if continued is None else in_layer(name, continued)
+
+
+def continued_weight(weights: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight of this name, for which a pair of factors is multiplied out if it must; and the U behind it, if it is a factor V."""
+    if name in weights:
+        U = weights.get(name.replace(".V.weight", ".U.weight")) if name.endswith(".V.weight") else None
+        return wide(weights[name]), None if U is None else wide(U)
+    U, V = (wide(weights[name.replace(".weight", f".{factor}.weight")]) for factor in "UV")
+    return U @ V, None
+
+
+def empty_model(config: GPTConfig, padded_vocab: int, device: torch.device) -> GPT:
+    """A model whose parameters are not filled yet."""
+    with torch.device("meta"):
+        model = (LayeredGPT if isinstance(config, LayeredGPTConfig) else GPT)(config, pad_vocab_size_to=padded_vocab)  # type: ignore[arg-type]
+    model.to_empty(device=device)
+    model.init_buffers()
+    return model
+
+
+def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padded_vocab: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The weights of the new layers, by name: initialized in a model of these layers alone, and passing the stream on as it is."""
+    new = [t for t, layer in enumerate(layers) if layer is None]
+    if not new:
+        return {}
+    config = replace(target, n_layer=len(new), layers=tuple(target.layers[t] for t in new), backout_layer=0, lm_head_rank=0)
+    with torch.random.fork_rng(devices=[]):  # `init_weights` draws from the global generator
+        torch.default_generator.manual_seed(int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)))
+        model = LayeredGPT(config, pad_vocab_size_to=padded_vocab)
+        model.init_weights()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".alpha_attn", ".alpha_mlp")):
+            parameter.zero_()
+    return {in_layer(name, new[layer]): p for name, p in model.named_parameters() if (layer := layer_of(name)) is not None}

@@ -1,0 +1,158 @@
+"""Evaluates a chat model: multiple choice (ARC, MMLU), answers and programs that are checked (GSM8K, HumanEval, spelling), ChatCORE.
+
+    python -m scripts.chat_eval -i sft                      # the five tasks of ChatCORE
+    python -m scripts.chat_eval -i sft -a "MMLU|GSM8K"
+    python -m scripts.chat_eval -i sft -a SpellingBee       # letter counting in words it was not trained on; needs no network
+    torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft
+
+ChatCORE is the mean accuracy over its five tasks, each rescaled so that guessing gives 0 and perfection 1.
+"""
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
+from nanochat.cli import ArgumentParser, command, non_negative_float, non_negative_int, positive_int
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, is_ddp_initialized, print0
+from nanochat.core_eval import _logits_at
+from nanochat.engine import Engine
+from nanochat.report import get_report
+from scripts.base_eval import with_progress
+from tasks.arc import ARC
+from tasks.common import Task
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
+    "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
+    "MMLU": lambda: MMLU("all", "test"),
+    "GSM8K": lambda: GSM8K("main", "test"),
+    "HumanEval": HumanEval,
+    "SpellingBee": lambda: SpellingBee(256, "test"),
+    "SpellingBee-Long": lambda: SpellingBee(256, "long"),
+    "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
+}
+GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}  # the tasks of ChatCORE
+
+
+def chatcore(accuracies: dict[str, float]) -> float:
+    """Mean over the tasks of (accuracy - b) / (1 - b), with b the accuracy of guessing."""
+    return sum((accuracy - GUESSING[name]) / (1 - GUESSING[name]) for name, accuracy in accuracies.items()) / len(accuracies)
+
+
+def _share(passed: int, total: int, device: torch.device) -> float:
+    """passed / total over all ranks."""
+    counts = torch.tensor([passed, total], device=device)
+    if is_ddp_initialized():
+        dist.all_reduce(counts)
+    passed, total = counts.tolist()
+    return passed / max(total, 1)
+
+
+def _limit(task: Task, max_problems: int | None) -> int:
+    return len(task) if max_problems is None else min(len(task), max_problems)
+
+
+def run_generative_eval(task_object: Task, tokenizer, model, engine: Engine, num_samples: int, max_new_tokens: int, temperature: float,
+                        top_k: int | None, max_problems: int | None = None) -> float:
+    """Share of the problems that at least one of `num_samples` answers solves. Problems are dealt to the ranks in turn."""
+    _, rank, _, world_size = get_dist_info()
+    mine = range(rank, _limit(task_object, max_problems), world_size)
+    passed = 0
+    for index in with_progress(mine, len(mine), type(task_object).__name__):
+        problem = task_object[index]
+        prompt = tokenizer.render_for_completion(problem)
+        answers, _ = engine.generate_batch(prompt, num_samples=num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+        passed += any(task_object.evaluate(problem, tokenizer.decode(answer[len(prompt):])) for answer in answers)
+    return _share(passed, len(mine), model.get_device())
+
+
+@torch.inference_mode()
+def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, max_problems: int | None = None) -> float:
+    """Share of the problems where the right letter is the most likely among the problem's letters. Batches are dealt to the ranks in turn."""
+    _, rank, _, world_size = get_dist_info()
+    device, bos = model.get_device(), tokenizer.get_bos_token_id()
+    size = _limit(task_object, max_problems)
+    mine = range(rank * batch_size, size, world_size * batch_size)
+    passed = total = 0
+    for first in with_progress(mine, len(mine), type(task_object).__name__):
+        problems = [task_object[index] for index in range(first, min(first + batch_size, size))]
+        prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([prompt + [bos] * (longest - len(prompt)) for prompt in prompts], device=device)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        logits = _logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()
+        for problem, row in zip(problems, logits, strict=True):
+            letter_ids = [tokenizer.encode(letter) for letter in problem["letters"]]
+            assert all(len(letter_id) == 1 for letter_id in letter_ids), "every letter must be one token"
+            choice = int(row[[letter_id[0] for letter_id in letter_ids]].argmax())
+            passed += int(task_object.evaluate(problem, problem["letters"][choice]))
+            total += 1
+    return _share(passed, total, device)
+
+
+def evaluate(task_object: Task, model, tokenizer, engine: Engine, batch_size: int = 1, num_samples: int = 1, max_new_tokens: int = 512,
+             temperature: float = 0.0, top_k: int | None = 50, max_problems: int | None = None) -> float:
+    """Accuracy on a task, the same on all ranks, which all must call it."""
+    if task_object.eval_type == "generative":
+        return run_generative_eval(task_object, tokenizer, model, engine, num_samples, max_new_tokens, temperature, top_k, max_problems)
+    return run_categorical_eval(task_object, tokenizer, model, batch_size, max_problems)
+
+
+def run_chat_eval(task_name: str, model, tokenizer, engine: Engine, **kwargs) -> float:
+    """`evaluate` on a task given by its name."""
+    return evaluate(TASKS[task_name](), model, tokenizer, engine, **kwargs)
+
+
+def task_names(text: str) -> list[str]:
+    names = text.split("|")
+    for name in names:
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"unknown task {name!r}: use any of {', '.join(TASKS)}, joined by |")
+    return names
+
+
+@command
+def main(argv=None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-i", "--source", choices=SOURCES, required=True, help="stage of training")
+    parser.add_argument("-a", "--task-name", type=task_names, default=None, help=f"tasks joined by |, of {', '.join(TASKS)} (default: those of ChatCORE)")
+    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.0, help="0 always takes the likeliest token")
+    parser.add_argument("-m", "--max-new-tokens", type=positive_int, default=512)
+    parser.add_argument("-n", "--num-samples", type=positive_int, default=1, help="answers to a problem, of which one must be right")
+    parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
+    parser.add_argument("-b", "--batch-size", type=positive_int, default=8, help="multiple-choice problems in one pass")
+    parser.add_argument("-g", "--model-tag", default=None, help="model to evaluate (default: the largest)")
+    parser.add_argument("-s", "--step", type=non_negative_int, default=None, help="checkpoint to evaluate (default: the last)")
+    parser.add_argument("-x", "--max-problems", type=positive_int, default=None, help="of each task (default: all)")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    args = parser.parse_args(argv)
+
+    *_, device = compute_init(args.device_type or autodetect_device_type())
+    try:
+        tasks = {name: TASKS[name]() for name in args.task_name or GUESSING}  # missing data show now, not after an hour
+        folder, step = find_checkpoint(checkpoints_dir_of(args.source), args.model_tag, args.step)
+        model, tokenizer, _ = build_model(folder, step, device, phase="eval")
+        engine = Engine(model, tokenizer)
+        accuracies = {}
+        for name, task in tasks.items():
+            accuracies[name] = evaluate(task, model, tokenizer, engine, args.batch_size, args.num_samples, args.max_new_tokens, args.temperature,
+                                        args.top_k, args.max_problems)
+            print0(f"{name} accuracy: {100 * accuracies[name]:.2f}%", flush=True)
+        summary: dict = {}
+        if accuracies.keys() == GUESSING.keys():
+            summary["ChatCORE metric"] = chatcore(accuracies)
+            print0(f"ChatCORE metric: {summary['ChatCORE metric']:.4f}")
+        get_report().log(section=f"Chat evaluation {args.source}", data=[{"model": f"{folder.name} (step {step})", **vars(args)}, accuracies, summary])
+    finally:
+        compute_cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Grows a finished checkpoint, and says how much that moved the loss.
+
+    python -m scripts.grow_checkpoint --model-tag=d10 --to=15x960
+    python -m scripts.grow_checkpoint --to=20x1280x128 --mode=lossless --noise=0.3 --to-tag=wide
+
+Works on any checkpoint of this pipeline and of nanochat itself, with the optimizer's state where there is one. The result is a new folder beside
+the old one, written as a whole or not at all; nothing is ever overwritten.
+"""
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0
+from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.gpt import GPT
+from nanochat.growth import grow
+from nanochat.growth.model import OPTIMIZER_MODES
+from nanochat.growth.modes import MODES, width_mode
+from nanochat.growth.optimizer import full_state, load_full_state, merge_shards
+from nanochat.growth.plan import Shape, describe, growth_record, parse_path, plan_stages
+from nanochat.growth.target import DEPTH_MODES
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import MuonAdamW
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Grow a checkpoint")
+    add = parser.add_argument
+    add("--to", required=True, help="depth x width, or depth x width x rank: 15x960, 15x960x128; a rank of 0 is dense")
+    add("--source", default="base", choices=checkpoints.SOURCES)
+    add("--model-tag", type=folder_name, default=None, help="folder of the checkpoint (default: the largest model)")
+    add("--step", type=non_negative_int, default=None, help="of the checkpoint (default: the last)")
+    add("--to-tag", type=folder_name, default=None, help="folder of the grown checkpoint (default: the old one and the new shape)")
+    add("--mode", default="lossless", choices=MODES, help="how the width grows")
+    add("--depth-mode", default="identity", choices=DEPTH_MODES)
+    add("--optimizer", default="transport", choices=(*OPTIMIZER_MODES, "none"), help="the moments: carried over, started anew, or no optimizer state")
+    add("--theta", type=non_negative_float, default=None, help="mode lossless: angle in degrees between the copies of a channel, 45: equal copies, 0: fresh channels")
+    add("--spread", type=non_negative_float, default=None, help="mode lossless: how unequally copies are read, from 0 to 1")
+    add("--noise", type=non_negative_float, default=None, help="mode lossless: size of the noise that breaks symmetry, relative to the weights")
+    add("--seed", type=non_negative_int, default=0)
+    add("--eval-tokens", type=positive_int, default=2 ** 17, help="of validation text to compare the losses on")
+    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    return parser
+
+
+def load(folder: Path, step: int, device: torch.device) -> tuple[GPT, dict]:
+    model_data, _, meta = checkpoints.load_checkpoint(folder, step, device)
+    model = checkpoints.model_from_config(meta["model_config"])
+    checkpoints.load_weights(model, model_data, device)
+    return model, meta
+
+
+def load_optimizer(model: GPT, source: str, folder: Path, step: int, device: torch.device) -> tuple[MuonAdamW | None, int]:
+    """The optimizer with the state that all ranks of the run have saved, and how many they were; (None, 0) if there is no state."""
+    ranks = len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
+    shards = [checkpoints.load_optimizer_state(source, device, rank, folder.name, step) for rank in range(ranks)]
+    if not ranks or None in shards:
+        return None, 0
+    optimizer = model.setup_optimizer()
+    try:
+        optimizer.load_state_dict(merge_shards(optimizer, shards))  # type: ignore[arg-type]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"the optimizer state of step {step} in {folder} does not fit its model ({error}); use --optimizer=none") from error
+    return optimizer, ranks
+
+
+def optimizer_shards(model: GPT, optimizer: MuonAdamW, ranks: int) -> list[dict]:
+    """The state dicts of as many ranks."""
+    whole = full_state(model, optimizer)
+    shards = []
+    for rank in range(ranks):
+        optimizer.state.clear()
+        load_full_state(model, optimizer, whole, rank, ranks)
+        shards.append(optimizer.state_dict())
+    return shards
+
+
+class Comparison:
+    """Bits per byte of validation text, where there is a tokenizer and data for the model, and logits of random tokens anywhere."""
+
+    def __init__(self, model: GPT, eval_tokens: int):
+        config, self.device = model.config, model.get_device()
+        self.tokens = torch.randint(config.vocab_size, (2, min(config.sequence_len, 256)), generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.rows = max(1, 8192 // config.sequence_len)
+        self.steps = max(1, eval_tokens // (self.rows * config.sequence_len))
+        self.sequence_len = config.sequence_len
+        try:
+            self.tokenizer: Any = get_tokenizer()
+            self.token_bytes = get_token_bytes(device=self.device)
+            next(self.batches())
+        except (UsageError, OSError) as error:
+            print0(f"No validation text to compare on ({error}): logits of random tokens it is")
+            self.tokenizer = None
+            return
+        if self.tokenizer.get_vocab_size() != config.vocab_size:
+            raise UsageError(f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}: "
+                             "use the base directory that the model was trained in")
+
+    def batches(self):
+        loader = data_loader(self.tokenizer, self.rows, self.sequence_len, split="val", device=self.device)
+        return ((x, y) for x, y, _ in loader)
+
+    @torch.no_grad()
+    def measure(self, model: GPT) -> tuple[float | None, torch.Tensor]:
+        """(bits per byte or None, logits)."""
+        bpb = evaluate_bpb(model, self.batches(), self.steps, self.token_bytes) if self.tokenizer is not None else None
+        return bpb, model(self.tokens)
+
+
+@command
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    _, _, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
+    try:
+        if world_size > 1:
+            raise UsageError("grow_checkpoint runs as one process, without torchrun; it serves checkpoints of any number of ranks")
+        grow_checkpoint(args, device)
+    finally:
+        compute_cleanup()
+
+
+def grow_checkpoint(args, device: torch.device) -> None:
+    shapes = parse_path(args.to)
+    if len(shapes) != 1:
+        raise UsageError(f"--to={args.to}: give one shape, such as 15x960")
+    parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(args, name)) is not None}
+    width_mode(args.mode, **parameters)  # checks them before anything takes time
+    parent = Path(checkpoints.checkpoints_dir_of(args.source))
+    folder, step = checkpoints.find_checkpoint(parent, args.model_tag, args.step)
+    model, meta = load(folder, step, device)
+    before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], args.depth_mode)
+    tag = args.to_tag or f"{folder.name}-{describe(after.config)}"
+    if (parent / tag).exists():
+        raise UsageError(f"{parent / tag} exists already and is not overwritten; choose another --to-tag")
+    optimizer, ranks = (None, 0) if args.optimizer == "none" else load_optimizer(model, args.source, folder, step, device)
+
+    comparison = Comparison(model.eval(), args.eval_tokens)
+    loss_before, logits_before = comparison.measure(model)
+    grown, grown_optimizer = grow(model, after.config, optimizer, mode=args.mode, layers=after.layers, optimizer_mode="reset" if args.optimizer == "reset" else "transport",
+                                  generator=torch.Generator().manual_seed(args.seed), **parameters)
+    loss_after, logits_after = comparison.measure(grown)
+
+    print0(f"{describe(model.config)} -> {describe(grown.config)}: {before.params:,} -> {after.params:,} parameters, "
+           f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {args.mode}, depth {args.depth_mode}")
+    if loss_before is not None and loss_after is not None:
+        print0(f"Validation bpb: {loss_before:.6f} -> {loss_after:.6f} ({loss_after - loss_before:+.2e})")
+    print0(f"Largest difference of a logit on random tokens: {(logits_after - logits_before).abs().max():.2e}")
+
+    history = meta.get("growth", [])
+    tokens = step * meta["total_batch_size"] if "total_batch_size" in meta else None
+    flops = tokens * before.flops_per_token if tokens is not None and not history else None
+    record = growth_record(step, model.config, grown.config, args.mode, args.depth_mode, args.seed, **parameters, tokens=tokens, flops=flops,
+                           loss_before=loss_before, loss_after=loss_after)
+    meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
+    shards = optimizer_shards(grown, grown_optimizer, ranks) if grown_optimizer is not None else [None]
+    write_folder(parent / tag, step, grown, shards, meta, sorted(folder.glob(f"state_{step:06d}_rank*.pt")))
+    print0(f"Saved to {parent / tag}")
+
+
+def write_folder(folder: Path, step: int, model: GPT, shards: list, meta: dict, train_states: list[Path]) -> None:
+    """The checkpoint with the optimizer state of every rank and the data positions of the run, as a whole or not at all."""
+    temporary = Path(tempfile.mkdtemp(dir=get_base_dir(), prefix=".grow-"))
+    try:
+        for rank in reversed(range(len(shards))):  # rank 0 writes the model, last
+            checkpoints.save_checkpoint(temporary, step, model.state_dict(), shards[rank], meta, rank=rank)
+        for path in train_states:
+            shutil.copy(path, temporary / path.name)
+        temporary.chmod(0o777 & ~current_umask())  # mkdtemp makes it private to the user
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What a task is, how tasks are mixed, and where their data come from.
+
+A task is a list of conversations, and for evaluation a way to judge an answer. Data sets of the Hugging Face hub are fetched
+and cached by the `datasets` library. On a machine without network put a data set's rows, as .parquet or .jsonl files, into
+
+    NANOCHAT_BASE_DIR/task_data/<owner>--<name>/<subset>/<split>/      for example task_data/openai--gsm8k/main/train/
+
+which is also where nanochat keeps them. What lies there is taken instead of the hub's.
+"""
+import json
+import math
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.cli import UsageError
+from nanochat.common import get_base_dir
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+class HubDataset:
+    """Rows of a table, as dicts of plain Python values, in the table's order or that of a permutation."""
+
+    def __init__(self, table: pa.Table, permutation: np.ndarray | None = None):
+        self.table, self.permutation = table, permutation
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def shuffle(self, seed: int) -> "HubDataset":
+        """The same rows in an order that depends on the seed only; it is the one that `datasets` shuffles into."""
+        return HubDataset(self.table, np.random.default_rng(seed).permutation(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = index if self.permutation is None else int(self.permutation[index])
+        return self.table.slice(row, 1).to_pylist()[0]
+
+
+def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train", columns: tuple[str, ...] = ()) -> HubDataset:
+    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or lack one of `columns`."""
+    folder = Path(get_base_dir(), "task_data", repo_id.replace("/", "--"), subset, split)
+    table = _read_folder(folder)
+    if table is None:
+        try:
+            import datasets
+            table = datasets.load_dataset(repo_id, None if subset == "default" else subset, split=split).with_format("arrow")[:]
+        except Exception as error:  # of a dozen kinds: no network, no such data set, a full disk
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UsageError(f"cannot get {repo_id} ({subset}, {split}) from the Hugging Face hub: {reason}; "
+                             f"without network put its rows as .parquet or .jsonl files into {folder}") from error
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise UsageError(f"the rows of {repo_id} ({subset}, {split}) have no {', '.join(missing)}, but {', '.join(table.column_names)}; "
+                         f"see {folder} for local files of another kind")
+    return HubDataset(table)
+
+
+def _read_folder(folder: Path) -> pa.Table | None:
+    """The rows of its .parquet and .jsonl files in order of their names; None where there is no such file."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix in (".parquet", ".jsonl"))
+    try:
+        tables = [pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist(list(read_jsonl(path))) for path in paths]
+        return pa.concat_tables(tables, promote_options="default") if tables else None
+    except (pa.ArrowException, AttributeError) as error:
+        raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).splitlines()[0]}); put intact ones there") from error
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
+    """The value of each line that is not blank. Raises UsageError for a missing file or a broken line."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise UsageError(f"{path}, line {number} is not JSON ({error}); repair or delete it") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file {path}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason})") from error
+
+
+def check_messages(messages: Any, where: str) -> list[dict]:
+    """`messages` if they are a conversation: an optional system message, then user and assistant in turn, the assistant last.
+
+    Raises UsageError naming the place `where` otherwise.
+    """
+    def bad(what: str) -> UsageError:
+        return UsageError(f"{where} is no conversation: {what}; repair or delete it")
+
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise bad("it must be a list of messages with role and content")
+    turns = messages[1:] if messages and messages[0].get("role") == "system" else messages
+    if len(turns) < 2 or len(turns) % 2:
+        raise bad(f"{len(turns)} messages of user and assistant, where they must alternate and the assistant must end")
+    for message, role in zip(turns, ["user", "assistant"] * (len(turns) // 2), strict=True):
+        if message.get("role") != role:
+            raise bad(f"a message of {message.get('role')!r} where {role!r} must speak")
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise bad(f"the content of a {message.get('role')} message is a {type(message.get('content')).__name__}, not text")
+    return messages
+
+
+# -----------------------------------------------------------------------------
+# Tasks
+
+
+class Task:
+    """A list of conversations, of which `start`, `stop` and `step` select some as in a slice (but `stop` is taken at its word)."""
+
+    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
+        assert start >= 0, f"start must be 0 or more, not {start}"
+        assert stop is None or stop >= start, f"stop={stop} is before start={start}"
+        assert step >= 1, f"step must be 1 or more, not {step}"
+        self.start, self.stop, self.step = start, stop, step
+
+    @property
+    def eval_type(self) -> str:
+        """`generative`: the model writes an answer, `categorical`: it chooses one of the example's `letters`."""
+        raise NotImplementedError
+
+    def num_examples(self) -> int:
+        """Of the whole data set."""
+        raise NotImplementedError
+
+    def get_example(self, index: int) -> dict:
+        """A conversation {"messages": [...]}, with whatever else `evaluate` needs."""
+        raise NotImplementedError
+
+    def evaluate(self, problem: dict, completion: str):
+        """Whether the completion solves the example."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        stop = self.num_examples() if self.stop is None else self.stop
+        return max(0, math.ceil((stop - self.start) / self.step))
+
+    def __getitem__(self, index: int) -> dict:
+        assert isinstance(index, int), f"an index is an int, not a {type(index).__name__}"
+        return self.get_example(self.start + index * self.step)
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
+
+class TaskMixture(Task):
+    """All examples of several tasks in a fixed shuffled order. A task that is listed twice comes twice as often."""
+
+    def __init__(self, tasks: list[Task], **kwargs):
+        super().__init__(**kwargs)
+        self.tasks, self.lengths = tasks, [len(task) for task in tasks]
+        self.num_conversations = sum(self.lengths)
+        self.index_map = [(task, index) for task, length in enumerate(self.lengths) for index in range(length)]
+        random.Random(42).shuffle(self.index_map)
+
+    def num_examples(self) -> int:
+        return self.num_conversations
+
+    def get_example(self, index: int) -> dict:
+        assert 0 <= index < self.num_conversations, f"example {index} of {self.num_conversations}"
+        task, local_index = self.index_map[index]
+        return self.tasks[task][local_index]
+
+
+class TaskSequence(Task):
+    """All examples of several tasks, one task after the other."""
+
+    def __init__(self, tasks: list[Task], **kwargs):
+        super().__init__(**kwargs)
+        self.tasks, self.lengths = tasks, [len(task) for task in tasks]
+        self.num_conversations = sum(self.lengths)
+
+    def num_examples(self) -> int:
+        return self.num_conversations
+
+    def get_example(self, index: int) -> dict:
+        assert 0 <= index < self.num_conversations, f"example {index} of {self.num_conversations}"
+        task = 0
+        while index >= self.lengths[task]:
+            index -= self.lengths[task]
+            task += 1
+        return self.tasks[task][index]
+
+
+def render_mc(question: str, letters: list[str], choices: list[str]) -> str:
+    """A multiple-choice question. No space before the letters: the answer is the same token as there."""
+    listed = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
+    return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."

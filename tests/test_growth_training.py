@@ -1,0 +1,134 @@
+"""Growing inside base_train: decisions, exact resumption, ranks, and flags that contradict each other."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.run_log import read_run_log
+from tests import tiny
+
+# 2x64 to 3x96, so early that eight steps of the final model's budget see it
+GROW = ["--grow-path=2x64,3x96", "--head-dim=32", "--eval-every=2", "--save-every=2", "--warmup-steps=0"]
+AT = [*GROW, "--grow-at=0.4"]
+
+
+@pytest.fixture
+def base(base_dir):
+    tiny.prepare(base_dir)
+    return base_dir
+
+
+def grows(base_dir, tag: str = "d3") -> list[dict]:
+    return [record for record in read_run_log(tiny.folder(base_dir, tag) / "log.jsonl") if record["kind"] == "grow"]
+
+
+def last_step(base_dir, tag: str = "d3") -> int:
+    return checkpoints.list_steps(tiny.folder(base_dir, tag))[-1]
+
+
+def test_a_growth_at_a_share_of_the_budget_changes_no_loss(base):
+    assert tiny.train(*AT) == 0
+    (grow,) = grows(base)
+    assert grow["share"] == pytest.approx(0.4, abs=0.1) and grow["share"] >= 0.4
+    assert grow["loss_after"] == pytest.approx(grow["loss_before"], abs=1e-5)
+    meta = checkpoints.load_meta(tiny.folder(base), last_step(base))
+    assert meta["growth"] == [{**meta["growth"][0], "from": "2x64", "to": "3x96", "step": grow["step"]}]
+    model, _, _ = checkpoints.load_model("base", torch.device("cpu"), phase="eval")
+    assert (model.config.n_layer, model.config.n_embd) == (3, 96)
+
+
+def test_the_budget_is_that_of_the_final_model_alone(base):
+    """The run ends with the step that spends it, and takes more steps, since those of the small model are cheaper."""
+    assert tiny.train("--head-dim=32", "--model-tag=scratch") == 0 and tiny.train(*AT) == 0
+    scratch, grown = ([record for record in read_run_log(tiny.folder(base, tag) / "log.jsonl") if record["kind"] == "end"][0] for tag in ("scratch", "d3"))
+    start = next(record for record in read_run_log(tiny.folder(base, "scratch") / "log.jsonl") if record["kind"] == "start")
+    per_step = start["flops_per_token"] * start["total_batch_size"]
+    assert scratch["total_flops"] <= grown["total_flops"] < scratch["total_flops"] + per_step
+    assert grown["step"] > scratch["step"]
+
+
+@pytest.mark.parametrize("flags", [AT, [*GROW, "--kappa=0.9", "--kappa-final-loss=2"], [*AT, "--grow-mode=random", "--grow-optimizer=reset", "--grow-rewarm=3"],
+                                   [*AT, "--grow-path=2x64,3x64", "--grow-freeze"], [*AT, "--block=ngpt", "--grow-path=2x64x8,3x96x12"]], ids=lambda f: " ".join(f[5:]))
+def test_resumed_anywhere_it_ends_with_the_same_bits(base, flags):
+    """Before the growth, at its step, and after it."""
+    assert tiny.train(*flags, "--model-tag=whole") == 0
+    steps = checkpoints.list_steps(tiny.folder(base, "whole"))
+    (grow,) = grows(base, "whole")
+    assert steps[0] < grow["step"] < steps[-1] or steps[0] == grow["step"]
+    expected = tiny.losses(base, "whole")
+    weights = torch.load(tiny.folder(base, "whole") / f"model_{steps[-1]:06d}.pt", weights_only=True)
+    at = max(i for i, step in enumerate(steps) if step <= grow["step"])  # the last checkpoint of the small model
+    for step in {steps[0], steps[at], steps[min(at + 1, len(steps) - 2)]}:
+        shutil.rmtree(tiny.folder(base, "part"), ignore_errors=True)
+        shutil.copytree(tiny.folder(base, "whole"), tiny.folder(base, "part"))
+        for later in steps[steps.index(step) + 1:]:
+            for path in tiny.folder(base, "part").glob(f"*_{later:06d}*"):
+                path.unlink()
+        assert tiny.train(*flags, "--model-tag=part", "--resume") == 0
+        assert tiny.losses(base, "part") == expected
+        assert tiny.identical(torch.load(tiny.folder(base, "part") / f"model_{steps[-1]:06d}.pt", weights_only=True), weights)
+
+
+def test_kappa_grows_when_the_target_is_reached(base):
+    """With a prediction just below the loss that is there, the second validation is enough; with one far off the cap decides, and says so."""
+    assert tiny.train(*GROW, "--kappa=0.999", "--kappa-final-loss=0.1", "--model-tag=soon") == 0
+    assert tiny.train(*GROW, "--kappa=0.01", "--kappa-final-loss=0.1", "--model-tag=cap") == 0
+    soon, cap = grows(base, "soon")[0], grows(base, "cap")[0]
+    assert soon["step"] == 2 and soon["reason"].startswith("kappa") and soon["loss_before"] <= soon["target"]
+    assert cap["share"] >= 0.5 and "before the loss" in cap["reason"] and cap["loss_before"] > cap["target"]
+
+
+def test_layer_by_layer_freezes_what_was_there(base):
+    assert tiny.train(*AT, "--grow-path=2x64,3x64", "--grow-freeze", "--grow-depth-mode=append") == 0
+    folder, step, at = tiny.folder(base), last_step(base), grows(base)[0]["step"]
+    frozen = checkpoints.load_meta(folder, step)["frozen"]
+    assert "transformer.h.0.attn.c_q.weight" in frozen and "transformer.h.2.attn.c_q.weight" not in frozen
+    before, after = (torch.load(folder / f"model_{s:06d}.pt", weights_only=True) for s in (at - at % 2, step))
+    if at % 2 == 0:
+        assert torch.equal(before["transformer.h.0.attn.c_q.weight"], after["transformer.h.0.attn.c_q.weight"])
+    optimizer = torch.load(folder / f"optim_{step:06d}_rank0.pt", weights_only=True)
+    kept = sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert kept == len(after) - len(frozen)
+
+
+def test_the_plan_trains_nothing(base, capsys):
+    assert tiny.train("--grow-from=1", "--grow-stages=2", "--kappa=0.2", "--grow-plan") == 0
+    out = capsys.readouterr().out
+    assert "1x32" in out and "2x64" in out and "3x96" in out and "Budget" in out
+    assert not (base / "base_checkpoints").exists()
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["--kappa=0.2"], "not into what"), (["--grow-from=1"], "nothing says when"), (["--grow-from=3", "--kappa=0.2"], "less than --depth"),
+    (["--grow-from=1", "--grow-path=1x32,2x64", "--kappa=0.2"], "one of them"), (["--grow-from=1", "--kappa=0.2", "--grow-at=0.5"], "one of them"),
+    (["--grow-path=2x64,1x96", "--kappa=0.2"], "only grows"), (["--grow-path=2x64,3x80", "--kappa=0.2"], "not made of heads"),
+    (["--grow-path=2x64", "--kappa=0.2"], "one shape"), (["--grow-path=2by64", "--kappa=0.2"], "not a shape"),
+    (["--grow-from=1", "--grow-at=0.5,0.2"], "must rise"), (["--grow-from=1", "--grow-at=0.2,0.5"], "2 moments for 1"),
+    (["--grow-from=1", "--kappa=0.2", "--eval-every=-1"], "decided by validations"), (["--grow-from=1", "--grow-stages=3", "--kappa=0.2"], "do not fit"),
+    (["--grow-from=1", "--grow-at=0.5", "--grow-theta=50"], "0 to 45 degrees"), (["--grow-path=2x64,3x96", "--grow-at=0.5", "--grow-mode=hyperclone"], "whole multiples"),
+    (["--grow-from=1", "--grow-at=0.5", "--grow-mode=bus", "--grow-noise=1"], "has no parameters"),
+])
+def test_contradictions(base, capsys, flags, reason):
+    assert tiny.train(*flags) == 2
+    assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(base.glob("base_checkpoints/*/model_*.pt"))
+
+
+def test_another_plan_does_not_continue_a_grown_checkpoint(base, capsys):
+    assert tiny.train(*AT) == 0
+    assert tiny.train(*AT, "--grow-path=2x64,4x96", "--model-tag=d3", "--resume") == 2
+    assert "another shape" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_grow_to_what_one_has(base):
+    for ranks in (0, 2):
+        result = tiny.run(base, *AT, "--data-streams=2", f"--model-tag=ranks{ranks}", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one, two = (tiny.losses(base, f"ranks{ranks}") for ranks in (0, 2))
+    assert [record[:2] for record in one] == [record[:2] for record in two]
+    bpb = [(a[4], b[4]) for a, b in zip(one, two) if a[0] == "eval"]
+    assert all(a == pytest.approx(b, abs=1e-4) for a, b in bpb)
+    assert json.dumps(grows(base, "ranks0")[0]["counts"]) == json.dumps(grows(base, "ranks2")[0]["counts"])

@@ -1,0 +1,235 @@
+"""Data sets from local files and from the hub, bad rows, spelling words, your own conversations."""
+import json
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.cli import UsageError
+from nanochat.engine import use_calculator
+from tasks import spellingbee
+from tasks.arc import ARC
+from tasks.common import HubDataset, TaskMixture, TaskSequence, load_hub_dataset
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import LETTERS, QUESTIONS, SimpleSpelling, SpellingBee, get_words, spell
+
+
+def put(base_dir, *place: str, rows: list[dict], name: str = "rows.jsonl") -> None:
+    folder = base_dir.joinpath("task_data", *place)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+
+
+@pytest.fixture
+def words(base_dir):
+    """A word list of all letters in all lengths."""
+    listed = [LETTERS[i] * (length - 2) + LETTERS[j] + "z" for length in range(2, 18) for i in range(26) for j in range(26)]
+    (base_dir / "words_alpha.txt").write_text("\n".join([*listed, "Upper", "don't", "naïve"]))
+    spellingbee._all_words.cache_clear()
+    yield base_dir
+    spellingbee._all_words.cache_clear()
+
+
+# -- where data come from
+
+
+def test_local_jsonl_and_parquet_in_order_of_names(base_dir):
+    put(base_dir, "a--b", "default", "train", rows=[{"x": 1}, {"x": 2}])
+    pq.write_table(pa.table({"x": [3, 4]}), base_dir / "task_data" / "a--b" / "default" / "train" / "z.parquet")
+    rows = load_hub_dataset("a/b")
+    assert [rows[i] for i in range(len(rows))] == [{"x": 1}, {"x": 2}, {"x": 3}, {"x": 4}]
+
+
+def test_hub_data_through_the_datasets_library(base_dir, monkeypatch):
+    asked = []
+
+    class Dataset:
+        def with_format(self, kind):
+            return {"arrow": self}[kind]
+
+        def __getitem__(self, rows):
+            assert rows == slice(None)
+            return pa.table({"x": [1, 2, 3]})
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or Dataset()))
+    assert len(load_hub_dataset("a/b")) == 3
+    assert load_hub_dataset("a/b", "c", "test", columns=("x",))[1] == {"x": 2}
+    assert asked == [(("a/b", None), {"split": "train"}), (("a/b", "c"), {"split": "test"})]
+
+
+def test_no_network_says_where_to_put_the_data(base_dir, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
+    with pytest.raises(UsageError, match="no route; without network put its rows .* into .*task_data/openai--gsm8k/main/train"):
+        GSM8K("main", "train")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]\n", "\"text\"\n", '{"x": 1}\n{"x": "text"}\n'])
+def test_damaged_local_data(base_dir, content):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[])
+    (base_dir / "task_data/openai--gsm8k/main/train/rows.jsonl").write_text(content)
+    with pytest.raises(UsageError):
+        GSM8K("main", "train")
+
+
+def test_damaged_parquet(base_dir):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[], name="x.parquet")
+    with pytest.raises(UsageError, match="damaged"):
+        GSM8K("main", "train")
+
+
+def test_missing_columns(base_dir):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[{"question": "?", "solution": "1"}])
+    with pytest.raises(UsageError, match="have no answer, but question, solution"):
+        GSM8K("main", "train")
+
+
+def test_impossible_rows(base_dir):
+    put(base_dir, "allenai--ai2_arc", "ARC-Easy", "test", rows=[{"question": "?", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "B"}])
+    with pytest.raises(UsageError, match="ARC example 0"):
+        ARC("ARC-Easy", "test")[0]
+    put(base_dir, "cais--mmlu", "all", "test", rows=[{"question": "?", "choices": ["x"], "answer": 0, "subject": "s"}])
+    with pytest.raises(UsageError, match="MMLU example 0"):
+        MMLU("all", "test")[0]
+    put(base_dir, "HuggingFaceTB--smol-smoltalk", "default", "train", rows=[{"messages": [{"role": "user", "content": "alone"}]}])
+    with pytest.raises(UsageError, match="SmolTalk example 0"):
+        SmolTalk("train")[0]
+
+
+def test_mmlu_has_57_subjects():
+    assert len(set(MMLU.groups)) == 57 and list(MMLU.groups) == sorted(MMLU.groups)
+
+
+@given(st.integers(0, 60), st.integers(0, 1000))
+def test_a_shuffle_is_a_permutation(size, seed):
+    rows = HubDataset(pa.table({"x": list(range(size))})).shuffle(seed)
+    assert sorted(rows[i]["x"] for i in range(size)) == list(range(size))
+    with pytest.raises(IndexError):
+        rows[size]
+
+
+# -- your own conversations
+
+
+def conversation(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def test_custom_conversations(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(["", json.dumps(conversation("a", "b")), "", json.dumps({"messages": conversation("é", "d", "e", "f")})]), encoding="utf-8")
+    task = CustomJSON(path)
+    assert [len(example["messages"]) for example in task] == [2, 4] and task[1]["messages"][0]["content"] == "é"
+    assert len(CustomJSON(path, stop=1)) == 1
+
+
+@pytest.mark.parametrize("line", [
+    "{", "5", "[]", "{}", "[1, 2]", json.dumps(conversation("a")), json.dumps(conversation("a", "b", "c")), json.dumps(conversation("a", "b")[::-1]),
+    json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": ["b"]}]), json.dumps([{"role": "user"}, {"role": "assistant", "content": "b"}]),
+])
+def test_bad_custom_conversations(tmp_path, line):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(conversation("a", "b")) + "\n" + line)
+    with pytest.raises(UsageError, match=r"mine\.jsonl"):
+        CustomJSON(path)
+
+
+def test_no_custom_conversations(tmp_path):
+    with pytest.raises(UsageError, match="no file"):
+        CustomJSON(tmp_path / "absent.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="no conversation"):
+        CustomJSON(tmp_path / "empty.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="UTF-8"):
+        CustomJSON(tmp_path / "binary.jsonl")
+
+
+# -- spelling
+
+
+def test_the_splits_share_no_word(words):
+    splits = {split: set(get_words(split)) for split in ("train", "test", "long")}
+    assert not splits["train"] & splits["test"] and not splits["train"] & splits["long"]
+    assert {len(word) for word in splits["train"] | splits["test"]} == set(range(3, 11))
+    assert {len(word) for word in splits["long"]} == set(range(11, 16))
+    assert 0.05 < len(splits["test"]) / len(splits["train"]) < 0.2
+    assert all(set(word) <= set(LETTERS) for words in splits.values() for word in words)
+
+
+def test_words_of_the_pretraining_data(base_dir):
+    spellingbee._all_words.cache_clear()
+    folder = base_dir / "base_data_climbmix"
+    folder.mkdir()
+    text = "HTTPServer.getName(alpha_beta) Alpha beta once x1y2 naïve"
+    for name in ("shard_00000.parquet", "shard_00001.parquet"):
+        pq.write_table(pa.table({"text": [text, "server name get alpha", "twiceword twiceword"]}), folder / name)
+    assert spellingbee._all_words(str(base_dir)) == ["alpha", "beta", "get", "name", "server", "twiceword"], "what occurs twice, split at humps"
+    spellingbee._all_words.cache_clear()
+
+
+def test_without_words(base_dir):
+    spellingbee._all_words.cache_clear()
+    with pytest.raises(UsageError, match="no words to spell: .*python -m tasks.spellingbee"):
+        SpellingBee()
+
+
+@pytest.mark.parametrize("split", ["train", "test", "long"])
+def test_the_reference_answers_are_right(words, split):
+    """By hand, by the calculator and by judgement; and the same example gives the same question."""
+    task = SpellingBee(300, split)
+    for i in range(len(task)):
+        example = task[i]
+        question, (by_hand, _, call, output, final) = example["messages"][0]["content"], example["messages"][1]["content"]
+        word, letter = call["text"].split("'")[1::2]
+        assert word in task.words and (word in question.lower()) and letter in question.lower()
+        assert output["text"] == str(use_calculator(call["text"])) == str(word.count(letter))
+        assert by_hand["text"].count("hit!") == word.count(letter) and spell(word) in by_hand["text"]
+        assert f"{len(word)}:{word[-1]}" in by_hand["text"]
+        completion = "".join(part["text"] for part in (by_hand, call, output, final))
+        assert task.evaluate(example, completion) == 1 and task.reward(example, completion) == 1.0
+        assert task.evaluate(example, completion.replace("#### ", "#### 9")) == 0
+        assert SpellingBee(300, split)[i] == example
+
+
+def test_questions_vary(words):
+    assert len(set(QUESTIONS)) == 51
+    questions = [SpellingBee(1000)[i]["messages"][0]["content"] for i in range(1000)]
+    assert sum(question.endswith("?") for question in questions) == pytest.approx(500, abs=80)
+    assert sum('"' in question for question in questions) > 300
+    assert any("多少" in question for question in questions)
+
+
+def test_letters_are_mostly_in_the_word(words):
+    task = SpellingBee(1000)
+    counts = [int(task[i]["messages"][1]["content"][3]["text"]) for i in range(1000)]
+    assert 20 < counts.count(0) < 180, "9 of 10 letters are from the word, the others from the alphabet"
+
+
+def test_simple_spelling(words):
+    task = SimpleSpelling(size=10 ** 6)
+    number = len(task.words)
+    spelled = [task[i]["messages"][1]["content"] for i in range(number)]
+    assert sorted(spelled) == sorted(map(spell, get_words("train"))), "each word once"
+    assert task[number] == task[0]
+    assert task.evaluate(task[0], spelled[0] + "\n") and not task.evaluate(task[0], spelled[1])
+
+
+def test_mixture_of_slices(words):
+    half = SimpleSpelling(100, start=50)
+    mixture, sequence = TaskMixture([half, half, SpellingBee(10)]), TaskSequence([half, SpellingBee(10)])
+    assert len(mixture) == 110 and len(sequence) == 60
+    everything = [json.dumps(example) for example in mixture]
+    assert all(everything.count(json.dumps(half[i])) == 2 for i in range(50)), "what is listed twice comes twice"
+    with pytest.raises(AssertionError):
+        mixture[110]
+    with pytest.raises(AssertionError):
+        sequence[60]
