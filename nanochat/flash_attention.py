@@ -213,6 +213,29 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
+def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
+    """The decoding step of rows at different positions. Arguments as for `flash_attn_with_kvcache`, with one new position per row.
+
+    On a CPU each row is attended to by itself, so that none pays for the longest one; elsewhere a mask saves the calls.
+    """
+    assert q.size(1) == 1, "rows at different positions take one new position each"
+    positions = torch.tensor(starts, device=q.device)
+    if k is not None:
+        rows = torch.arange(len(starts), device=q.device)
+        k_cache[rows, positions] = k[:, 0]
+        v_cache[rows, positions] = v[:, 0]
+    if q.device.type == "cpu":
+        spans = [slice(0 if window < 0 else max(0, end - window), end + 1) for end in starts]
+        q = q.transpose(1, 2)
+        y = [_attend_to_all(q[i:i + 1], k_cache[i:i + 1, span].transpose(1, 2), v_cache[i:i + 1, span].transpose(1, 2)) for i, span in enumerate(spans)]
+        return torch.cat(y).transpose(1, 2)
+    longest = max(starts) + 1
+    distance = positions[:, None] - torch.arange(longest, device=q.device)
+    seen = (distance >= 0) if window < 0 else (distance >= 0) & (distance <= window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k_cache[:, :longest], v_cache[:, :longest]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
 def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] = (-1, -1)):
     """Self-attention without a cache: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
 
@@ -228,14 +251,17 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     """Attention of Tn new positions against a cache that they are first written into, in place.
 
     q (B, Tn, H, D), k and v (B, Tn, Hkv, D), caches (B, Tmax, Hkv, D), cache_seqlens int32 (B,): positions already
-    filled, the same for every row; the caller advances it. Returns (B, Tn, H, D). Raises ValueError when the cache is full.
+    filled, for each row; the caller advances it. Rows at different positions take one new one each. Returns (B, Tn, H, D).
+    Raises ValueError when the cache is full.
     """
     if USE_FA3 and q.is_cuda and q.size(-1) == v_cache.size(-1):
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
-    start = int(cache_seqlens[0])
-    end = start + q.size(1)
+    starts = cache_seqlens.tolist()
+    start, end = starts[0], max(starts) + q.size(1)
     if end > k_cache.size(1):
         raise ValueError(f"KV cache holds {k_cache.size(1)} positions, {end} are needed")
+    if any(other != start for other in starts):
+        return _attend_by_row(q, k_cache, v_cache, k, v, starts, window_size[0])
     if k is not None:
         k_cache[:, start:end] = k
         v_cache[:, start:end] = v

@@ -62,10 +62,17 @@ def has_ve(layer_idx: int, n_layer: int) -> bool:
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the two halves of each head by minus the position's angle. x (B, T, H, D), cos and sin (1, T, 1, D/2)."""
+    """Rotates the two halves of each head by minus the position's angle. x (B, T, H, D), cos and sin (1 or B, T, 1, D/2)."""
     assert x.ndim == 4
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def rotary_rows(table: torch.Tensor, start: int | torch.Tensor, length: int) -> torch.Tensor:
+    """Of a table (1, positions, 1, D/2) the rows [start, start + length): (1, length, 1, D/2), or (B, length, 1, D/2) where start is (B,)."""
+    if isinstance(start, int):
+        return table[:, start:start + length]
+    return table[0, start[:, None] + torch.arange(length, device=start.device)]
 
 
 class CausalSelfAttention(nn.Module):
@@ -229,9 +236,9 @@ class GPT(nn.Module):
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]
 
-    def cos_sin(self, layer_idx: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables of positions [start, start + length), (1, length, 1, D/2) each."""
-        return self.cos[:, start:start + length], self.sin[:, start:start + length]
+    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
+        return rotary_rows(self.cos, start, length), rotary_rows(self.sin, start, length)
 
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
@@ -242,7 +249,7 @@ class GPT(nn.Module):
         (and with its `last_logits_only` the logits are (B, 1, V))."""
         B, T = idx.shape
         start = kv_cache.get_pos() if kv_cache is not None else 0
-        assert start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
+        assert not isinstance(start, int) or start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
 

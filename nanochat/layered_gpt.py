@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, run_layer
+from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, rotary_rows, run_layer
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
 from nanochat.optim import MuonAdamW
@@ -213,9 +213,9 @@ class LayeredGPT(GPT):
                 setattr(self, f"{name}_{qk_dim}", table)
         self._cast_embeddings()
 
-    def cos_sin(self, layer_idx: int, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         qk_dim = self.config.layers[layer_idx].qk_dim
-        return tuple(getattr(self, f"{name}_{qk_dim}")[:, start:start + length] for name in ("cos", "sin"))  # type: ignore[return-value]
+        return tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin"))  # type: ignore[return-value]
 
     @torch.no_grad()
     def init_weights(self) -> None:

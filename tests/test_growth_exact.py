@@ -149,6 +149,17 @@ def test_the_head_alone(block, rank, target):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("rank, width", [(1, 33), (1, 64), (6, 40), (9, 40), (20, 64)])
+def test_low_rank_layers_with_and_without_room_for_noise(block, rank, width):
+    config = uniform(block, attn_rank=rank, mlp_rank=rank, value_embed=True)
+    with float64():
+        model = random_model(config)
+        grown, _ = grow(model, grown_config(config, n_embd=width, mlp_hidden=200))
+        assert difference(model, grown) <= 1e-10
+        assert_on_sphere(grown, 1e-12)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_wide_first_then_wide_again(block):
     """Growths in a row add up, and each starts from a model with twins."""
     config = uniform(block, value_embed=True)

@@ -155,7 +155,8 @@ def test_weight_decay_forced_on_is_refused(base_dir, capsys):
     assert "means nothing for --block=ngpt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--block=ngpt"], ["--block=ngpt", "--rank=12", "--activation=swiglu", "--matrix-optimizer=adamw"]])
+@pytest.mark.parametrize("flags", [pytest.param(["--block=ngpt"], marks=pytest.mark.slow),
+                                   ["--block=ngpt", "--rank=12", "--activation=swiglu", "--matrix-optimizer=adamw"]])
 def test_training_resumes_exactly(base_dir, flags):
     tiny.prepare(base_dir)
     assert tiny.train(*flags, "--model-tag=whole") == 0

@@ -1,0 +1,102 @@
+"""Serves a model: a page to chat with, nanochat's own endpoints, and an API that OpenAI's clients speak.
+
+    python -m scripts.chat_web                     # the fine-tuned model, or the base model while there is none
+    python -m scripts.chat_web --source=base       # continues your text
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "base-d12", "prompt": "The sky"}'
+
+Clients of OpenAI take http://127.0.0.1:8000/v1 as their base URL and any API key. Only this machine can connect, unless `--host` says
+otherwise: there is no password. Ctrl-C or SIGTERM lets the answers under way finish.
+"""
+import logging
+import math
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from nanochat.batching import BatchedEngine
+from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
+from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int
+from nanochat.common import autodetect_device_type, compute_init
+from nanochat.server import ApiError, Worker, check_sampling, create_app
+
+DRAIN_SECONDS = 60
+
+
+def describe_model(source: str, folder: Path, model, meta: dict) -> dict:
+    """What the page tells about a model."""
+    config = model.config
+    layers = getattr(config, "layers", ())
+    ranks = sorted({rank for layer in layers for rank in (layer.attn_rank, layer.mlp_rank)}) or [0]
+    val_bpb = meta.get("val_bpb")
+    return {
+        "model": f"{source}-{folder.name}", "source": source, "step": meta.get("step"), "depth": config.n_layer, "width": config.n_embd,
+        "heads": sorted({layer.n_head for layer in layers}) or [config.n_head], "ranks": ranks, "block": layers[0].block if layers else "prenorm",
+        "parameters": sum(p.numel() for p in model.parameters()), "context": config.sequence_len, "vocabulary": config.vocab_size,
+        "val_bpb": val_bpb if isinstance(val_bpb, float) and math.isfinite(val_bpb) else None,
+        "growth": [{key: growth.get(key) for key in ("step", "from", "to", "mode")} for growth in meta.get("growth") or []],
+    }
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of that address, before a model is loaded for nothing. Raises UsageError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        return sock
+    except OSError as error:
+        raise UsageError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port or --host") from error
+
+
+@command
+def main(argv=None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-n", "--num-gpus", type=positive_int, default=1, help="copies of the model, each on a GPU of its own")
+    parser.add_argument("-i", "--source", choices=SOURCES, help="stage of training (default: sft where there is one, else base)")
+    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.8, help="where a request has none; 0 always takes the likeliest token")
+    parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="where a request has none: sample among this many tokens; 0: among all")
+    parser.add_argument("-m", "--max-tokens", type=positive_int, default=512, help="of an answer, where a request has none")
+    parser.add_argument("-g", "--model-tag", type=folder_name, help="model to load (default: the largest)")
+    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
+    parser.add_argument("-p", "--port", type=non_negative_int, default=8000, help="0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: for everyone who can reach this machine")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="answers generated at the same time; more of them wait")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    args = parser.parse_args(argv)
+    try:
+        check_sampling(args.temperature, args.top_k, args.max_tokens)
+    except ApiError as error:
+        raise UsageError(error.detail) from error
+    if args.port > 65535:
+        raise UsageError(f"there is no port {args.port}; use one up to 65535")
+
+    sock = bind(args.host, args.port)
+    source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
+    *_, device = compute_init(args.device_type or autodetect_device_type())
+    if args.num_gpus > (torch.cuda.device_count() if device.type == "cuda" else 1):
+        raise UsageError(f"--num-gpus={args.num_gpus}: there are not so many GPUs here; leave it out")
+    folder, step = find_checkpoint(checkpoints_dir_of(source), args.model_tag, args.step)
+    workers = []
+    for gpu in range(args.num_gpus):
+        place = torch.device("cuda", gpu) if args.num_gpus > 1 else device
+        model, tokenizer, meta = build_model(folder, step, place, phase="eval")
+        workers.append(Worker(gpu, place, BatchedEngine(model, tokenizer, slots=args.batch_size), tokenizer))
+    info = describe_model(source, folder, model, meta)
+    app = create_app(workers, info, args.temperature, args.top_k, args.max_tokens)
+
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS))
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when all is done, and that is no reason to die of it
+    sock.listen()
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{info['model']} of step {step} at http://{host}:{sock.getsockname()[1]} (Ctrl-C ends)", flush=True)
+    server.run(sockets=[sock])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
