@@ -96,7 +96,7 @@ def test_a_conversation(page):
 
 
 def test_answers_stream_and_stop(page, chat_server):
-    run(page, "/maxtokens 2000")
+    run(page, "/temperature 0", "/maxtokens 2000")
     say(page, "a long one")
     body = page.locator(".busy .body")
     until(page, "document.querySelector('.busy .body')?.textContent.length > 5")
@@ -190,7 +190,7 @@ def test_the_server_dies_and_comes_back(browser, checkpoints):  # noqa: F811
         page = context.new_page()
         with serving(checkpoints) as process:
             page.goto(process.url)
-            run(page, "/maxtokens 2000")
+            run(page, "/temperature 0", "/maxtokens 2000")
             say(page, "a long one")
             until(page, "document.querySelector('.busy .body')?.textContent.length > 5")
             process.kill()

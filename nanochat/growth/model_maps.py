@@ -25,7 +25,7 @@ def model_maps(mode: Mode, source: LayeredGPTConfig, target: LayeredGPTConfig, l
     head_rank = source.lm_head_rank if target.lm_head_rank else 0  # factors that are multiplied out grow as their product
     logits = identity(padded_vocab).scaled(kept(stream, head_rank, sphere))
     maps = {
-        "stream": stream, "stream[scale]": stream.scaled(1 / nonzero(stream.write)).scale(),
+        "stream": stream, "stream[scale]": stream.plain().scale(),
         "stream[:12]": stream.part(12), "stream[:24]": stream.part(24),
         "depth": depth_map(source.n_layer, layers),
         "logits": logits, "logits[scale]": identity(padded_vocab).scale(1 / logits.write),
@@ -79,11 +79,9 @@ def kept(read: Map, rank: int, sphere: bool) -> float:
 
 def free_map(mode: Mode, index: torch.Tensor, old: int, rank: int, sphere: bool) -> Map:
     map = mode.free(index, old, sphere)
-    if not sphere:
-        return map
     if rank == 1:  # one dimension between the factors leaves no direction to tilt to
         map = replace(map, tilt=None)
-    return map.on_sphere()
+    return map.on_sphere() if sphere else map
 
 
 def key_map(query: Map, index: torch.Tensor, spec: LayerSpec) -> Map:
