@@ -86,15 +86,16 @@ def test_inserted_layers_leave_the_moments_of_all_others():
             assert not transported[name]["exp_avg"][1::2].any()
 
 
-def test_normuons_second_moments_are_exact_for_equal_clones():
+@pytest.mark.parametrize("how", [CLONES, dict(theta=20.0, spread=0.4, noise=0.0)], ids=["clones", "unequal"])
+def test_normuons_second_moments_are_exact_where_everything_doubles(how):
     """Up to a factor per matrix, which the update does not depend on."""
     config = uniform("prenorm")
     with float64():
-        transported, measured = along_the_trajectory(config, grown_config(config, n_embd=64), smear=False, **CLONES)
+        transported, measured = along_the_trajectory(config, grown_config(config, n_embd=64), smear=False, **how)
     for name, state in measured.items():
         if "second_momentum_buffer" in state:
             ours, theirs = transported[name]["second_momentum_buffer"], state["second_momentum_buffer"]
-            torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean(), rtol=1e-5, atol=0, msg=name)
+            torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean(), rtol=1e-4, atol=0, msg=name)
 
 
 def test_reset_starts_anew_and_setup_is_passed_on():
@@ -203,8 +204,11 @@ def shards(model, optimizer, world: int) -> list[dict]:
 def test_shards_make_a_whole_again(world):
     model, optimizer = trained(STOCK)
     whole = full_state(model, optimizer)
+    parts = shards(model, optimizer, world)
+    rows = {state["exp_avg"].size(0) for state in parts[0]["state"].values() if "exp_avg" in state and state["exp_avg"].dim() == 2}
+    assert 128 // world in rows if 128 % world == 0 else 128 in rows  # of tables that cannot be shared evenly every rank has all
     other = model.setup_optimizer()
-    other.load_state_dict(merge_shards(other, shards(model, optimizer, world)))
+    other.load_state_dict(merge_shards(other, parts))
     assert identical(full_state(model, other), whole)
 
 
