@@ -28,7 +28,6 @@ polar_express_coeffs = [
 # PyTorch 2.13 renamed the two collectives
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-ADAMW_SHARE = 1.0  # of Muon's step per entry that AdamW takes, where it has the matrices
 SMALL = 1024  # parameters with fewer elements, and those whose rows cannot be shared evenly, are updated on every rank
 
 
@@ -109,7 +108,7 @@ def matrix_groups(params: Iterable, lr: float, weight_decay: float, optimizer: s
         if optimizer == "muon":
             groups.append(dict(kind="muon", params=same, lr=lr, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=weight_decay))
         else:
-            share = ADAMW_SHARE / shape[1] ** 0.5
+            share = shape[1] ** -0.5
             groups.append(adamw_group(same, lr * share, (0.9, 0.95), weight_decay / share))
     return groups
 

@@ -607,8 +607,8 @@ class Training:
         self.wandb_run = init_wandb(args, self.user_config, self.rank)
         device = self.device
         self.log.log("start", self.step, config=self.user_config, model_config=asdict(model.config), counts=model.num_scaling_params(),
-                     flops_per_token=self.flops_per_token, num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
-                     total_tokens=horizon.total_tokens, device=str(device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size,
+                     flops_per_token=self.flops_per_token, num_iterations=None if self.stages else horizon.num_iterations, total_batch_size=horizon.total_batch_size,
+                     total_tokens=None if self.stages else horizon.total_tokens, device=str(device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size,
                      device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
 

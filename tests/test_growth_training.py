@@ -73,6 +73,13 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(base, flags):
         assert tiny.identical(torch.load(tiny.folder(base, "part") / f"model_{steps[-1]:06d}.pt", weights_only=True), weights)
 
 
+def test_a_growing_run_does_not_claim_a_number_of_steps(base):
+    """It ends with its FLOPs; a report in the middle must not say step 12 of 8."""
+    assert tiny.train(*AT) == 0
+    start = next(record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "start")
+    assert start["num_iterations"] is None and last_step(base) > 8
+
+
 def test_kappa_grows_when_the_target_is_reached(base):
     """With a prediction just below the loss that is there, the second validation is enough; with one far off the cap decides, and says so."""
     assert tiny.train(*GROW, "--kappa=0.999", "--kappa-final-loss=0.1", "--model-tag=soon") == 0

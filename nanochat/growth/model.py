@@ -39,7 +39,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     queries each copy of a query uses a copy of its key. Hidden widths, ranks and depth grow in the same call; factors whose rank is 0 in
     the target are multiplied out.
     In the mode "lossless" (default) the function stays the same up to the rounding of what is stored: 1e-10 in the logits with float64
-    weights, 1e-5 with float32. Embeddings stored in bfloat16 are rounded to its 8 bits where a coefficient is not a power of two. Its
+    weights, some 1e-5 with float32. Embeddings stored in bfloat16 are rounded to its 8 bits where a coefficient is not a power of two. Its
     parameters theta, spread and noise (`modes.Lossless`) come as keyword arguments.
 
     **Depth**, by `depth_mode` (target.py), or by `layers`: for each layer of the target the layer that it continues, None for a new one.
