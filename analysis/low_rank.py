@@ -10,19 +10,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import Result, run_trials
-from nanochat.cli import ArgumentParser, command, positive_int
-from nanochat.common import atomic_path, get_base_dir, write_text_atomic
+from analysis.trials import SHAPE, STEPS, TUNED, Result, nats_per_bpb, picture, run_trials, study_parser
+from nanochat.cli import command, positive_int
+from nanochat.common import get_base_dir, write_text_atomic
 
-# four layers of width 128: a minute a run on one core
-SHAPE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 16, "total-batch-size": 4096,
-         "eval-every": 125, "eval-tokens": 65536}
-TUNED = {"unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.48}
 LOW_RANK = {**TUNED, "matrix-lr": 0.24}
 RANK = 32
-STEPS = 250
 DENSE_FLOPS = 7_865_040 * 4096 * STEPS  # of one dense run
-CONTESTANTS = {
+CONTESTANTS: dict[str, dict] = {
     "dense": {**TUNED, "num-iterations": STEPS},
     "both, equal tokens": {**LOW_RANK, "rank": RANK, "num-iterations": STEPS},
     "both, equal FLOPs": {**LOW_RANK, "rank": RANK, "target-flops": DENSE_FLOPS},
@@ -38,30 +33,23 @@ CONTESTANTS = {
 
 def draw(rows: dict[str, list[Result]], nats: float, path: Path) -> None:
     """Gap to the dense model of the same seed, one dot each."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
     names = [name for name in rows if name != "dense"]
-    for y, name in enumerate(names):
-        gaps = [(result.final - dense.final) * nats for result, dense in zip(rows[name], rows["dense"])]
-        axes.plot(gaps, [y] * len(gaps), "o", color="#3b82f6", alpha=0.5)
-        axes.plot(statistics.mean(gaps), y, "|", color="#e8853d", markersize=18, markeredgewidth=2.5)
-    axes.axvline(0, color="#808890", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("nats per token above the dense model of the same seed")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    with picture(path, 8, 0.5 * len(rows) + 1.2) as axes:
+        for y, name in enumerate(names):
+            gaps = [(result.final - dense.final) * nats for result, dense in zip(rows[name], rows["dense"])]
+            axes.plot(gaps, [y] * len(gaps), "o", color="#3b82f6", alpha=0.5)
+            axes.plot(statistics.mean(gaps), y, "|", color="#e8853d", markersize=18, markeredgewidth=2.5)
+        axes.axvline(0, color="#808890", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("nats per token above the dense model of the same seed")
 
 
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="contestants")
-    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw the gaps into this picture")
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(["dense", *args.only]))
     seeds = range(42, 42 + args.seeds)
@@ -74,21 +62,9 @@ def main(argv=None) -> None:
         print(f"| {name} | {', '.join(f'{r.final:.4f}' for r in found)} | {statistics.mean(gaps):+.4f} | {', '.join(f'{g:+.3f}' for g in gaps)} | "
               f"{found[0].flops[-1] / rows['dense'][0].flops[-1]:.2f} | {found[0].params:,} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps({name: [vars(result) for result in found] for name, found in rows.items()}))
+        write_text_atomic(args.out, json.dumps(rows, default=vars))
     if args.plot:
         draw(rows, nats, args.plot)
-
-
-def nats_per_bpb() -> float:
-    """Nats per token for one bit per byte, on the validation text of the base directory."""
-    import math
-
-    from nanochat.dataset import parquets_iter_batched
-    from nanochat.tokenizer import get_tokenizer
-    tokenizer = get_tokenizer()
-    texts = next(parquets_iter_batched("val"))
-    tokens = sum(map(len, tokenizer.encode(texts)))
-    return math.log(2) * sum(len(text.encode()) for text in texts) / tokens
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ loss in the middle of a long schedule says little about a short one; the steps t
 interpolated between them.
 """
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 
-from analysis.low_rank import SHAPE, STEPS, TUNED, nats_per_bpb
-from analysis.trials import Result, run_trials
-from nanochat.cli import ArgumentParser, command, positive_int
-from nanochat.common import atomic_path, get_base_dir, write_text_atomic
+from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
+from nanochat.cli import command, positive_int
+from nanochat.common import get_base_dir, write_text_atomic
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, dict] = {
     "pre-norm, Muon": TUNED,
     "nGPT, Muon": {**TUNED, "matrix-lr": 0.8, "block": "ngpt"},
     "pre-norm, AdamW": {**TUNED, "matrix-lr": 0.6, "matrix-optimizer": "adamw"},
@@ -27,35 +25,21 @@ CONTESTANTS = {
 HORIZONS = (0.65, 1.0)  # shares of STEPS
 
 
-def steps_to(loss: float, steps: list[int], losses: list[float]) -> float:
-    """Steps at which runs of these lengths would end with `loss`: losses against log steps, by a straight line through the two nearest lengths."""
-    pairs = sorted(zip(steps, losses))
-    (s0, l0), (s1, l1) = next(((a, b) for a, b in zip(pairs, pairs[1:]) if b[1] <= loss), (pairs[-2], pairs[-1]))
-    return math.exp(math.log(s0) + (math.log(s1) - math.log(s0)) * (l0 - loss) / (l0 - l1))
-
-
 def draw(runs: dict[str, list[list[Result]]], nats: float, path: Path) -> None:
     """Final loss of each horizon, all seeds."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for (name, seeds), color in zip(runs.items(), ("#3b82f6", "#e8853d", "#93c5fd", "#fbbf8a")):
-        for seed in seeds:
-            axes.plot([r.steps[-1] for r in seed], [r.final * nats for r in seed], "o-", color=color, label=name if seed is seeds[0] else None, markersize=4)
-    axes.set_xlabel("steps of the run")
-    axes.set_ylabel("final validation loss, nats per token")
-    axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    with picture(path, 7, 4.5) as axes:
+        for (name, seeds), color in zip(runs.items(), ("#3b82f6", "#e8853d", "#93c5fd", "#fbbf8a")):
+            for seed in seeds:
+                axes.plot([r.steps[-1] for r in seed], [r.final * nats for r in seed], "o-", color=color, label=name if seed is seeds[0] else None, markersize=4)
+        axes.set_xlabel("steps of the run")
+        axes.set_ylabel("final validation loss, nats per token")
+        axes.legend(frameon=False)
 
 
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
-    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw the losses into this picture")
     args = parser.parse_args(argv)
     lengths = [round(STEPS * share) for share in HORIZONS]
     seeds = range(42, 42 + args.seeds)
@@ -66,12 +50,12 @@ def main(argv=None) -> None:
     print("| contestant | " + " | ".join(f"nats at {length} steps" for length in lengths) + " | steps to pre-norm's loss | seconds per step, of pre-norm |\n|---|" + "---|" * (len(lengths) + 2))
     for name, found in runs.items():
         baseline = runs[f"pre-norm, {name.split(', ')[1]}"]
-        ratios = [steps_to(base[-1].final, lengths, [r.final for r in seed]) / lengths[-1] for seed, base in zip(found, baseline)]
+        ratios = [cost_with(base[-1].final, lengths, [r.final for r in seed]) / lengths[-1] for seed, base in zip(found, baseline)]
         pace = [seed[-1].seconds / base[-1].seconds for seed, base in zip(found, baseline)]
         print(f"| {name} | " + " | ".join(f"{statistics.mean(seed[i].final for seed in found) * nats:.4f}" for i in range(len(lengths)))
               + f" | {statistics.mean(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {statistics.median(pace):.2f} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps({name: [[vars(r) for r in seed] for seed in found] for name, found in runs.items()}))
+        write_text_atomic(args.out, json.dumps(runs, default=vars))
     if args.plot:
         draw(runs, nats, args.plot)
 

@@ -1,4 +1,4 @@
-"""Trials: many short trainings by `base_train` itself, side by side, each done once.
+"""Trials: many short trainings by `base_train` itself, side by side, each done once; and what studies made of them share.
 
 A trial is a set of base_train's flags. Its log stays in its checkpoint folder below the base directory, named by a hash of the
 flags, so a study that was interrupted, or that shares trials with another, does not train them again. The weights are deleted.
@@ -6,14 +6,26 @@ flags, so a study that was interrupted, or that shares trials with another, does
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.cli import ArgumentParser, positive_int
+from nanochat.common import atomic_path, write_text_atomic
+from nanochat.dataset import parquets_iter_batched
+from nanochat.run_log import read_run_log
+from nanochat.tokenizer import get_tokenizer
+
+# four layers of width 128: a minute a run on one core
+SHAPE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 16, "total-batch-size": 4096,
+         "eval-every": 125, "eval-tokens": 65536}
+TUNED = {"unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.48}
+STEPS = 250
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
 
 
@@ -38,7 +50,6 @@ def name_of(flags: dict) -> str:
 
 def read(base_dir: str, flags: dict) -> Result | None:
     """A finished trial's result, or None."""
-    from nanochat.run_log import read_run_log
     folder = Path(base_dir, "base_checkpoints", name_of(flags))
     if not (folder / "done.json").exists():
         return None
@@ -54,7 +65,6 @@ def _run(base_dir: str, flags: dict) -> None:
     os.environ["NANOCHAT_BASE_DIR"] = base_dir
     import torch
 
-    from nanochat.common import write_text_atomic
     from scripts import base_train
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 1000  # type: ignore  # one process trains models of many shapes
@@ -85,3 +95,42 @@ def run_trials(base_dir: str, trials: Iterable[dict], jobs: int = 2) -> list[Res
 
 def _run_pair(pair: tuple) -> None:
     _run(*pair)
+
+
+# -----------------------------------------------------------------------------
+# Studies
+
+
+def study_parser(doc: str) -> ArgumentParser:
+    """A parser with the flags of all studies."""
+    parser = ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw them into this picture")
+    return parser
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float):
+    """Yields the axes of a picture of that many inches, which is written afterwards."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.subplots()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def cost_with(loss: float, costs: Sequence[float], losses: Sequence[float]) -> float:
+    """The steps, FLOPs or seconds at which runs of these costs would end with `loss`: losses against the log of the cost, by a straight line
+    through the two runs around it, or the last two."""
+    pairs = sorted(zip(costs, losses))
+    (c0, l0), (c1, l1) = next(((a, b) for a, b in zip(pairs, pairs[1:]) if b[1] <= loss), (pairs[-2], pairs[-1]))
+    return math.exp(math.log(c0) + (math.log(c1) - math.log(c0)) * (l0 - loss) / (l0 - l1))
+
+
+def nats_per_bpb() -> float:
+    """Nats per token for one bit per byte, on the validation text of the base directory."""
+    tokenizer = get_tokenizer()
+    texts = next(parquets_iter_batched("val"))
+    tokens = sum(map(len, tokenizer.encode(texts)))
+    return math.log(2) * sum(len(text.encode()) for text in texts) / tokens

@@ -4,44 +4,40 @@
 
 On the data and the tokenizer in NANOCHAT_BASE_DIR. A learning rate that transfers has its minimum at the same place for every width.
 """
+import json
 import sys
-from pathlib import Path
 
-from analysis.low_rank import SHAPE, STEPS, TUNED
-from analysis.trials import run_trials
-from nanochat.cli import ArgumentParser, command, positive_float, positive_int
-from nanochat.common import atomic_path, get_base_dir
+from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser
+from nanochat.cli import command, positive_float, positive_int
+from nanochat.common import get_base_dir, write_text_atomic
 
 
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__)
     parser.add_argument("--block", default="ngpt", choices=("ngpt", "prenorm"))
     parser.add_argument("--widths", type=positive_int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--matrix-lrs", type=positive_float, nargs="+", default=[0.4, 0.8, 1.6])
     parser.add_argument("--steps", type=positive_int, default=STEPS)
-    parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
-    parser.add_argument("--plot", type=Path, help="draw the losses into this picture")
     args = parser.parse_args(argv)
     base = {**SHAPE, **TUNED, "block": args.block, "num-iterations": args.steps}
     results = iter(run_trials(get_base_dir(), [{**base, "aspect-ratio": width // SHAPE["depth"], "matrix-lr": lr} for width in args.widths
                                                for lr in args.matrix_lrs], args.jobs))
-    losses = {width: [next(results).final for _ in args.matrix_lrs] for width in args.widths}
+    runs = {width: [next(results) for _ in args.matrix_lrs] for width in args.widths}
+    losses = {width: [result.final for result in found] for width, found in runs.items()}
     print("| width | " + " | ".join(f"lr {lr:g}" for lr in args.matrix_lrs) + " | best at |\n|---|" + "---|" * (len(args.matrix_lrs) + 1))
     for width, found in losses.items():
         print(f"| {width} | " + " | ".join(f"{loss:.4f}" for loss in found) + f" | {args.matrix_lrs[found.index(min(found))]:g} |")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(runs, default=vars))
     if args.plot:
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for width, found in losses.items():
-            axes.plot(args.matrix_lrs, found, "o-", label=f"width {width}")
-        axes.set_xscale("log")
-        axes.set_xlabel("--matrix-lr")
-        axes.set_ylabel("final validation bits per byte")
-        axes.legend(frameon=False)
-        with atomic_path(args.plot) as temporary:
-            figure.savefig(temporary, format=args.plot.suffix[1:], dpi=150)
+        with picture(args.plot, 6, 4) as axes:
+            for width, found in losses.items():
+                axes.plot(args.matrix_lrs, found, "o-", label=f"width {width}")
+            axes.set_xscale("log")
+            axes.set_xlabel("--matrix-lr")
+            axes.set_ylabel("final validation bits per byte")
+            axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 Notable:
 * the rows of a batch stand at positions of their own, and each has its own temperature, random stream and calculator: an answer
-  is the one that `Engine.generate` gives with the same seed, up to the rounding of a larger batch
+  is the one that `Engine.generate` gives with the same seed. Only rounding may depend on who else is served, as matmuls of other
+  sizes add up in another order: in bf16 it moves logits by up to 1 % of the largest, so answers can part where two tokens are that close
 * first come, first served; a long prompt runs in pieces between the steps of the others, so that no newcomer makes them wait
 * the rows in use are always neighbours (the last one moves into a gap), so the model sees plain slices of one cache
-* memory is bounded: `slots` rows of the model's context, allocated once, and at most `max_waiting` requests in the queue
+* memory is bounded: `slots` rows of `context` tokens, allocated once, and at most `max_waiting` requests in the queue
 
 One thread runs the model (`start`); `submit` and `cancel` may be called from any thread.
 """
@@ -83,12 +84,12 @@ class _Rows:
 
 
 class BatchedEngine(Engine):
-    """An engine that decodes up to `slots` requests at a time."""
+    """An engine that decodes up to `slots` requests at a time, of at most `context` tokens each (default: the model's context)."""
 
-    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256):
+    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256, context: int | None = None):
         super().__init__(model, tokenizer)
-        self.slots, self.max_waiting = slots, max_waiting
-        self.cache: KVCache = self._new_cache(slots, model.config.sequence_len)
+        self.slots, self.max_waiting, self.context = slots, max_waiting, context or model.config.sequence_len
+        self.cache: KVCache = self._new_cache(slots, self.context)
         self.positions = [0] * slots
         self.embeddings = torch.zeros(slots, 1, model.config.n_embd, dtype=COMPUTE_DTYPE, device=model.get_device())
         self.waiting: deque[Request] = deque()
@@ -107,9 +108,8 @@ class BatchedEngine(Engine):
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises Overloaded if too many wait, ValueError if prompt and answer do not fit into the context."""
-        context = self.model.config.sequence_len
-        if not request.prompt or request.max_tokens < 1 or len(request.prompt) + request.max_tokens > context:
-            raise ValueError(f"a prompt of {len(request.prompt)} and an answer of {request.max_tokens} tokens do not fit into a context of {context}")
+        if not request.prompt or request.max_tokens < 1 or len(request.prompt) + request.max_tokens > self.context:
+            raise ValueError(f"a prompt of {len(request.prompt)} and an answer of {request.max_tokens} tokens do not fit into a context of {self.context}")
         with self._changed:
             if self.closed or len(self.waiting) >= self.max_waiting:
                 raise Overloaded

@@ -25,7 +25,7 @@ from nanochat.cli import UsageError
 from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,16 @@ def load_weights(model: GPT, model_data: dict, device) -> None:
                          + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from error
 
 
+def check_tokenizer(tokenizer: RustBPETokenizer, config: GPTConfig, meta: dict) -> None:
+    """Raises UsageError if this is not the tokenizer that the model was trained with; nanochat's own checkpoints tell only its size."""
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise UsageError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}: "
+                         "use the base directory that the model was trained in")
+    if meta.get("tokenizer") not in (None, tokenizer.checksum()):
+        raise UsageError(f"the tokenizer in {get_base_dir()} was trained anew since, and its ids mean other texts than the model knows: use the base directory that "
+                         "the model was trained in, or bring its tokenizer back (without \"tokenizer\" in the checkpoint's meta file any one is taken)")
+
+
 def build_model(checkpoint_dir: str | os.PathLike, step: int, device, phase: str):
     """(model, tokenizer, meta) of one step; phase `train` keeps float32 master weights, `eval` stores what inference reads."""
     assert phase in ("train", "eval"), f"unknown phase {phase!r}"
@@ -163,9 +173,7 @@ def build_model(checkpoint_dir: str | os.PathLike, step: int, device, phase: str
     else:
         model.train()
     tokenizer = get_tokenizer()
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        raise UsageError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-                         "use the base directory that the model was trained in")
+    check_tokenizer(tokenizer, model.config, meta)
     return model, tokenizer, meta
 
 

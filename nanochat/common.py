@@ -1,10 +1,12 @@
 """What every module needs: compute dtype, base directory, logging, devices and ranks, safe files, peak speeds."""
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import random
 import re
+import socket
 import sys
 import tempfile
 import urllib.request
@@ -32,7 +34,7 @@ def _resolve_compute_dtype() -> tuple[torch.dtype, str]:
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if wanted := os.environ.get("NANOCHAT_DTYPE"):
         if wanted not in named:
-            raise KeyError(f"NANOCHAT_DTYPE={wanted} is unknown: use one of {', '.join(named)}")
+            raise UsageError(f"NANOCHAT_DTYPE={wanted} is unknown; use one of {', '.join(named)}")
         return named[wanted], "set by NANOCHAT_DTYPE"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -46,7 +48,11 @@ def _resolve_compute_dtype() -> tuple[torch.dtype, str]:
     return torch.float32, "this CPU has no native bf16 instructions"
 
 
-COMPUTE_DTYPE, COMPUTE_DTYPE_REASON = _resolve_compute_dtype()
+try:
+    COMPUTE_DTYPE, COMPUTE_DTYPE_REASON = _resolve_compute_dtype()
+except UsageError as error:  # at import, where no script can turn it into a line
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 # -----------------------------------------------------------------------------
 # Logging
@@ -166,6 +172,25 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[s
             if postprocess_fn is not None:
                 postprocess_fn(path)
     return path
+
+
+@functools.cache
+def hub_unreachable() -> bool:
+    """Whether nothing answers at huggingface.co, found in seconds where the hub's clients try for half a minute.
+
+    False where that says nothing: behind a proxy, with a mirror, or in the hub's own offline mode.
+    """
+    if urllib.request.getproxies() or os.environ.get("HF_ENDPOINT") or os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    try:
+        addresses = {family: address for family, *_, address in socket.getaddrinfo("huggingface.co", 443, type=socket.SOCK_STREAM)}
+    except OSError:
+        return True
+    for address in addresses.values():  # one of IPv4 and one of IPv6
+        with contextlib.suppress(OSError):
+            socket.create_connection(address[:2], timeout=5).close()  # type: ignore[arg-type]
+            return False
+    return True
 
 
 # -----------------------------------------------------------------------------

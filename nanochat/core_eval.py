@@ -166,10 +166,11 @@ def forward_model(model, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return losses, logits.argmax(dim=-1)
 
 
-def _logits_at(model, input_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`model(input_ids)[rows, columns]`, (N, V), without the other logits if the model ends in an `lm_head`.
+def logits_at(model, input_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """`model(input_ids)[rows, columns]`: float32 logits (N, V) at N positions of input_ids (B, T), given by rows (N,) and columns (N,).
 
-    With a large vocabulary and few scored positions most of a small model's work is the head.
+    A model that ends in an `lm_head` computes no others: with a large vocabulary and few scored positions most of a small
+    model's work is the head.
     """
     head = getattr(model, "lm_head", None)
     if head is None:
@@ -190,7 +191,7 @@ def score_examples(model, examples: Sequence[Example], device) -> list[bool]:
     input_ids = stack_sequences(sequences, pad_token_id=0)  # attention is causal: what pads the right changes nothing
     rows, columns = torch.arange(len(spans)).repeat_interleave(torch.tensor(lengths)), torch.cat(spans)
     targets = input_ids[rows, columns].to(device)
-    logits = _logits_at(model, input_ids.to(device), rows.to(device), (columns - 1).to(device))
+    logits = logits_at(model, input_ids.to(device), rows.to(device), (columns - 1).to(device))
     if examples[0].gold is None:
         return [bool(hits.all()) for hits in (logits.argmax(dim=-1) == targets).cpu().split(lengths)]
     means = iter([losses.mean() for losses in F.cross_entropy(logits, targets, reduction="none").cpu().split(lengths)])

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import ArgumentParser, UsageError, command, int_or_off, positive_int
-from nanochat.common import atomic_path, get_base_dir, logger, write_text_atomic
+from nanochat.common import atomic_path, get_base_dir, hub_unreachable, logger, write_text_atomic
 from nanochat.tokenizer import replace_surrogates
 
 MAX_SHARD = 6542  # index of ClimbMix's last shard
@@ -391,6 +391,11 @@ def download_single_file(index: int, directory: Path | None = None) -> bool:
         return False
 
 
+def _check_hub() -> None:
+    if hub_unreachable():
+        raise UsageError("huggingface.co cannot be reached; check the network, or use --source=stdlib, which needs none")
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -398,6 +403,7 @@ def _reason(error: Exception) -> str:
 def get_climbmix(num_files: int, num_workers: int, force: bool) -> None:
     directory = data_directory()
     if force or data_source() is None:
+        _check_hub()
         with _replacing(directory) as fresh:
             if not download_single_file(MAX_SHARD, fresh):
                 raise UsageError("cannot get ClimbMix from the hub; check the network, or use --source=stdlib, which needs none")
@@ -405,6 +411,8 @@ def get_climbmix(num_files: int, num_workers: int, force: bool) -> None:
     wanted = [MAX_SHARD, *range(MAX_SHARD if num_files == -1 else min(num_files, MAX_SHARD))]
     missing = [index for index in wanted if not (directory / index_to_filename(index)).exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are in {directory}", flush=True)
+    if missing:
+        _check_hub()
     start, failures, failures_in_a_row = time.monotonic(), 0, 0
     pool = ThreadPoolExecutor(num_workers)
     try:
@@ -457,6 +465,7 @@ Position = tuple[int, int]  # number of a file in reading order, row in it
 def _rows(source: str, split: str, file: int = 0, row: int = 0) -> Generator[tuple[Position, str], None, None]:
     """(position after it, text) of the rows from a position on. The files of the dataset come in random order."""
     hub = HUB[source]
+    _check_hub()
     try:
         stream = _open_stream(hub, split).select_columns(["text"])
         order = list(range(stream.num_shards))

@@ -100,16 +100,23 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
         cos, sin = cos_sin
         q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
-        q, k = norm(q) * 1.2, norm(k) * 1.2  # unit RMS, then sharper than 1/sqrt(D) alone would be
+        q, k = self.sharpen(q, k)
+        return self.c_proj(self.attend(q, k, v, window_size, kv_cache).contiguous().view(B, T, -1))
+
+    def sharpen(self, q, k):
+        """Queries and keys of unit RMS, then sharper than 1/sqrt(D) alone would make the scores."""
+        return norm(q) * 1.2, norm(k) * 1.2
+
+    def attend(self, q, k, v, window_size, kv_cache):
+        """q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D); with a cache also to what it holds, and they are appended."""
         if kv_cache is None:
-            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
-        else:
-            k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
-            y = flash_attn.flash_attn_with_kvcache(
-                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
-            if self.layer_idx == kv_cache.n_layers - 1:
-                kv_cache.advance(T)
-        return self.c_proj(y.contiguous().view(B, T, -1))
+            return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+        k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
+        y = flash_attn.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
+        if self.layer_idx == kv_cache.n_layers - 1:
+            kv_cache.advance(q.size(1))
+        return y
 
 
 class MLP(nn.Module):

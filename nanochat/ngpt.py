@@ -21,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.compiler import jit
-from nanochat.flash_attention import flash_attn
-from nanochat.gpt import VE_GATE_CHANNELS, Linear, apply_rotary_emb
+from nanochat.gpt import VE_GATE_CHANNELS, CausalSelfAttention, Linear
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.optim import adamw_group, matrix_groups
 
@@ -47,8 +46,8 @@ def step_towards(h: torch.Tensor, alpha: tuple, *outputs: torch.Tensor) -> torch
     return unit(end).to(h.dtype)
 
 
-class NormalizedAttention(nn.Module):
-    """Attention between unit queries and keys, with the shapes of a `LayerSpec`."""
+class NormalizedAttention(CausalSelfAttention):
+    """The stock attention between unit queries and keys, with the shapes of a `LayerSpec` and a scale for each head's output."""
 
     c_q: Any
     c_k: Any
@@ -56,7 +55,7 @@ class NormalizedAttention(nn.Module):
     c_proj: Any
 
     def __init__(self, n_embd: int, spec, layer_idx: int):
-        super().__init__()
+        nn.Module.__init__(self)
         self.layer_idx = layer_idx
         self.n_head, self.n_kv_head = spec.n_head, spec.n_kv_head
         self.root = math.sqrt(spec.qk_dim)
@@ -68,29 +67,13 @@ class NormalizedAttention(nn.Module):
         self.s_head = nn.Parameter(torch.empty(spec.n_head))
         self.ve_gate = Linear(VE_GATE_CHANNELS, spec.n_kv_head) if spec.value_embed else None
 
-    def forward(self, h, ve, cos_sin, window_size, kv_cache):
-        """h unit (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
-        B, T, _ = h.shape
-        q = self.c_q(h).view(B, T, self.n_head, -1)
-        k = self.c_k(h).view(B, T, self.n_kv_head, -1)
-        v = self.c_v(h).view(B, T, self.n_kv_head, -1)
-        if ve is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(h[..., :VE_GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        cos, sin = cos_sin
-        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
-        # scores of sqrt(D) * cosine (the paper's choice): the kernel divides by sqrt(D) once
-        q, k = unit(q) * (self.root * self.s_qk).to(q.dtype), unit(k) * self.root
-        if kv_cache is None:
-            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
-        else:
-            k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
-            y = flash_attn.flash_attn_with_kvcache(
-                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
-            if self.layer_idx == kv_cache.n_layers - 1:
-                kv_cache.advance(T)
-        y = y * self.s_head.to(y.dtype).unsqueeze(-1)
-        return self.c_proj(y.contiguous().view(B, T, -1))
+    def sharpen(self, q, k):
+        """For scores of sqrt(D) * cosine (the paper's choice): the kernel divides by sqrt(D) once."""
+        return unit(q) * (self.root * self.s_qk).to(q.dtype), unit(k) * self.root
+
+    def attend(self, *args):
+        y = super().attend(*args)
+        return y * self.s_head.to(y.dtype).unsqueeze(-1)
 
 
 class NormalizedMLP(nn.Module):

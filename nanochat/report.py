@@ -256,7 +256,7 @@ class Report:
 
         title, _, environment = header.partition("## Environment")
         if run:
-            run_text = run.markdown("".join(_embedded(run.picture((axis,)), f"Loss over {axis}") for axis in ("tokens", "time")) + "\n")
+            run_text = run.markdown("".join(_embedded(run.picture((axis,)), f"Loss over {axis}") for axis in run.axes) + "\n")
         files["report.html"] = _page("\n".join([title, run_text, *sections.values(), summary, f"## Environment{environment}"]))
         for folder in {self.dir.resolve(), Path.cwd()}:
             for name, content in files.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.cli import UsageError
+from nanochat.growth.kappa import earlier_runs
 from nanochat.run_log import FILENAME, read_run_log
 
 # USD per GPU and hour by a word in the device name, and for any other GPU
@@ -69,7 +70,8 @@ class TrainingRun:
     """What a run log says. Raises UsageError where the log is broken."""
 
     def __init__(self, path: str | Path):
-        self.tag = Path(path).parent.name
+        self.path = Path(path)
+        self.tag = self.path.parent.name
         self.records = read_run_log(path)
         self.silence = max(0.0, time.time() - Path(path).stat().st_mtime)
         last_start = max((i for i, record in enumerate(self.records) if record["kind"] == "start"), default=0)
@@ -112,7 +114,7 @@ class TrainingRun:
         if grows := self.of("grow"):
             parts += ["### Growth\n"]
             parts += [f"**{record.get('label', 'growth')}**\n\n" + bullets(
-                {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "label")})
+                {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "label", "counts", "model_config")})
                       for record in grows]
         if counts := self.latest("counts", "start", "grow"):
             total = counts.get("total") or sum(counts.values())
@@ -125,9 +127,8 @@ class TrainingRun:
                       table(["Task", "Accuracy", "Centered"], [*rows, ["**CORE**", "", f"**{decimals(core.get('core_metric'))}**"]])]
         if samples := self.last("sample"):
             parts += [f"### Samples at step {samples['step']:,}\n", *map(verbatim, samples.get("samples", []))]
-        start = self.last("start")
         for title, key in (("Configuration", "config"), ("Model", "model_config")):
-            if items := start.get(key):
+            if items := self.latest(key, "start", "grow"):
                 parts += [f"### {title}\n", bullets(items)]
         return "\n".join(parts)
 
@@ -157,19 +158,33 @@ class TrainingRun:
     # -------------------------------------------------------------------------
     # Pictures
 
+    @property
+    def axes(self) -> tuple[str, str]:
+        """What the curves are drawn over. A token costs each stage of a growing run something else: FLOPs are what counts there."""
+        return ("flops" if self.of("grow") else "tokens", "time")
+
+    def from_scratch(self) -> "TrainingRun | None":
+        """Of a run that grew: the best finished run beside it that trained the same final model from its start."""
+        if not (grows := self.of("grow")) or not (config := grows[-1].get("model_config")):
+            return None
+        runs = earlier_runs(self.path.parent.parent, config)
+        return TrainingRun(min(runs, key=lambda run: run[1])[0]) if runs else None
+
     def _curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         points = [(record[x], record[y]) for record in self.of(kind) if record.get(x) is not None and record.get(y) is not None]
         xs, ys = np.array(points, dtype=float).reshape(-1, 2).T
         return xs, ys
 
-    def picture(self, axes: tuple[str, ...] = ("tokens", "time")) -> bytes:
-        """PNG of train loss above validation bpb, one column per x axis: `tokens` (FLOPs on top) or `time`.
+    def picture(self, axes: tuple[str, ...] | None = None) -> bytes:
+        """PNG of train loss above validation bpb, one column per x axis: `tokens` (FLOPs on top), `flops` or `time`; default `self.axes`.
 
-        The background is transparent and the lines are mid-tones, for light and dark pages.
+        Growths are marked, and the validation of the same model trained from scratch is drawn beside if there is one. The background is transparent and the lines are mid-tones, for light and dark pages.
         """
         from matplotlib.figure import Figure  # slow to import, and most who import this module draw nothing
         from matplotlib.ticker import EngFormatter, MaxNLocator
 
+        axes = axes or self.axes
+        scratch = self.from_scratch()
         ink, colors = "#808890", ("#3b82f6", "#e8853d")
         figure = Figure(figsize=(5 * len(axes), 5), layout="constrained")
         panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
@@ -186,7 +201,11 @@ class TrainingRun:
                 if len(xs):
                     loss_panel.plot(np.add.reduceat(xs, starts) / size / scale, np.add.reduceat(ys, starts) / size, color=colors[0], **style)
             xs, ys = self._curve("eval", x, "val_bpb")
-            bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3)
+            bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3, label=self.tag)
+            if scratch:
+                xs, ys = scratch._curve("eval", x, "val_bpb")
+                bpb_panel.plot(xs / scale, ys, color=ink, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
+                bpb_panel.legend(frameon=False, labelcolor=ink, fontsize=8)
             for record in self.of("grow"):
                 before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]
                 at = record.get(x, before[-1] if before else 0) / scale
@@ -194,7 +213,7 @@ class TrainingRun:
                     panel.axvline(at, color=ink, linestyle="--", linewidth=1)
                 bpb_panel.annotate(str(record.get("label", "growth")), (at, 0.97), xycoords=("data", "axes fraction"), xytext=(3, 0),
                                    textcoords="offset points", rotation=90, va="top", fontsize=8, color=ink)
-            bpb_panel.set_xlabel(f"training time ({unit})" if x == "time" else "training tokens", color=ink)
+            bpb_panel.set_xlabel({"time": f"training time ({unit})", "flops": "training FLOPs"}.get(x, "training tokens"), color=ink)
             if x == "tokens":
                 bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
                 tokens, flops = self._curve("train", "tokens", "flops")
@@ -212,8 +231,8 @@ class TrainingRun:
             panel.tick_params(colors=ink)
             panel.spines[:].set_visible(False)
             panel.set_facecolor("none")
-        self._frame(panels[0, 0], self._curve("train", "tokens", "loss")[1])
-        self._frame(panels[1, 0], self._curve("eval", "tokens", "val_bpb")[1])
+        self._frame(panels[0, 0], self._curve("train", "step", "loss")[1])
+        self._frame(panels[1, 0], self._curve("eval", "step", "val_bpb")[1])
         panels[0, 0].set_ylabel("train loss (nats per token)", color=ink)
         panels[1, 0].set_ylabel("validation bits per byte", color=ink)
         buffer = io.BytesIO()

@@ -5,6 +5,7 @@
   the rendering of conversations do.
 * `tokenizer.pkl` is a pickle of a `tiktoken.Encoding`, as nanochat writes it; loading admits that one class only.
 """
+import hashlib
 import os
 import pickle
 from collections.abc import Iterable, Iterator
@@ -112,6 +113,11 @@ class RustBPETokenizer:
     def encode_special(self, text: str) -> int:
         """Id of a special token given by its name; KeyError for any other text."""
         return self._special_ids[text]
+
+    def checksum(self) -> str:
+        """Equal for tokenizers whose ids mean the same."""
+        tokens = [self.decode_single_token_bytes(id) for id in range(self.get_vocab_size())]
+        return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
     def id_to_token(self, id: int) -> str:
         return self.enc.decode([id])

@@ -8,26 +8,12 @@
 # A second run keeps what exists; to start over, delete that folder.
 set -euo pipefail
 SECONDS=0
+# shellcheck source=runs/stage.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 # shellcheck source=runs/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
-
-REDO=""
-stage() {  # NAME PRODUCT COMMAND...: runs the command unless its product exists and no earlier stage had to run
-    local name=$1 product=$NANOCHAT_BASE_DIR/$2
-    shift 2
-    if [[ -z $REDO && -e $product ]]; then
-        printf '\n=== %s: done before (%s)\n' "$name" "$product"
-        return
-    fi
-    REDO=yes
-    printf '\n=== %s: %s\n' "$name" "$*"
-    if ! "$@"; then
-        printf '\nquickstart: stage "%s" failed, see above; the next run starts with it\n' "$name" >&2
-        exit 1
-    fi
-}
 
 stage "report header" report/header.md python -m nanochat.report reset
 stage "text" base_data_climbmix/source.json python -m nanochat.dataset --source=stdlib
@@ -46,4 +32,8 @@ cat <<END
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at report.html. Let the model continue a text:
 
     NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR" $PWD/.venv/bin/python -m scripts.chat_cli -i base -p "import os"
+
+Teach it to answer questions (10 minutes):
+
+    bash runs/chat.sh
 END

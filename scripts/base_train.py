@@ -14,8 +14,6 @@ import gc
 import itertools
 import json
 import math
-import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +22,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import (
@@ -39,18 +36,15 @@ from nanochat.cli import (
     non_negative_int,
     positive_float,
     positive_int,
-    step_or_off,
 )
 from nanochat.common import (
     COMPUTE_DTYPE,
     COMPUTE_DTYPE_REASON,
-    DummyWandb,
     autodetect_device_type,
     compute_cleanup,
     compute_init,
     get_base_dir,
     get_peak_flops,
-    is_ddp_initialized,
     print0,
     print_banner,
 )
@@ -87,14 +81,25 @@ from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.training import (
+    Accumulator,
+    check_output,
+    collect_garbage_rarely,
+    find_resume_step,
+    fit_device_batch,
+    get_exact_state,
+    init_wandb,
+    load_optimizer,
+    optimizer_step,
+    set_exact_state,
+    training_parser,
+)
 from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Pretrain a base model")
+    parser = training_parser("Pretrain a base model")
     add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     add("--fp8", action="store_true", help="FP8 matmuls (CUDA compute capability 8.9 and newer)")
     add("--fp8-recipe", default="tensorwise", choices=RECIPES)
     # model
@@ -150,9 +155,6 @@ def build_parser() -> ArgumentParser:
     add("--warmup-steps", type=non_negative_int, default=40, help="default of ngpt: 0")
     add("--warmdown-ratio", type=fraction, default=0.65, help="share of the run over which the learning rates fall")
     add("--final-lr-frac", type=fraction, default=0.05)
-    # resuming
-    add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
     # evaluation
     add("--eval-every", type=int_or_off, default=250, help="steps between validations; -1: never")
     add("--eval-tokens", type=positive_int, default=80 * 524288)
@@ -242,178 +244,9 @@ def build_initialized(config: GPTConfig, device: torch.device) -> GPT:
     return model
 
 
-def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
-    """A wandb run on rank 0; when wandb cannot be reached the run is kept on disk, and training goes on in any case."""
-    if args.run == "dummy" or rank != 0:
-        return DummyWandb()
-    try:
-        import wandb
-        settings = wandb.Settings(init_timeout=30)
-        try:
-            return wandb.init(project=project, name=args.run, config=user_config, settings=settings)
-        except Exception as error:
-            print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline, `wandb sync` uploads it later")
-            return wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline")
-    except Exception as error:
-        print0(f"No wandb ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); training goes on without")
-        return DummyWandb()
-
-
-def check_output(folder: Path, model: GPT, master: bool) -> None:
-    """Fails before the training instead of after it. Raises UsageError if no checkpoint can be written to `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
-            unfinished.unlink()
-        probe = folder / f".probe.{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
-    needed = sum(3 * p.numel() * p.element_size() for p in model.parameters())  # weights and at most two moments
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(f"a checkpoint needs {needed / 2**20:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free; make room or move NANOCHAT_BASE_DIR")
-
-
-def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
-    """The most rows per pass that fit, found by trying: the divisors of `rows` (this rank's rows per step), largest first.
-
-    On a CPU memory is not the limit: about 8,192 tokens per pass keep both cores and caches busy.
-    """
-    device = model.get_device()
-    if device.type == "cpu":
-        best = max(1, 8192 // sequence_len)
-        return next(n for n in range(min(best, rows), 0, -1) if rows % n == 0)
-    # what the optimizer will need on top: two moments at most, and the gathered updates
-    reserve_bytes = sum(3 * p.numel() * p.element_size() for p in model.parameters())
-    for n in (n for n in range(rows, 0, -1) if rows % n == 0):
-        try:
-            reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
-            tokens = torch.zeros(n, sequence_len, dtype=torch.long, device=device)
-            model(tokens, tokens).backward()
-            fits = True
-        except torch.OutOfMemoryError:
-            fits = False
-        finally:
-            reserve = tokens = torch.empty(0)  # noqa: F841 (frees the memory)
-            model.zero_grad(set_to_none=True)
-            release_memory(device)
-        if fits:
-            break
-    else:
-        raise UsageError("not even one row fits in this device's memory; lower --depth or --max-seq-len")
-    if is_ddp_initialized():
-        smallest = torch.tensor(n, device=device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        n = int(smallest)
-    return n
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def interleave(loaders: list):
     """One batch of each loader in turn, for ever."""
     return itertools.chain.from_iterable(zip(*loaders, strict=True))
-
-
-# -----------------------------------------------------------------------------
-# Exact resume: everything that is neither in the model nor in the optimizer
-
-
-def get_rng_state(device: torch.device) -> dict:
-    state = {"python": list(random.getstate()[1]), "cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    random.setstate((3, tuple(state["python"]), None))
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def find_resume_step(args, folder: Path) -> int | None:
-    """The step to continue from, or None for a new run."""
-    if args.resume_from_step >= 0:
-        return args.resume_from_step
-    steps = checkpoints.list_steps(folder)
-    if args.resume and steps:
-        return steps[-1]
-    if args.resume:
-        print0(f"Nothing to resume in {folder}: a new run begins")
-    elif steps:
-        print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
-               "delete them, or keep both apart with --model-tag")
-    return None
-
-
-# -----------------------------------------------------------------------------
-# One optimizer step
-
-
-class Accumulator:
-    """Forward and backward over the batches of one step, in passes of as many rows as fit."""
-
-    def __init__(self, model, raw_model: GPT, scaler):
-        self.model, self.raw_model, self.scaler = model, raw_model, scaler
-        self.rows: int | None = None  # rows per pass, None: whole batches
-
-    def __call__(self, batches: Iterator, count: int) -> torch.Tensor:
-        """Adds up the gradient of the mean loss of `count` batches; returns the last one's loss.
-
-        Batches are drawn one by one, so that reading the next overlaps with the device's work. When memory runs out,
-        the step starts again with the same batches and half the rows per pass.
-        """
-        drawn: list = []
-
-        def draw():
-            for batch in batches:
-                drawn.append(batch)
-                yield batch
-
-        rest = draw()
-        while True:
-            try:
-                for x, y in itertools.chain(tuple(drawn), rest):
-                    loss = self._one(x, y, count)
-                return loss
-            except torch.OutOfMemoryError:
-                rows = self.rows or x.size(0)
-                if rows == 1:
-                    raise UsageError("out of memory with one row per pass; lower --depth or --max-seq-len") from None
-                self.rows = -(-rows // 2)
-            self.raw_model.zero_grad(set_to_none=True)
-            release_memory(self.raw_model.get_device())
-            print(f"Out of memory: {self.rows} rows per pass from here on, the same batches", flush=True)
-
-    def _one(self, x, y, count: int) -> torch.Tensor:
-        loss = torch.zeros((), device=x.device)
-        for piece_x, piece_y in zip(x.split(self.rows or x.size(0)), y.split(self.rows or x.size(0)), strict=True):
-            share = piece_x.size(0) / x.size(0)
-            piece = self.model(piece_x, piece_y)
-            scaled = piece * (share / count) if share < 1 else piece / count
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            loss = loss + piece.detach() * share
-        return loss
-
-
-def optimizer_step(optimizer: MuonAdamW, scaler) -> None:
-    if scaler is None:
-        optimizer.step()
-        return
-    scaler.unscale_(optimizer)
-    if is_ddp_initialized():  # every rank skips the step, or none
-        for found_inf in scaler._found_inf_per_device(optimizer).values():
-            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 # -----------------------------------------------------------------------------
@@ -554,13 +387,7 @@ class Training:
             matrix_optimizer=args.matrix_optimizer)
         optimizer = leave_out_frozen(model.setup_optimizer(**self.optimizer_setup))
         if optimizer_data is not None:
-            learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(optimizer_data)
-            except (ValueError, KeyError) as error:
-                raise UsageError(f"the optimizer state of step {self.resume_step} does not fit this model: {error}") from error
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-                group["initial_lr"] = learning_rate  # the flags of now, not those of the checkpoint
+            load_optimizer(optimizer, optimizer_data)
         self.scaler = torch.amp.GradScaler(self.device.type) if COMPUTE_DTYPE == torch.float16 else None
         self.adopt(model, optimizer)
 
@@ -598,9 +425,7 @@ class Training:
             except (KeyError, TypeError) as error:
                 raise UsageError(f"{self.folder}/meta_{self.resume_step:06d}.json is corrupt or not of a pretraining run ({error}); use another step") from error
         if train_state is not None:
-            set_rng_state(train_state["rng"], self.device)
-            if self.scaler and train_state.get("scaler"):
-                self.scaler.load_state_dict(train_state["scaler"])
+            set_exact_state(train_state, self.device, self.scaler)
         self.first_step = self.step
 
         self.log = RunLog(self.folder / "log.jsonl" if self.rank == 0 else None, resume_step=self.resume_step)
@@ -634,6 +459,7 @@ class Training:
         if meta["model_config"] != (mine := json.loads(json.dumps(asdict(model.config)))):  # JSON knows no tuples
             differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
             raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then, or another --model-tag")
+        checkpoints.check_tokenizer(self.tokenizer, model.config, meta)
         checkpoints.load_weights(model, model_data, self.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in meta.get("frozen", ()))
@@ -715,14 +541,15 @@ class Training:
         meta_data = dict(
             step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.device_batch,
             max_seq_len=self.args.max_seq_len, total_batch_size=self.horizon.total_batch_size, world_size=self.world_size,
+            tokenizer=self.tokenizer.checksum(), growth=self.growth_history,
             dataloader_state_dict={key: self.loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
             loop_state=dict(min_val_bpb=self.min_val_bpb if math.isfinite(self.min_val_bpb) else None, smooth_train_loss=self.smooth_train_loss,
                             total_training_time=self.total_training_time, flops=self.flops))
         if self.stages:
             meta_data["loop_state"] |= dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
-            meta_data |= dict(growth=self.growth_history, frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad])
+            meta_data["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         # the positions are those after the last batch trained on: the one in hand is read again after a resume
-        exact = dict(loader_states=self.positions, rng=get_rng_state(self.device), scaler=self.scaler.state_dict() if self.scaler else None)
+        exact = dict(loader_states=self.positions, **get_exact_state(self.device, self.scaler))
         checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta_data, rank=self.rank, train_state=exact)
 
     # -- growth
@@ -768,7 +595,7 @@ class Training:
                f"FLOPs spent: {100 * share:.1f}% | {decision.reason}")
         values = dict(loss_before=before, loss_after=self.val_bpb, kappa=args.kappa, predicted=decision.predicted, target=decision.target, share=share)
         self.log.log("grow", self.step, label=f"{describe(source)} → {describe(model.config)}", reason=decision.reason, mode=args.grow_mode,
-                     depth_mode=args.grow_depth_mode, flops_per_token=self.flops_per_token, counts=model.num_scaling_params(), **values, **self.spent())
+                     depth_mode=args.grow_depth_mode, flops_per_token=self.flops_per_token, counts=model.num_scaling_params(), model_config=asdict(model.config), **values, **self.spent())
         self.log_wandb(**{f"grow/{key}": value for key, value in values.items() if value is not None}, **{"grow/params": model.num_scaling_params()["total"]})
 
     # -- one step
@@ -847,13 +674,7 @@ class Training:
             if validating and self.trigger is not None:
                 self.maybe_grow()
             self.train_step()
-            # the collector's pauses cost up to half a second each: take what there is out of its sight and run it rarely
-            if self.step == self.first_step + 1:
-                gc.collect()
-                gc.freeze()
-                gc.disable()
-            elif self.step % 5000 == 0:
-                gc.collect()
+            collect_garbage_rarely(self.step, self.first_step)
         gc.unfreeze()
         gc.enable()
         self.finish()

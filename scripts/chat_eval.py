@@ -9,15 +9,16 @@ ChatCORE is the mean accuracy over its five tasks, each rescaled so that guessin
 """
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from nanochat.batching import BatchedEngine, Request
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
 from nanochat.cli import ArgumentParser, command, non_negative_float, non_negative_int, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, is_ddp_initialized, print0
-from nanochat.core_eval import _logits_at
+from nanochat.core_eval import logits_at
 from nanochat.engine import Engine
 from nanochat.report import get_report
 from scripts.base_eval import with_progress
@@ -59,18 +60,48 @@ def _limit(task: Task, max_problems: int | None) -> int:
     return len(task) if max_problems is None else min(len(task), max_problems)
 
 
+def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, its likeliest answer), in the order in which they end: up to `slots` prompts share each decoding step."""
+    context = max(map(len, prompts), default=0) + max_new_tokens
+    engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context)
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended: list[int] = []
+
+    def listener(number: int) -> Callable[[int | None, str], None]:
+        return lambda token, _: ended.append(number) if token is None else answers[number].append(token)
+
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, max_new_tokens, listener(number), temperature=0.0))
+    while engine.waiting or engine.running:
+        engine.step()
+        for number in ended:
+            yield number, answers[number]
+        ended.clear()
+
+
 def run_generative_eval(task_object: Task, tokenizer, model, engine: Engine, num_samples: int, max_new_tokens: int, temperature: float,
-                        top_k: int | None, max_problems: int | None = None) -> float:
-    """Share of the problems that at least one of `num_samples` answers solves. Problems are dealt to the ranks in turn."""
+                        top_k: int | None, max_problems: int | None = None, batch_size: int = 1) -> float:
+    """Share of the problems that at least one of `num_samples` answers solves. Problems are dealt to the ranks in turn.
+
+    Likeliest answers are decoded for `batch_size` problems at a time; drawn ones for a problem at a time, with all its samples.
+    """
     _, rank, _, world_size = get_dist_info()
-    mine = range(rank, _limit(task_object, max_problems), world_size)
+    problems = [task_object[index] for index in range(rank, _limit(task_object, max_problems), world_size)]
+    prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+
+    def drawn() -> Iterator[tuple[int, list[list[int]]]]:
+        for number, prompt in enumerate(prompts):
+            samples, _ = engine.generate_batch(prompt, num_samples=num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+            yield number, [sample[len(prompt):] for sample in samples]
+
+    def likeliest() -> Iterator[tuple[int, list[list[int]]]]:
+        for number, answer in greedy_answers(model, tokenizer, prompts, batch_size, max_new_tokens):
+            yield number, [answer]
+
     passed = 0
-    for index in with_progress(mine, len(mine), type(task_object).__name__):
-        problem = task_object[index]
-        prompt = tokenizer.render_for_completion(problem)
-        answers, _ = engine.generate_batch(prompt, num_samples=num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-        passed += any(task_object.evaluate(problem, tokenizer.decode(answer[len(prompt):])) for answer in answers)
-    return _share(passed, len(mine), model.get_device())
+    for number, answers in with_progress(drawn() if temperature > 0 else likeliest(), len(prompts), type(task_object).__name__):
+        passed += any(task_object.evaluate(problems[number], tokenizer.decode(answer)) for answer in answers)
+    return _share(passed, len(prompts), model.get_device())
 
 
 @torch.inference_mode()
@@ -87,7 +118,7 @@ def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, m
         longest = max(map(len, prompts))
         ids = torch.tensor([prompt + [bos] * (longest - len(prompt)) for prompt in prompts], device=device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        logits = _logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()
+        logits = logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()
         for problem, row in zip(problems, logits, strict=True):
             letter_ids = [tokenizer.encode(letter) for letter in problem["letters"]]
             assert all(len(letter_id) == 1 for letter_id in letter_ids), "every letter must be one token"
@@ -101,7 +132,8 @@ def evaluate(task_object: Task, model, tokenizer, engine: Engine, batch_size: in
              temperature: float = 0.0, top_k: int | None = 50, max_problems: int | None = None) -> float:
     """Accuracy on a task, the same on all ranks, which all must call it."""
     if task_object.eval_type == "generative":
-        return run_generative_eval(task_object, tokenizer, model, engine, num_samples, max_new_tokens, temperature, top_k, max_problems)
+        return run_generative_eval(task_object, tokenizer, model, engine, num_samples, max_new_tokens, temperature, top_k, max_problems,
+                                   batch_size)
     return run_categorical_eval(task_object, tokenizer, model, batch_size, max_problems)
 
 
@@ -127,7 +159,7 @@ def main(argv=None) -> None:
     parser.add_argument("-m", "--max-new-tokens", type=positive_int, default=512)
     parser.add_argument("-n", "--num-samples", type=positive_int, default=1, help="answers to a problem, of which one must be right")
     parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
-    parser.add_argument("-b", "--batch-size", type=positive_int, default=8, help="multiple-choice problems in one pass")
+    parser.add_argument("-b", "--batch-size", type=positive_int, default=8, help="problems in one pass")
     parser.add_argument("-g", "--model-tag", default=None, help="model to evaluate (default: the largest)")
     parser.add_argument("-s", "--step", type=non_negative_int, default=None, help="checkpoint to evaluate (default: the last)")
     parser.add_argument("-x", "--max-problems", type=positive_int, default=None, help="of each task (default: all)")

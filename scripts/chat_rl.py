@@ -31,7 +31,6 @@ from nanochat.cli import (
     non_negative_float,
     non_negative_int,
     positive_int,
-    step_or_off,
 )
 from nanochat.common import (
     COMPUTE_DTYPE,
@@ -46,7 +45,16 @@ from nanochat.common import (
 from nanochat.engine import Engine
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
-from scripts.base_train import check_output, find_resume_step, get_rng_state, init_wandb, optimizer_step, set_rng_state
+from nanochat.training import (
+    check_output,
+    find_resume_step,
+    get_exact_state,
+    init_wandb,
+    load_optimizer,
+    optimizer_step,
+    set_exact_state,
+    training_parser,
+)
 from tasks.gsm8k import GSM8K
 from tasks.spellingbee import SpellingBee
 
@@ -57,10 +65,8 @@ TASKS = {  # (training, test) problems
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Improve a chat model by reinforcement learning")
+    parser = training_parser("Improve a chat model by reinforcement learning")
     add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     add("--model-tag", type=folder_name, default=None, help="fine-tuned model to start from (default: the largest)")
     add("--model-step", type=non_negative_int, default=None, help="its checkpoint (default: the last)")
     add("--task-name", default="GSM8K", choices=TASKS, help="what to get better at")
@@ -80,9 +86,6 @@ def build_parser() -> ArgumentParser:
     add("--matrix-lr", type=non_negative_float, default=0.02)
     add("--weight-decay", type=non_negative_float, default=0.0)
     add("--init-lr-frac", type=non_negative_float, default=0.05, help="share of the learning rates to begin with; they fall linearly to 0")
-    # resuming
-    add("--resume-from-step", type=step_or_off, default=-1, help="continue after this checkpoint; -1: a new run")
-    add("--resume", action="store_true", help="continue after the newest complete checkpoint, or begin if there is none")
     # evaluation and output
     add("--eval-every", type=int_or_off, default=60, help="steps between evaluations; -1: never")
     add("--eval-examples", type=positive_int, default=400, help="test problems to evaluate on")
@@ -203,13 +206,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         group["initial_lr"] = group["lr"] * args.init_lr_frac
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
     if optimizer_data is not None and train_state is not None:
-        learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(optimizer_data)
-        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-            group["initial_lr"] = learning_rate
-        set_rng_state(train_state["rng"], device)
-        if scaler and train_state["scaler"]:
-            scaler.load_state_dict(train_state["scaler"])
+        load_optimizer(optimizer, optimizer_data)
+        set_exact_state(train_state, device, scaler)
 
     log = RunLog(folder / "log.jsonl" if master else None, resume_step=None if resume_step is None else first_step)
     wandb_run = init_wandb(args, user_config, rank, project="nanochat-rl")
@@ -255,9 +253,10 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
 
         if last or (step > 0 and args.save_every > 0 and step % args.save_every == 0):
             meta_data = dict(step=step, model_config=asdict(model.config), user_config=user_config, sft_step=sft_step, world_size=world_size,
-                             matrix_optimizer=meta.get("matrix_optimizer", "muon"))
-            exact = dict(rng=get_rng_state(device), scaler=scaler.state_dict() if scaler else None)
-            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank, train_state=exact)
+                             matrix_optimizer=meta.get("matrix_optimizer", "muon"), growth=meta.get("growth", []),
+                             tokenizer=tokenizer.checksum())
+            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank,
+                                        train_state=get_exact_state(device, scaler))
 
     get_report().log(section="Chat RL", data=[user_config])
     log.close()

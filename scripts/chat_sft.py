@@ -35,7 +35,6 @@ from nanochat.cli import (
     non_negative_float,
     non_negative_int,
     positive_int,
-    step_or_off,
 )
 from nanochat.common import (
     COMPUTE_DTYPE,
@@ -54,8 +53,19 @@ from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
-from nanochat.tokenizer import get_token_bytes
-from scripts.base_train import Accumulator, check_output, find_resume_step, get_rng_state, init_wandb, optimizer_step, set_rng_state
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.training import (
+    Accumulator,
+    check_output,
+    collect_garbage_rarely,
+    find_resume_step,
+    get_exact_state,
+    init_wandb,
+    load_optimizer,
+    optimizer_step,
+    set_exact_state,
+    training_parser,
+)
 from scripts.chat_eval import GUESSING, TASKS, chatcore, evaluate
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
@@ -66,10 +76,8 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Fine-tune a base model on conversations")
+    parser = training_parser("Fine-tune a base model on conversations")
     add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     # the base model
     add("--model-tag", type=folder_name, default=None, help="base model to start from (default: the largest); the chat model gets the same tag")
     add("--model-step", type=non_negative_int, default=None, help="its checkpoint (default: the last)")
@@ -91,9 +99,6 @@ def build_parser() -> ArgumentParser:
     add("--warmup-ratio", type=fraction, default=0.0, help="share of the run over which the learning rates rise")
     add("--warmdown-ratio", type=fraction, default=0.5, help="share of the run over which they fall")
     add("--final-lr-frac", type=fraction, default=0.0)
-    # resuming
-    add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
     # evaluation
     add("--eval-every", type=int_or_off, default=200, help="steps between validations; -1: never")
     add("--eval-tokens", type=positive_int, default=40 * 524288)
@@ -130,7 +135,8 @@ def build_mixture(mixture: str, mmlu_epochs: int, gsm8k_epochs: int) -> tuple[Ta
             train += [GSM8K("main", "train")] * gsm8k_epochs
             val.append(first(GSM8K("main", "test"), 420))
         elif name == "spelling":
-            train += [SimpleSpelling(200_000), SpellingBee(80_000)]
+            tokenizer = get_tokenizer()
+            train += [SimpleSpelling(200_000, tokenizer=tokenizer), SpellingBee(80_000, tokenizer=tokenizer)]
             val += [SimpleSpelling(1000, "test"), SpellingBee(1000, "test")]
         elif name.endswith(".jsonl"):
             train.append(CustomJSON(name))
@@ -337,7 +343,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     matrix_optimizer = base_meta.get("user_config", {}).get("matrix_optimizer", "muon")
     optimizer = model.setup_optimizer(unembedding_lr=args.unembedding_lr, embedding_lr=args.embedding_lr, matrix_lr=args.matrix_lr, weight_decay=0.0,
                                       matrix_optimizer=matrix_optimizer)
-    learning_rates = [group["lr"] * args.init_lr_frac for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"] * args.init_lr_frac
     optimizer_data = None
     if resume_step is not None:
         optimizer_data = checkpoints.load_optimizer_state("sft", device, rank, folder.name, resume_step)
@@ -350,13 +357,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         else:
             print0(f"A new optimizer: the base model's state is of {shards} ranks, here are {world_size}")
     if optimizer_data is not None:
-        try:
-            optimizer.load_state_dict(optimizer_data)
-        except (ValueError, KeyError) as error:
-            raise UsageError(f"the optimizer state does not fit this model: {error}; use --load-optimizer=0") from error
+        load_optimizer(optimizer, optimizer_data)
         del optimizer_data
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        group["lr"] = group["initial_lr"] = learning_rate
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
 
     compiled = compile_model(model, device.type)
@@ -377,9 +379,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
         smooth_train_loss, total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
         position = train_state["loader_state"]
-        set_rng_state(train_state["rng"], device)
-        if scaler and train_state["scaler"]:
-            scaler.load_state_dict(train_state["scaler"])
+        set_exact_state(train_state, device, scaler)
     train_loader = pack_conversations(train_data, tokenizer, B, T, device, args.num_iterations, resume_state=position)
 
     log = RunLog(folder / "log.jsonl" if master else None, resume_step=resume_step)
@@ -424,11 +424,11 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         if step != resume_step and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0)):
             meta_data = dict(
                 step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config=user_config, base_step=base_step, device_batch_size=B,
-                max_seq_len=T, total_batch_size=total_batch_size, world_size=world_size, matrix_optimizer=matrix_optimizer,
+                max_seq_len=T, total_batch_size=total_batch_size, world_size=world_size, matrix_optimizer=matrix_optimizer, growth=base_meta.get("growth", []), tokenizer=tokenizer.checksum(),
                 loop_state=dict(min_val_bpb=min_val_bpb if math.isfinite(min_val_bpb) else None, smooth_train_loss=smooth_train_loss,
                                 total_training_time=total_training_time))
             # the position is that after the last batch trained on: the one in hand is made again after a resume
-            exact = dict(loader_state=position, rng=get_rng_state(device), scaler=scaler.state_dict() if scaler else None)
+            exact = dict(loader_state=position, **get_exact_state(device, scaler))
             checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank, train_state=exact)
 
         if last:
@@ -466,14 +466,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             wandb_run.log({"step": step, "total_training_flops": flops_per_token * total_batch_size * step, "total_training_time": total_training_time,
                            "train/loss": debiased, "train/lrm": multiplier, "train/dt": dt, "train/tok_per_sec": tokens_per_second, "train/mfu": mfu,
                            "train/epoch": state["epoch"]})
-
-        # as in base_train: the collector's pauses are long
-        if step == first_step + 1:
-            gc.collect()
-            gc.freeze()
-            gc.disable()
-        elif step % 5000 == 0:
-            gc.collect()
+        collect_garbage_rarely(step, first_step)
 
     gc.unfreeze()
     gc.enable()

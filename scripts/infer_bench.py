@@ -25,6 +25,7 @@ from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of
 from nanochat.cli import ArgumentParser, UsageError, command, non_negative_float, non_negative_int, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_peak_bandwidth, get_peak_flops
 from nanochat.engine import Engine
+from nanochat.lowrank import DECODE_ROWS, LowRankLinear
 
 PASSAGE = (
     "The harbour town wakes before the sun does. Boats come in with the night's catch, gulls argue over the rest, and by six "
@@ -42,10 +43,18 @@ def positive_ints(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,8,32") from None
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that every decode step reads: all but the embedding tables, of which it reads a row per token."""
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(p.nbytes for p in model.parameters() if p not in tables)
+def weight_bytes(model: nn.Module, rows: int = 1) -> int:
+    """Bytes of the weights that a decode step of so many rows reads: all but the embedding tables, of which it reads a row per token.
+
+    Of a merged low-rank layer these are the product's, or for many rows the factors'.
+    """
+    unread = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    total = 0
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) and module.product is not None and rows <= DECODE_ROWS:
+            unread.update(module.parameters())
+            total += module.product.nbytes
+    return total + sum(p.nbytes for p in model.parameters() if p not in unread)
 
 
 def build_prompt(tokenizer, num_tokens: int) -> list[int]:
@@ -107,7 +116,7 @@ def main(argv=None) -> None:
     peaks = (get_peak_flops(gpu), get_peak_bandwidth(gpu)) if gpu else (math.inf, math.inf)
     peak_flops, peak_bandwidth = (peak if math.isfinite(peak) else None for peak in peaks)
     total_vram = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
-    all_bytes = sum(p.nbytes for p in model.parameters())
+    all_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     context_mid = prompt_tokens + args.decode_tokens // 2
     step_weight_bytes, kv_bytes = weight_bytes(model), model.kv_read_bytes(context_mid)
     decode_flops = model.estimate_decode_flops(context_mid)
@@ -163,7 +172,7 @@ def main(argv=None) -> None:
             "ttft_sec": round(run["ttft"], 6),
             "tpot_sec": round(tpot, 6) if tpot else None,
             "tok_per_sec": round(batch_size / tpot, 1) if tpot else None,
-            "mbu_percent": percent_of((step_weight_bytes + batch_size * kv_bytes) / tpot, peak_bandwidth, 2) if tpot else None,
+            "mbu_percent": percent_of((weight_bytes(model, batch_size) + batch_size * kv_bytes) / tpot, peak_bandwidth, 2) if tpot else None,
             "mfu_percent": percent_of(batch_size * decode_flops / tpot, peak_flops, 4) if tpot else None,
             "peak_vram_bytes": run["peak_vram"],
             "decode_steps": len(run["step_times"]),

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import UsageError
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, hub_unreachable, print0
 
 # -----------------------------------------------------------------------------
 # Data
@@ -52,6 +52,10 @@ def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train"
     table = _read_folder(folder)
     if table is None:
         try:
+            if hub_unreachable():
+                import huggingface_hub.constants
+                print0(f"huggingface.co cannot be reached: looking for {repo_id} among the data sets fetched before")
+                huggingface_hub.constants.HF_HUB_OFFLINE = True
             import datasets
             table = datasets.load_dataset(repo_id, None if subset == "default" else subset, split=split).with_format("arrow")[:]
         except Exception as error:  # of a dozen kinds: no network, no such data set, a full disk

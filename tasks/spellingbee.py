@@ -5,8 +5,12 @@
   words that the pretraining data use: no network needed.
 * Split `test`: a tenth of the words, chosen by their checksum, that are never trained on. Split `long`: nor are those of more than
   10 letters, which ask whether the model counts further than it has learned to.
+* To spell a new word, a model must know the letters of its tokens, of which many are in hardly a word of `train`. With a tokenizer
+  the training examples use as many made-up words again, joined from the letters of tokens.
+* In one of ten training examples the count by hand is wrong and the calculator's right, else the model learns to believe its own.
 """
 import functools
+import itertools
 import random
 import re
 import sys
@@ -74,18 +78,43 @@ def _all_words(base_dir: str) -> list[str]:
     return sorted(word for word in words if set(word) <= set(LETTERS) and SHORTEST <= len(word) <= LONGEST_OF_ALL)
 
 
+def _split_of(word: str) -> str:
+    return "long" if len(word) > LONGEST else "test" if zlib.crc32(word.encode()) % 10 == 0 else "train"
+
+
 def get_words(split: str) -> list[str]:
     """The words of split `train`, `test` (3 to 10 letters) or `long` (11 to 15), sorted. Raises UsageError where there are none."""
     assert split in ("train", "test", "long"), f"there is no split {split!r}"
-
-    def split_of(word: str) -> str:
-        return "long" if len(word) > LONGEST else "test" if zlib.crc32(word.encode()) % 10 == 0 else "train"
-
-    words = [word for word in _all_words(get_base_dir()) if split_of(word) == split]
+    words = [word for word in _all_words(get_base_dir()) if _split_of(word) == split]
     if not words:
         raise UsageError(f"the pretraining data hold no words to spell for the split {split}; fetch a list of English words with: "
                          "python -m tasks.spellingbee")
     return words
+
+
+def made_up_words(tokenizer, real: list[str]) -> list[str]:
+    """As many words as the real ones, with 3 to 10 letters, joined from tokens; none of them, and no token, is a word of another split.
+
+    Every token of lower-case letters begins as many words as any other, if it is not too long.
+    """
+    tokens = (tokenizer.decode([token]).strip() for token in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())))
+    pieces = sorted({token for token in tokens if token and set(token) <= set(LETTERS) and (len(token) < SHORTEST or _split_of(token) == "train")})
+    rng, taken, made = random.Random(42), set(real), []
+    for piece in itertools.islice(itertools.cycle(pieces), 10 * len(real)):  # most are taken if the tokens are few
+        word = piece
+        while len(word) < rng.randint(SHORTEST, LONGEST):
+            word += rng.choice(pieces)
+        if _split_of(word) == "train" and word not in taken:
+            taken.add(word)
+            made.append(word)
+            if len(made) == len(real):
+                break
+    return made
+
+
+def _practice_words(split: str, tokenizer) -> list[str]:
+    words = get_words(split)
+    return words if tokenizer is None else words + made_up_words(tokenizer, words)
 
 
 def spell(word: str) -> str:
@@ -93,11 +122,14 @@ def spell(word: str) -> str:
 
 
 class SpellingBee(Task):
-    """`size` questions for the number of times that a letter occurs in a word. Example i depends on i and the words only."""
+    """`size` questions for the number of times that a letter occurs in a word. Example i depends on i and the words only.
 
-    def __init__(self, size: int = 1000, split: str = "train", **kwargs):
+    With a `tokenizer`, half of the words are made up.
+    """
+
+    def __init__(self, size: int = 1000, split: str = "train", tokenizer=None, **kwargs):
         super().__init__(**kwargs)
-        self.size, self.split, self.words = size, split, get_words(split)
+        self.size, self.split, self.words = size, split, _practice_words(split, tokenizer)
 
     @property
     def eval_type(self) -> str:
@@ -122,13 +154,15 @@ class SpellingBee(Task):
         for position, char in enumerate(word, 1):
             count += char == letter
             lines.append(f"{position}:{char}" + (f" hit! count={count}" if char == letter else ""))
-        by_hand = f"We count the letter {letter} in the word {word}. It is spelled\n\n{spell(word)}\n\nLetter by letter:\n\n" + "\n".join(lines)
+        # between double quotes a word has the tokens that it also has in its spelling, whatever its letters
+        by_hand = f'We count "{letter}" in "{word}":\n\n{spell(word)}\n\n' + "\n".join(lines)
+        mistaken = self.split == "train" and rng.random() < 0.1
         parts = [
-            {"type": "text", "text": f"{by_hand}\n\nThat makes {count}.\n\n"},
-            {"type": "text", "text": "Python checks it:\n\n"},
+            {"type": "text", "text": f"{by_hand}\n\nBy hand: {count + mistaken}\n\n"},
+            {"type": "text", "text": "By Python:\n\n"},
             {"type": "python", "text": f"'{word}'.count('{letter}')"},
             {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f"\n\nThe answer is\n\n#### {count}"},
+            {"type": "text", "text": f"\n\n#### {count}"},
         ]
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
 
@@ -141,11 +175,11 @@ class SpellingBee(Task):
 
 
 class SimpleSpelling(Task):
-    """`size` requests to spell a word, each word once before any comes again."""
+    """`size` requests to spell a word, each word once before any comes again. With a `tokenizer`, half of the words are made up."""
 
-    def __init__(self, size: int = 1000, split: str = "train", **kwargs):
+    def __init__(self, size: int = 1000, split: str = "train", tokenizer=None, **kwargs):
         super().__init__(**kwargs)
-        self.size, self.words = size, get_words(split)
+        self.size, self.words = size, _practice_words(split, tokenizer)
         random.Random(42).shuffle(self.words)
 
     @property

@@ -8,6 +8,7 @@ import tempfile
 os.environ["NANOCHAT_DTYPE"] = "float32"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)

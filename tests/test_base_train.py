@@ -1,9 +1,8 @@
-"""Pretraining as its users meet it: it learns, repeats itself, survives full memory and refuses bad input in one line."""
+"""Pretraining as its users meet it: it learns, repeats itself and refuses bad input in one line."""
 import gc
 import json
 import resource
 import shutil
-import sys
 import types
 
 import pytest
@@ -11,11 +10,11 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError
-from nanochat.gpt import GPT
 from nanochat.run_log import read_run_log
+from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_train
 from tests import tiny
-from tests.golden.fixtures import HERE, batch, build_model
+from tests.golden.fixtures import HERE
 
 
 @pytest.fixture(autouse=True)
@@ -115,121 +114,6 @@ def test_horizons(base, flag, steps):
 
 
 # -----------------------------------------------------------------------------
-# Memory
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Sets how many rows fit into a training pass."""
-    forward = GPT.forward
-
-    def limit(rows: int) -> None:
-        def limited(self, idx, *args, **kwargs):
-            if self.training and idx.size(0) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(self, idx, *args, **kwargs)
-
-        monkeypatch.setattr(GPT, "forward", limited)
-
-    return limit
-
-
-@pytest.mark.parametrize("rows", [4, 3, 2, 1])  # room for all, two unequal pieces, and less
-def test_less_memory_same_gradient(memory, rows):
-    model = build_model(dict(sequence_len=16, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"), seed=1)
-    batches = [batch(seed, 5, 16, 64, ignore_frac=0) for seed in range(3)]
-
-    def gradient():
-        accumulate = base_train.Accumulator(model, model, None)
-        loss = accumulate(iter(batches), 3)
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        model.zero_grad(set_to_none=True)
-        return loss, gradient
-
-    loss, expected = gradient()
-    memory(rows)
-    tight_loss, got = gradient()
-    assert tight_loss.item() == pytest.approx(loss.item(), abs=1e-5)
-    assert (got - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_less_memory_same_losses(base, memory):
-    flags = ("--num-iterations=4", "--device-batch-size=4", "--eval-every=-1")
-    assert tiny.train(*flags, "--model-tag=roomy") == 0
-    memory(1)
-    assert tiny.train(*flags, "--model-tag=tight") == 0
-    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
-
-
-def test_memory_that_runs_out_in_the_middle_of_a_step(base, monkeypatch):
-    """The step begins again with the very same batches: none is skipped and no gradient counts twice."""
-    flags = ("--num-iterations=4", "--eval-every=-1")
-    assert tiny.train(*flags, "--model-tag=roomy") == 0
-    forward, calls = GPT.forward, []
-
-    def once(self, *args, **kwargs):
-        calls.append(self.training)
-        if calls.count(True) == 6:  # the second pass of the third step
-            calls.append(True)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(GPT, "forward", once)
-    assert tiny.train(*flags, "--model-tag=tight") == 0
-    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
-    positions = [json.loads((tiny.folder(base, tag) / "meta_000004.json").read_text())["dataloader_state_dict"] for tag in ("roomy", "tight")]
-    assert positions[0] == positions[1]
-
-
-def test_not_even_one_row_fits(memory, capsys):
-    memory(0)
-    assert_refused(capsys, "out of memory with one row")
-
-
-def test_device_batch_size_is_found(trained, capsys):
-    assert tiny.train("--device-batch-size=-1", "--eval-every=-1", "--num-iterations=2", "--model-tag=x") == 0
-    assert "Device batch size: 4 rows" in capsys.readouterr().out
-    model = checkpoints.load_model("base", "cpu", "train", model_tag="d3")[0]
-    for rows, sequence_len, best in [(300, 64, 100), (128, 64, 128), (7, 64, 7), (131, 64, 1), (12, 8192, 1)]:
-        assert base_train.fit_device_batch(model, rows, sequence_len) == best
-
-
-# -----------------------------------------------------------------------------
-# wandb
-
-
-def fake_wandb(monkeypatch, init) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs))
-
-
-def test_wandb_gets_the_numbers(base, monkeypatch):
-    logged, finished, modes = [], [], []
-
-    def init(project, name, config, mode=None, **kwargs):
-        modes.append(mode)
-        if len(modes) == 1:
-            raise ConnectionError("no network")
-        assert (project, name, config["depth"]) == ("nanochat", "test", 3)
-        return types.SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
-
-    fake_wandb(monkeypatch, init)
-    assert tiny.train("--run=test") == 0
-    assert modes == [None, "offline"] and finished == [True]
-    assert [row["step"] for row in logged if "val/bpb" in row] == [0, 4, 8]
-    assert [row["step"] for row in logged if "train/loss" in row] == [0]
-
-
-def test_no_wandb_at_all(base, monkeypatch, capsys):
-    def init(**kwargs):
-        raise RuntimeError("api_key not configured")
-
-    fake_wandb(monkeypatch, init)
-    assert tiny.train("--run=test") == 0
-    assert "api_key not configured" in capsys.readouterr().out
-    assert len(train_losses(base)) == 8
-
-
-# -----------------------------------------------------------------------------
 # Bad input
 
 
@@ -324,6 +208,11 @@ def test_a_checkpoint_that_does_not_fit(trained, capsys):
     assert_refused(capsys, "beyond the horizon of 6 steps", "--num-iterations=6", "--resume")
     assert_refused(capsys, "there is step 4, 8", "--resume-from-step=5")
     assert_refused(capsys, "--data-streams", "--data-streams=2", "--device-batch-size=1", "--resume")
+
+
+def test_a_tokenizer_trained_anew(trained, capsys):
+    RustBPETokenizer.train_from_iterator([chr(i) * 9 for i in range(500)], 320).save(trained / "tokenizer")
+    assert_refused(capsys, "bring its tokenizer back", "--resume")
 
 
 @pytest.mark.parametrize("name", ["model_000008.pt", "optim_000008_rank0.pt", "state_000008_rank0.pt", "meta_000008.json"])

@@ -1,5 +1,8 @@
 """Continuous batching: every answer is the one that the engine gives to that request alone, whoever else is served."""
+import os
 import random
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from nanochat.engine import Engine
 from tests.golden.byte_tokenizer import ByteTokenizer
 from tests.golden.fixtures import build_model
 from tests.growing import mixed, random_model, uniform
+from tests.tiny import ROOT
 
 SPECIAL = {name: 90 + i for i, name in enumerate(
     ["<|bos|>", "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"])}
@@ -69,6 +73,49 @@ def test_answers_are_those_of_one_request_at_a_time(name):
     for client in served:
         assert client.tokens == client.alone(engine)
         assert client.reason == ("length" if len(client.tokens) == client.max_tokens else "stop")
+
+
+class Recording(BatchedEngine):
+    """Keeps the logits (V,) of every step of every request."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.logits: dict[Request, list[torch.Tensor]] = {}
+
+    def _sample(self, rows, logits):
+        for row, of_row in zip(rows, logits, strict=True):
+            self.logits.setdefault(row.request, []).append(of_row.flatten().clone())
+        return super()._sample(rows, logits)
+
+
+def check_bfloat16() -> None:
+    model = MODELS["stock"]()
+    model.cast_for_inference()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    together = Recording(model, TOKENIZER, slots=3)
+    served = [Client([90, *range(10, 10 + 3 * i)], 6, temperature=0) for i in range(4)]
+    for client in served:
+        together.submit(client.request)
+    finish(together)
+    for client in served:
+        alone, single = Recording(model, TOKENIZER, slots=1), Client(client.prompt, client.max_tokens, temperature=0)
+        alone.submit(single.request)
+        finish(alone)
+        assert single.tokens == client.alone(Engine(model, TOKENIZER)), "alone nothing differs from the plain engine"
+        steps = zip(together.logits[client.request], alone.logits[single.request], strict=False)
+        for i, (got, expected) in enumerate(steps):
+            close = 0.01 * expected.abs().max()
+            assert (got - expected).abs().max() <= close
+            if client.tokens[:i + 1] != single.tokens[:i + 1]:  # from here on they answer different texts
+                best, second = expected.topk(2).values
+                assert best - second <= 2 * close
+                break
+
+
+def test_bfloat16():
+    """The dtype is fixed at import: a process of its own."""
+    script = "from tests.test_batching import check_bfloat16; check_bfloat16()"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "NANOCHAT_DTYPE": "bfloat16"}, cwd=ROOT, check=True)
 
 
 def test_the_last_row_may_move_while_a_prompt_enters(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.lowrank import DECODE_ROWS, LowRankLinear
 from scripts import chat_cli, infer_bench
 from tests.golden.fixtures import tokenizer_512
 
@@ -204,6 +205,15 @@ def test_weight_bytes_leave_out_the_tables():
     counts = model.num_scaling_params()
     read = counts["lm_head"] + counts["transformer_matrices"] + counts["scalars"]
     assert infer_bench.weight_bytes(model) == 4 * read
+
+
+def test_weight_bytes_of_low_rank_layers():
+    """What a few rows read of a merged layer is its product, what many rows read the factors."""
+    merged, factors = LowRankLinear(8, 10, 4), LowRankLinear(8, 10, 2)
+    merged.merge()
+    model = torch.nn.Sequential(merged, factors)
+    assert infer_bench.weight_bytes(model) == infer_bench.weight_bytes(model, DECODE_ROWS) == 4 * (8 * 10 + 2 * 18)
+    assert infer_bench.weight_bytes(model, DECODE_ROWS + 1) == 4 * (4 * 18 + 2 * 18)
 
 
 def test_a_prompt_has_the_length_asked_for():

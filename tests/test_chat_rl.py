@@ -11,7 +11,8 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.run_log import read_run_log
-from scripts import chat_rl
+from scripts import chat_rl, chat_sft
+from scripts.chat_web import describe_model
 from tasks import spellingbee
 from tests import tiny
 from tests.golden.fixtures import build_model, tokenizer_512
@@ -109,6 +110,18 @@ def test_two_ranks(tuned):
     out = run(tuned, *FLAGS, "--num-iterations=2", ranks=2, script="chat_rl")
     assert "1 problems per rank and step" in out and "Step 00000 | pass@1: " in out
     assert len(list(folder(tuned, "chatrl").glob("optim_000001_rank*.pt"))) == 2
+
+
+def test_growth_is_remembered(tuned):
+    """A chat model's meta tells how its base model grew, and the page shows it."""
+    path = tiny.folder(tuned) / "meta_000008.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "growth": [{"step": 2, "from": "2x16", "to": "3x16", "mode": "lossless"}]}))
+    spellingbee._all_words.cache_clear()
+    assert chat_sft.main(["--device-type=cpu", "--mixture=spelling", "--num-iterations=2", "--eval-every=-1", "--chatcore-every=-1"]) == 0
+    assert train("--num-iterations=1", "--eval-every=-1", "--model-step=1") == 0
+    for source, step in (("sft", 1), ("rl", 0)):
+        model, _, meta = checkpoints.load_model(source, torch.device("cpu"), phase="eval", step=step)
+        assert describe_model(source, tuned / "d3", model, meta)["growth"] == meta["growth"] == [{"step": 2, "from": "2x16", "to": "3x16", "mode": "lossless"}]
 
 
 class Answers:

@@ -10,6 +10,7 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from tests import tiny
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=3, n_head=1, n_kv_head=1, n_embd=32, window_pattern="SL")
@@ -177,6 +178,11 @@ def test_another_tokenizer(base_model):
     checkpoints.save_checkpoint(tiny.folder(base), 4, small.state_dict(), None, {**json.loads(path.read_text()), "model_config": asdict(CONFIG)})
     with pytest.raises(UsageError, match="320 tokens, the model 64"):
         checkpoints.load_model("base", "cpu", "eval")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": get_tokenizer().checksum()}))
+    checkpoints.load_model("base", "cpu", "eval", step=3)
+    RustBPETokenizer.train_from_iterator([chr(i) * 9 for i in range(500)], 320).save(base / "tokenizer")
+    with pytest.raises(UsageError, match="was trained anew"):
+        checkpoints.load_model("base", "cpu", "eval", step=3)
     shutil.rmtree(base / "tokenizer")
     with pytest.raises(UsageError, match="tokenizer"):
         checkpoints.load_model("base", "cpu", "eval", step=3)

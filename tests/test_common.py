@@ -2,6 +2,9 @@
 import logging
 import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from nanochat import common
 from nanochat.cli import UsageError
+from tests.tiny import ROOT
 
 
 def test_base_directory(tmp_path, monkeypatch):
@@ -80,10 +84,30 @@ def test_compute_dtype_by_device(monkeypatch):
         assert common._resolve_compute_dtype()[0] == dtype
 
 
-def test_unknown_compute_dtype(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float8")
-    with pytest.raises(KeyError, match="float8.*bfloat16, float16, float32"):
-        common._resolve_compute_dtype()
+def test_unknown_compute_dtype():
+    done = subprocess.run([sys.executable, "-m", "nanochat.dataset"], cwd=ROOT, env={**os.environ, "NANOCHAT_DTYPE": "float8"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: NANOCHAT_DTYPE=float8 is unknown; use one of bfloat16, float16, float32\n"
+
+
+def test_unreachable_hub(monkeypatch):
+    """No name, nobody listening, somebody listening; and no question to a network that a proxy or a mirror stands for."""
+    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", *(name for name in os.environ if name.lower().endswith("_proxy"))):
+        monkeypatch.delenv(name, raising=False)
+    unreachable = common.hub_unreachable.__wrapped__
+
+    def no_name(*args, **kwargs):
+        raise socket.gaierror("Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    assert unreachable()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        assert not unreachable()
+    assert unreachable()
+    for name in ("HF_ENDPOINT", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        assert not unreachable()
+        monkeypatch.delenv(name)
 
 
 def test_compute_init_seeds():

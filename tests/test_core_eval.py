@@ -94,7 +94,7 @@ def test_logits_only_where_asked():
     rows, columns = torch.tensor([0, 0, 2]), torch.tensor([4, 19, 7])
     seen = []
     hook = model().lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
-    got = core_eval._logits_at(model(), ids, rows, columns)
+    got = core_eval.logits_at(model(), ids, rows, columns)
     want = model()(ids)[rows, columns]
     hook.remove()
     assert torch.allclose(got, want, atol=1e-5)

@@ -409,6 +409,14 @@ def test_climbmix_gives_up_when_the_network_is_gone(folder, hub, capsys):
     assert len(asked) < 6000
 
 
+def test_without_a_network_nobody_waits(folder, hub, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "hub_unreachable", lambda: True)
+    for source in ("climbmix", "tinystories"):
+        assert main([f"--source={source}", "-n", "1"]) == 2
+        assert "huggingface.co cannot be reached" in capsys.readouterr().err
+    assert not hub[1]
+
+
 def test_climbmix_without_a_network_keeps_the_old_data(folder, hub, corpus, capsys):
     assert main([f"--source={corpus}"]) == 0
     hub[0].add(MAX_SHARD)

@@ -64,7 +64,7 @@ def commands():
     for path in [*SCRIPTS, ROOT / "README.md"]:
         text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
         for module, rest in re.findall(r"-m ((?:nanochat|scripts)\.\w+)(.*)", text):
-            rest = re.split(r"[`;|)]|\s&|\s#|   ", rest)[0]
+            rest = re.split(r"[`;)]|\s[&|]|\s#|   ", rest)[0]
             yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
 
 
@@ -222,32 +222,49 @@ def test_setup_refuses_unknown_arguments(sandbox):
 
 
 # -----------------------------------------------------------------------------
-# quickstart.sh
+# quickstart.sh and chat.sh
+
+PRODUCTS = {"nanochat.report reset": "report/header.md", "nanochat.dataset": "base_data_climbmix/source.json",
+            "scripts.tok_train": "tokenizer/token_bytes.pt", "scripts.base_train": "report/base-model-training.md",
+            "scripts.base_eval": "report/base-model-evaluation.md", "scripts.chat_sft": "report/chat-sft.md",
+            "scripts.chat_eval": "report/chat-evaluation-sft.md"}
 
 
-def test_quickstart_does_each_stage_once_and_goes_on_where_it_failed(sandbox):
-    """A stand-in Python makes each command's product; the first tokenizer training fails."""
-    products = {"nanochat.report reset": "report/header.md", "nanochat.dataset": "base_data_climbmix/source.json",
-                "scripts.tok_train": "tokenizer/token_bytes.pt", "scripts.base_train": "report/base-model-training.md",
-                "scripts.base_eval": "report/base-model-evaluation.md"}
-    make = "\n".join(f'*"{command}"*) product={product} ;;' for command, product in products.items())
+def stand_in(sandbox, failing):
+    """A Python that makes each command's product; the module `failing` fails until the file `repaired` is there."""
+    make = "\n".join(f'*"{command}"*) product={product} ;;' for command, product in PRODUCTS.items())
     sandbox.tool("python", f"""
         echo "$2" >> '{sandbox.calls_file}'
         product=report/report.md
         case "$*" in {make} esac
-        if [[ $* == *tok_train* && ! -e '{sandbox.bin}/repaired' ]]; then exit 2; fi
+        if [[ $* == *{failing}* && ! -e '{sandbox.bin}/repaired' ]]; then exit 2; fi
         mkdir -p "$(dirname "$NANOCHAT_BASE_DIR/$product")"
         : > "$NANOCHAT_BASE_DIR/$product" """)
     (sandbox.project / "runs" / "setup.sh").write_text("")
-    base = sandbox.project / "base"
+    return {"NANOCHAT_BASE_DIR": str(sandbox.project / "base")}
 
-    status, calls, stderr = sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))
+
+def test_quickstart_does_each_stage_once_and_goes_on_where_it_failed(sandbox):
+    env, base = stand_in(sandbox, "tok_train"), sandbox.project / "base"
+    status, calls, stderr = sandbox.run("quickstart.sh", **env)
     assert (status, calls) == (1, ["nanochat.report", "nanochat.dataset", "scripts.tok_train"])
-    assert 'stage "tokenizer" failed' in stderr
+    assert 'quickstart: stage "tokenizer" failed' in stderr
     (sandbox.bin / "repaired").touch()
     later = ["scripts.tok_train", "scripts.base_train", "scripts.base_eval", "nanochat.report"]
-    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, later)
-    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, ["nanochat.report"])
+    assert sandbox.run("quickstart.sh", **env)[:2] == (0, later)
+    assert sandbox.run("quickstart.sh", **env)[:2] == (0, ["nanochat.report"])
     (base / "quickstart" / "tokenizer" / "token_bytes.pt").unlink()  # what was made with it is made again too
-    assert sandbox.run("quickstart.sh", NANOCHAT_BASE_DIR=str(base))[:2] == (0, later)
+    assert sandbox.run("quickstart.sh", **env)[:2] == (0, later)
     assert os.listdir(base) == ["quickstart"]
+
+
+def test_chat_goes_on_from_a_finished_quickstart(sandbox):
+    env = stand_in(sandbox, "chat_eval")
+    status, calls, stderr = sandbox.run("chat.sh", **env)
+    assert (status, calls) == (1, []) and "first: bash runs/quickstart.sh" in stderr
+    assert sandbox.run("quickstart.sh", **env)[0] == 0
+    status, calls, stderr = sandbox.run("chat.sh", **env)
+    assert (status, calls) == (1, ["scripts.chat_sft", "scripts.chat_eval"]) and 'chat: stage "evaluation" failed' in stderr
+    (sandbox.bin / "repaired").touch()
+    assert sandbox.run("chat.sh", **env)[:2] == (0, ["scripts.chat_eval", "nanochat.report", "scripts.chat_cli"])
+    assert sandbox.run("chat.sh", **env)[:2] == (0, ["nanochat.report", "scripts.chat_cli"])

@@ -23,17 +23,17 @@ def here(base_dir, tmp_path_factory, monkeypatch):
     return base_dir
 
 
-def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY):
+def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None):
     """Writes the log of a made-up run that did `steps` of `planned` steps, and returns its records' path."""
     path = base_dir / "base_checkpoints" / tag / "log.jsonl"
     log = RunLog(path)
-    log.log("start", 0, config={"depth": 4, "run": "dummy"}, model_config={"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
+    log.log("start", 0, config={"depth": 4, "run": "dummy"}, model_config=model_config or {"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
             num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, dtype="float32", world_size=world_size)
     for step in range(steps + 1):
         if step % 5 == 0:
             log.log("eval", step, val_bpb=2 - step / 40, tokens=512 * step, flops=512 * 30000 * step, time=30 * step)
         if step == grow_at:
-            log.log("grow", step, label="d4 to d8", loss_before=3.0, loss_after=3.0, num_iterations=planned)
+            log.log("grow", step, label="d4 to d8", loss_before=3.0, loss_after=3.0, num_iterations=planned, model_config=model_config)
         if step < steps:
             log.log("train", step, loss=5 - step / 20, raw_loss=float("nan") if step == 3 else 5 - step / 20, lrm=1.0, dt=30.0, tok_per_sec=17,
                     mfu=0.0, tokens=512 * (step + 1), flops=512 * 30000 * (step + 1), time=30 * (step + 1), epoch=1)
@@ -326,3 +326,17 @@ def test_control_characters_are_shown(here):
     assert verbatim("a\tb\nc\x00\x1b[31m\rd") == "```text\na\tb\nc␀␛[31m␍d\n```\n"
     path = get_report().log("Samples", [{"sample": "\x1bc"}])
     assert "␛c" in open(path, encoding="utf-8").read()
+
+
+def test_the_same_model_from_scratch_is_drawn_beside_a_grown_one(here):
+    shape = {"sequence_len": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "window_pattern": "L"}
+    grown = TrainingRun(train(here, "grown", grow_at=10, model_config=shape))
+    assert grown.axes == ("flops", "time") and grown.from_scratch() is None
+    alone = grown.picture()
+    train(here, "wider", model_config=shape | {"n_embd": 64})
+    train(here, "unfinished", steps=10, model_config=shape)
+    assert grown.from_scratch() is None and grown.picture() == alone
+    scratch = TrainingRun(train(here, "scratch", model_config=shape))
+    assert grown.from_scratch().tag == "scratch"
+    assert grown.picture() != alone
+    assert scratch.axes == ("tokens", "time") and scratch.from_scratch() is None

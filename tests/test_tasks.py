@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,8 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import LETTERS, QUESTIONS, SimpleSpelling, SpellingBee, get_words, spell
+from tasks.spellingbee import LETTERS, QUESTIONS, SimpleSpelling, SpellingBee, get_words, made_up_words, spell
+from tests.golden.fixtures import tokenizer_512
 
 
 def put(base_dir, *place: str, rows: list[dict], name: str = "rows.jsonl") -> None:
@@ -70,6 +72,15 @@ def test_no_network_says_where_to_put_the_data(base_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
     with pytest.raises(UsageError, match="no route; without network put its rows .* into .*task_data/openai--gsm8k/main/train"):
         GSM8K("main", "train")
+
+
+def test_without_network_the_hubs_cache_is_asked_at_once(base_dir, monkeypatch, capsys):
+    monkeypatch.setattr("tasks.common.hub_unreachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(base_dir))
+    with pytest.raises(UsageError, match="cannot get openai/gsm8k"):
+        GSM8K("main", "train")
+    assert "huggingface.co cannot be reached" in capsys.readouterr().out and huggingface_hub.constants.is_offline_mode()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]\n", "\"text\"\n", '{"x": 1}\n{"x": "text"}\n'])
@@ -198,6 +209,25 @@ def test_the_reference_answers_are_right(words, split):
         assert task.evaluate(example, completion) == 1 and task.reward(example, completion) == 1.0
         assert task.evaluate(example, completion.replace("#### ", "#### 9")) == 0
         assert SpellingBee(300, split)[i] == example
+
+
+def test_made_up_words_teach_the_tokens_and_nothing_of_other_splits(words):
+    tokenizer, real = tokenizer_512(), get_words("train")
+    made = made_up_words(tokenizer, real)
+    assert made == made_up_words(tokenizer, real) and len(set(made)) == len(made) == len(real) and not set(made) & set(real)
+    assert all(3 <= len(word) <= 10 and spellingbee._split_of(word) == "train" and set(word) <= set(LETTERS) for word in made)
+    held_out = {*get_words("test"), *get_words("long")}
+    tokens = {tokenizer.decode([token]).strip() for token in range(503)}
+    pieces = {token for token in tokens if token and set(token) <= set(LETTERS)} - held_out
+    assert pieces and all(any(piece in word for word in made) for piece in pieces)
+    assert SpellingBee(tokenizer=tokenizer).words == real + made and sorted(SimpleSpelling(tokenizer=tokenizer).words) == sorted(real + made)
+
+
+def test_a_count_by_hand_is_sometimes_wrong_in_training_only(words):
+    def wrong(split):
+        answers = [SpellingBee(1000, split)[i]["messages"][1]["content"] for i in range(1000)]
+        return sum(f"By hand: {output['text']}\n" not in by_hand["text"] for by_hand, _, _, output, _ in answers)
+    assert 50 < wrong("train") < 150 and wrong("test") == wrong("long") == 0
 
 
 def test_questions_vary(words):

@@ -45,9 +45,9 @@ def shape_of(config: GPTConfig) -> tuple:
     return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, *layers
 
 
-def final_loss_of_earlier_run(runs: str | Path, config: GPTConfig) -> Prediction | None:
-    """The lowest last validation loss (bits per byte) among finished runs of this shape that never grew; `runs` holds a folder for each run."""
-    best = None
+def earlier_runs(runs: str | Path, config: GPTConfig | dict) -> list[tuple[Path, float]]:
+    """(log, last validation loss in bits per byte) of all finished runs of this shape that never grew; `runs` holds a folder for each run."""
+    found = []
     for path in sorted(Path(runs).glob(f"*/{FILENAME}")):
         try:
             records = read_run_log(path)
@@ -55,14 +55,27 @@ def final_loss_of_earlier_run(runs: str | Path, config: GPTConfig) -> Prediction
             if "end" not in kinds or "grow" in kinds:
                 continue
             shape = next(record["model_config"] for record in records if record["kind"] == "start")
-            if shape_of(LayeredGPTConfig(**shape) if "layers" in shape else GPTConfig(**shape)) != shape_of(config):
+            if shape_of(read_config(shape)) != shape_of(read_config(config)):
                 continue
-            loss = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None][-1]
+            found.append((path, [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None][-1]))
         except (UsageError, KeyError, IndexError, StopIteration, TypeError, ValueError, AssertionError):
             continue  # the log of something else
-        if best is None or loss < best.loss:
-            best = Prediction(loss, f"the run {path.parent.name}")
-    return best
+    return found
+
+
+def read_config(config: GPTConfig | dict) -> GPTConfig:
+    if isinstance(config, GPTConfig):
+        return config
+    return LayeredGPTConfig(**config) if "layers" in config else GPTConfig(**config)
+
+
+def final_loss_of_earlier_run(runs: str | Path, config: GPTConfig) -> Prediction | None:
+    """The lowest last validation loss (bits per byte) of the earlier runs of this shape."""
+    found = earlier_runs(runs, config)
+    if not found:
+        return None
+    path, loss = min(found, key=lambda run: run[1])
+    return Prediction(loss, f"the run {path.parent.name}")
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""What the three trainings (base_train, chat_sft, chat_rl) share.
+
+* common flags, wandb, a check that checkpoints can be written before anything is trained
+* exact resume: all that is neither in the model nor in the optimizer
+* gradient accumulation in passes that fit into memory: where it runs out, passes are halved and the step is repeated
+"""
+import gc
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import list_steps
+from nanochat.cli import ArgumentParser, UsageError, step_or_off
+from nanochat.common import DummyWandb, is_ddp_initialized, print0
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+
+
+def training_parser(description: str) -> ArgumentParser:
+    """A parser with the flags of all trainings."""
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
+    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
+    return parser
+
+
+def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
+    """A wandb run on rank 0; when wandb cannot be reached the run is kept on disk, and training goes on in any case."""
+    if args.run == "dummy" or rank != 0:
+        return DummyWandb()
+    try:
+        import wandb
+        settings = wandb.Settings(init_timeout=30)
+        try:
+            return wandb.init(project=project, name=args.run, config=user_config, settings=settings)
+        except Exception as error:
+            print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline, `wandb sync` uploads it later")
+            return wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline")
+    except Exception as error:
+        print0(f"No wandb ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); training goes on without")
+        return DummyWandb()
+
+
+def check_output(folder: Path, model: GPT, master: bool) -> None:
+    """Fails before the training instead of after it. Raises UsageError if no checkpoint can be written to `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
+            unfinished.unlink()
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
+    needed = sum(3 * p.numel() * p.element_size() for p in model.parameters())  # weights and at most two moments
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(f"a checkpoint needs {needed / 2**20:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free; make room or move NANOCHAT_BASE_DIR")
+
+
+def collect_garbage_rarely(step: int, first_step: int) -> None:
+    """To be called after each step. The collector's pauses cost up to half a second each: what lives after the first step is taken
+    out of its sight, and it runs rarely."""
+    if step == first_step + 1:
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+    elif step % 5000 == 0:
+        gc.collect()
+
+
+# -----------------------------------------------------------------------------
+# Exact resume
+
+
+def find_resume_step(args, folder: Path) -> int | None:
+    """The step to continue from, or None for a new run."""
+    if args.resume_from_step >= 0:
+        return args.resume_from_step
+    steps = list_steps(folder)
+    if args.resume and steps:
+        return steps[-1]
+    if args.resume:
+        print0(f"Nothing to resume in {folder}: a new run begins")
+    elif steps:
+        print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
+               "delete them, or keep both apart with --model-tag")
+    return None
+
+
+def get_exact_state(device: torch.device, scaler) -> dict:
+    """Random states and the loss scaler's state."""
+    rng = {"python": list(random.getstate()[1]), "cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return dict(rng=rng, scaler=scaler.state_dict() if scaler else None)
+
+
+def set_exact_state(state: dict, device: torch.device, scaler) -> None:
+    rng = state["rng"]
+    random.setstate((3, tuple(rng["python"]), None))
+    torch.set_rng_state(rng["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"].cpu(), device)
+    if scaler and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+
+
+def load_optimizer(optimizer: MuonAdamW, state: dict) -> None:
+    """Fills in a checkpoint's state; the initial learning rates stay those of the flags. Raises UsageError for that of another model."""
+    learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"the checkpoint's optimizer state does not fit this model: {error}; use another step (chat_sft: --load-optimizer=0)") from error
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["initial_lr"] = learning_rate
+
+
+# -----------------------------------------------------------------------------
+# One optimizer step, in passes that fit into memory
+
+
+def release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
+    """The most rows per pass that fit, found by trying: the divisors of `rows` (this rank's rows per step), largest first.
+
+    On a CPU memory is not the limit: about 8,192 tokens per pass keep both cores and caches busy.
+    """
+    device = model.get_device()
+    if device.type == "cpu":
+        best = max(1, 8192 // sequence_len)
+        return next(n for n in range(min(best, rows), 0, -1) if rows % n == 0)
+    # what the optimizer will need on top: two moments at most, and the gathered updates
+    reserve_bytes = sum(3 * p.numel() * p.element_size() for p in model.parameters())
+    for n in (n for n in range(rows, 0, -1) if rows % n == 0):
+        try:
+            reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+            tokens = torch.zeros(n, sequence_len, dtype=torch.long, device=device)
+            model(tokens, tokens).backward()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        finally:
+            reserve = tokens = torch.empty(0)  # noqa: F841 (frees the memory)
+            model.zero_grad(set_to_none=True)
+            release_memory(device)
+        if fits:
+            break
+    else:
+        raise UsageError("not even one row fits in this device's memory; lower --depth or --max-seq-len")
+    if is_ddp_initialized():
+        smallest = torch.tensor(n, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        n = int(smallest)
+    return n
+
+
+class Accumulator:
+    """Forward and backward over the batches of one step, in passes of as many rows as fit."""
+
+    def __init__(self, model, raw_model: GPT, scaler):
+        self.model, self.raw_model, self.scaler = model, raw_model, scaler
+        self.rows: int | None = None  # rows per pass, None: whole batches
+
+    def __call__(self, batches: Iterator, count: int) -> torch.Tensor:
+        """Adds up the gradient of the mean loss of `count` batches; returns the last one's loss.
+
+        Batches are drawn one by one, so that reading the next overlaps with the device's work. When memory runs out,
+        the step starts again with the same batches and half the rows per pass.
+        """
+        drawn: list = []
+
+        def draw():
+            for batch in batches:
+                drawn.append(batch)
+                yield batch
+
+        rest = draw()
+        while True:
+            try:
+                for x, y in itertools.chain(tuple(drawn), rest):
+                    loss = self._one(x, y, count)
+                return loss
+            except torch.OutOfMemoryError:
+                rows = self.rows or x.size(0)
+                if rows == 1:
+                    raise UsageError("out of memory with one row per pass; lower --depth or --max-seq-len") from None
+                self.rows = -(-rows // 2)
+            self.raw_model.zero_grad(set_to_none=True)
+            release_memory(self.raw_model.get_device())
+            print(f"Out of memory: {self.rows} rows per pass from here on, the same batches", flush=True)
+
+    def _one(self, x, y, count: int) -> torch.Tensor:
+        """Adds the gradient of the mean loss over one batch's trained tokens, divided by `count`; returns that mean."""
+        rows = self.rows or x.size(0)
+        trained = (y >= 0).sum()
+        loss = torch.zeros((), device=x.device)
+        for piece_x, piece_y in zip(x.split(rows), y.split(rows), strict=True):
+            piece = self.model(piece_x, piece_y, loss_reduction="sum") / trained
+            (self.scaler.scale(piece / count) if self.scaler else piece / count).backward()
+            loss = loss + piece.detach()
+        return loss
+
+
+def optimizer_step(optimizer: MuonAdamW, scaler) -> None:
+    if scaler is None:
+        optimizer.step()
+        return
+    scaler.unscale_(optimizer)
+    if is_ddp_initialized():  # every rank skips the step, or none
+        for found_inf in scaler._found_inf_per_device(optimizer).values():
+            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+    scaler.step(optimizer)
+    scaler.update()

@@ -1,0 +1,41 @@
+"""The studies of analysis/, with trials that need no training."""
+import json
+
+import pytest
+
+from analysis import growth, low_rank, normalized, width_transfer
+from analysis.trials import Result, cost_with
+
+
+@pytest.mark.parametrize("study, flags, runs", [
+    (low_rank, ["--seeds=2", "--only", "both, equal tokens"], 4), (normalized, ["--seeds=2"], 16), (width_transfer, ["--widths", "64", "128"], 6),
+    (growth, ["--seeds=2"], 34)], ids=["low_rank", "normalized", "width_transfer", "growth"])
+def test_table_numbers_and_picture(study, flags, runs, tmp_path, base_dir, monkeypatch, capsys):
+    trained = []
+
+    def run_trials(directory, trials, jobs):
+        assert directory == str(base_dir) and jobs == 2
+        trained.extend(trials)
+        return [Result(trial, [0, 100 + i], [3.0, 2.0 - i / 100], [0.0, 1e9], 1.0, 1000) for i, trial in enumerate(trained)]
+
+    monkeypatch.setattr(study, "run_trials", run_trials)
+    monkeypatch.setattr(study, "nats_per_bpb", lambda: 2.0, raising=False)
+    assert study.main([*flags, f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(trained) == runs and all(trial["depth"] == 4 for trial in trained)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert list(dict.fromkeys(line.split(" | ")[0].removeprefix("| ") for line in table[1:])) == list(rows)
+    assert "bpb" in json.dumps(rows) and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_with_a_loss_is_interpolated_over_its_logarithm():
+    assert cost_with(2.5, [1, 4], [3, 2]) == pytest.approx(2)
+    assert cost_with(1.5, [16, 1, 4], [1, 3, 2]) == pytest.approx(8)
+    assert cost_with(0.5, [16, 1, 4], [1, 3, 2]) == pytest.approx(32)  # beyond the last run
+
+
+def test_grown_and_other_contestants_get_the_same_flops():
+    grown = growth.flags_of(growth.WIDTH, 0.6, 42)
+    scratch = growth.flags_of({}, 0.6, 42)
+    assert grown["num-iterations"] * grown["grow-budget"] * growth.DENSE_FLOPS / growth.STEPS == scratch["target-flops"]
+    assert "num-iterations" not in scratch and grown["seed"] == scratch["seed"] == 42

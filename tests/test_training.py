@@ -1,0 +1,145 @@
+"""What all trainings share: full memory changes nothing but the speed, and wandb is optional."""
+import gc
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.gpt import GPT
+from nanochat.training import Accumulator, fit_device_batch
+from tests import tiny
+from tests.golden.fixtures import batch, build_model
+
+
+@pytest.fixture
+def base(base_dir):
+    tiny.prepare(base_dir)
+    yield base_dir
+    gc.enable()  # a run that ends early leaves the collector off
+
+
+def train_losses(base, tag: str = "d3") -> list[float]:
+    return [raw_loss for kind, _, raw_loss, *_ in tiny.losses(base, tag) if kind == "train"]
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets how many rows fit into a training pass."""
+    forward = GPT.forward
+
+    def limit(rows: int) -> None:
+        def limited(self, idx, *args, **kwargs):
+            if self.training and idx.size(0) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, idx, *args, **kwargs)
+
+        monkeypatch.setattr(GPT, "forward", limited)
+
+    return limit
+
+
+@pytest.mark.parametrize("rows", [4, 3, 2, 1])  # room for all, two unequal pieces, and less
+@pytest.mark.parametrize("trained", [None, (16, 1, 0, 3, 0)], ids=["all", "few"])  # tokens per row; a piece may have none
+def test_less_memory_same_gradient(memory, rows, trained):
+    model = build_model(dict(sequence_len=16, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"), seed=1)
+    batches = [batch(seed, 5, 16, 64, ignore_frac=0) for seed in range(3)]
+    for _, targets in batches if trained else ():
+        for row, tokens in zip(targets, trained, strict=True):
+            row[tokens:] = -1
+
+    def take_gradient():
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return gradient
+
+    losses = [model(*inputs) for inputs in batches]
+    (sum(losses) / 3).backward()
+    expected = take_gradient()
+    memory(rows)
+    loss = Accumulator(model, model, None)(iter(batches), 3)
+    assert loss.item() == pytest.approx(losses[-1].item(), abs=1e-5)
+    assert (take_gradient() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_less_memory_same_losses(base, memory):
+    flags = ("--num-iterations=4", "--device-batch-size=4", "--eval-every=-1")
+    assert tiny.train(*flags, "--model-tag=roomy") == 0
+    memory(1)
+    assert tiny.train(*flags, "--model-tag=tight") == 0
+    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step(base, monkeypatch):
+    """The step begins again with the very same batches: none is skipped and no gradient counts twice."""
+    flags = ("--num-iterations=4", "--eval-every=-1")
+    assert tiny.train(*flags, "--model-tag=roomy") == 0
+    forward, calls = GPT.forward, []
+
+    def once(self, *args, **kwargs):
+        calls.append(self.training)
+        if calls.count(True) == 6:  # the second pass of the third step
+            calls.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", once)
+    assert tiny.train(*flags, "--model-tag=tight") == 0
+    assert train_losses(base, "tight") == pytest.approx(train_losses(base, "roomy"), abs=1e-4)
+    positions = [json.loads((tiny.folder(base, tag) / "meta_000004.json").read_text())["dataloader_state_dict"] for tag in ("roomy", "tight")]
+    assert positions[0] == positions[1]
+
+
+def test_not_even_one_row_fits(base, memory, capsys):
+    memory(0)
+    assert tiny.train() == 2
+    assert "out of memory with one row" in capsys.readouterr().err
+
+
+def test_device_batch_size_is_found(base, capsys):
+    assert tiny.train("--device-batch-size=-1", "--eval-every=-1", "--num-iterations=2") == 0
+    assert "Device batch size: 4 rows" in capsys.readouterr().out
+    model = checkpoints.load_model("base", "cpu", "train", model_tag="d3")[0]
+    for rows, sequence_len, best in [(300, 64, 100), (128, 64, 128), (7, 64, 7), (131, 64, 1), (12, 8192, 1)]:
+        assert fit_device_batch(model, rows, sequence_len) == best
+
+
+# -----------------------------------------------------------------------------
+# wandb
+
+
+def fake_wandb(monkeypatch, init) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs))
+
+
+def test_wandb_gets_the_numbers(base, monkeypatch):
+    logged, finished, modes = [], [], []
+
+    def init(project, name, config, mode=None, **kwargs):
+        modes.append(mode)
+        if len(modes) == 1:
+            raise ConnectionError("no network")
+        assert (project, name, config["depth"]) == ("nanochat", "test", 3)
+        return types.SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
+
+    fake_wandb(monkeypatch, init)
+    assert tiny.train("--run=test") == 0
+    assert modes == [None, "offline"] and finished == [True]
+    assert [row["step"] for row in logged if "val/bpb" in row] == [0, 4, 8]
+    assert [row["step"] for row in logged if "train/loss" in row] == [0]
+
+
+def test_no_wandb_at_all(base, monkeypatch, capsys):
+    def init(**kwargs):
+        raise RuntimeError("api_key not configured")
+
+    fake_wandb(monkeypatch, init)
+    assert tiny.train("--run=test") == 0
+    assert "api_key not configured" in capsys.readouterr().out
+    assert len(train_losses(base)) == 8
