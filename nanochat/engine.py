@@ -34,8 +34,6 @@ ARITHMETIC: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
 SIGNS: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 STRING_METHODS = {"count", "lower", "upper"}  # none of them makes a longer string
-FORBIDDEN_WORDS = ("__", "import", "exec", "eval", "compile", "open", "file", "input", "globals", "locals", "vars", "dir",
-                   "getattr", "setattr", "delattr", "hasattr")
 
 
 def _evaluate(node: ast.expr, *types: type):
@@ -77,10 +75,10 @@ def use_calculator(expr: str) -> int | float | str | None:
     expr = expr.replace(",", "")
     if set(expr) <= set("0123456789*+-/.() "):
         return None if "**" in expr else eval_with_timeout(expr)
-    # what is refused here is part of the tool as models learned it, not of its safety
+    # what is refused here is part of the tool as models learned it, not of its safety; words such as "file", which nanochat refuses, can be counted in
     if not all(char.isascii() and char.isalnum() or char in "'\"()._ " for char in expr):
         return None
-    if ".count(" not in expr or any(word in expr.lower() for word in FORBIDDEN_WORDS):
+    if ".count(" not in expr:
         return None
     return eval_with_timeout(expr)
 

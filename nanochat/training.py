@@ -208,7 +208,7 @@ class Accumulator:
     def _one(self, x, y, count: int) -> torch.Tensor:
         """Adds the gradient of the mean loss over one batch's trained tokens, divided by `count`; returns that mean."""
         rows = self.rows or x.size(0)
-        trained = (y >= 0).sum()
+        trained = (y >= 0).sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
         for piece_x, piece_y in zip(x.split(rows), y.split(rows), strict=True):
             piece = self.model(piece_x, piece_y, loss_reduction="sum") / trained

@@ -300,12 +300,12 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
     gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
+    base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), args.model_tag, args.model_step)
     train_data, val_data = build_mixture(args.mixture, args.mmlu_epochs, args.gsm8k_epochs)
     print0(f"Training mixture: {len(train_data):,} conversations; validation: {len(val_data):,}")
     tasks = evaluation_tasks(args.mixture) if args.chatcore_every > 0 else {}
 
     # The base model, or the checkpoint to continue from
-    base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), args.model_tag, args.model_step)
     folder = Path(checkpoints.checkpoints_dir_of("sft"), base_folder.name)
     resume_step = find_resume_step(args, folder)
     train_state = meta = None

@@ -93,12 +93,12 @@ def get_words(split: str) -> list[str]:
 
 
 def made_up_words(tokenizer, real: list[str]) -> list[str]:
-    """As many words as the real ones, with 3 to 10 letters, joined from tokens; none of them, and no token, is a word of another split.
+    """As many words as the real ones, with 3 to 10 letters, joined from tokens; none of them is a word of another split.
 
     Every token of lower-case letters begins as many words as any other, if it is not too long.
     """
     tokens = (tokenizer.decode([token]).strip() for token in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())))
-    pieces = sorted({token for token in tokens if token and set(token) <= set(LETTERS) and (len(token) < SHORTEST or _split_of(token) == "train")})
+    pieces = sorted({token for token in tokens if token and set(token) <= set(LETTERS) and len(token) <= LONGEST})
     rng, taken, made = random.Random(42), set(real), []
     for piece in itertools.islice(itertools.cycle(pieces), 10 * len(real)):  # most are taken if the tokens are few
         word = piece

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from analysis import growth, low_rank, normalized, width_transfer
+from analysis import growth, growth_bound, low_rank, normalized, width_transfer
 from analysis.trials import Result, cost_with
 
 
@@ -39,3 +39,12 @@ def test_grown_and_other_contestants_get_the_same_flops():
     scratch = growth.flags_of({}, 0.6, 42)
     assert grown["num-iterations"] * grown["grow-budget"] * growth.DENSE_FLOPS / growth.STEPS == scratch["target-flops"]
     assert "num-iterations" not in scratch and grown["seed"] == scratch["seed"] == 42
+
+
+def test_growth_can_save_much_of_a_run_that_is_short_for_its_size_and_nothing_of_a_long_one():
+    ideal, single, size = zip(*(growth_bound.shares(1e9, tokens) for tokens in (0.3, 1, 5, 20, 100, 1000)))
+    assert ideal == tuple(sorted(ideal)) and single == tuple(sorted(single)) and size == tuple(sorted(size))
+    assert all(i <= s + 1e-3 for i, s in zip(ideal, single))
+    assert ideal[0] < 0.3 and ideal[-1] == pytest.approx(1, abs=0.02) and (single[-1], size[-1]) == pytest.approx((1, 1))
+    with pytest.raises(SystemExit, match="2"):
+        growth_bound.main(["--params=0"])

@@ -1,6 +1,14 @@
 """Golden values that are not kept on purpose, with the reason: (fixture, case) -> why."""
+INERT = "letters are counted in words such as file and import too: text in quotes does nothing"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("calculator", "()"): "an empty tuple is no number: refused",
+    ("calculator", "'a'.count('import')"): INERT,
+    ("calculator", "'open'.count('o')"): INERT,
+    ("calculator", "'fileo'.count('o')"): INERT,
+    ("calculator", "'Direct'.count('i')"): INERT,
+    ("calculator", "'vars'.count('a')"): INERT,
+    ("calculator", "'EVAL'.count('E')"): INERT,
+    ("calculator", "'profile'.count('f')"): INERT,
     ("decode", "two_chunk_second"): "a later chunk's first position is smeared too, so that chunks equal the full pass",
     ("decode", "beyond_capacity"): "a ValueError that names the capacity, instead of PyTorch's RuntimeError about shapes",
     ("gpt_parts", "empty window_pattern"): "refused like any other bad pattern, instead of a division by zero",
