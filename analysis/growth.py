@@ -42,9 +42,10 @@ def draw(runs: dict[str, list[list[Result]]], nats: float, path: Path) -> None:
     """Final loss against FLOPs, mean of the seeds."""
     with picture(path, 8, 5) as axes:
         for i, (name, seeds) in enumerate(runs.items()):
-            color = "black" if i == 0 else "#9ca3af" if i == len(runs) - 1 else f"C{i - 1}"
+            color = "black" if i in (0, len(runs) - 1) else f"C{i - 1 if i < 8 else i}"  # C7 is grey
             budgets = [r.flops[-1] for r in seeds[0]]
-            axes.plot(budgets, [statistics.mean(seed[k].final for seed in seeds) * nats for k in range(len(budgets))], "o-", color=color, label=name)
+            axes.plot(budgets, [statistics.mean(seed[k].final for seed in seeds) * nats for k in range(len(budgets))], "o:" if i == len(runs) - 1 else "o-",
+                      color=color, label=name)
             for seed in seeds:
                 axes.plot(budgets, [r.final * nats for r in seed], ".", color=color, alpha=0.4)
         axes.set_xscale("log")
