@@ -154,13 +154,13 @@ class SpellingBee(Task):
         for position, char in enumerate(word, 1):
             count += char == letter
             lines.append(f"{position}:{char}" + (f" hit! count={count}" if char == letter else ""))
-        # between double quotes a word has the tokens that it also has in its spelling, whatever its letters
+        # between double quotes a word has the tokens that it also has in its spelling; after ' an s, t, d or m would be taken for a contraction
         by_hand = f'We count "{letter}" in "{word}":\n\n{spell(word)}\n\n' + "\n".join(lines)
         mistaken = self.split == "train" and rng.random() < 0.1
         parts = [
             {"type": "text", "text": f"{by_hand}\n\nBy hand: {count + mistaken}\n\n"},
             {"type": "text", "text": "By Python:\n\n"},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python", "text": f'"{word}".count("{letter}")'},
             {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"\n\n#### {count}"},
         ]
