@@ -200,7 +200,7 @@ def test_the_reference_answers_are_right(words, split):
     for i in range(len(task)):
         example = task[i]
         question, (by_hand, _, call, output, final) = example["messages"][0]["content"], example["messages"][1]["content"]
-        word, letter = call["text"].split("'")[1::2]
+        word, letter = call["text"].split('"')[1::2]
         assert word in task.words and (word in question.lower()) and letter in question.lower()
         assert output["text"] == str(use_calculator(call["text"])) == str(word.count(letter))
         assert by_hand["text"].count("hit!") == word.count(letter) and spell(word) in by_hand["text"]
