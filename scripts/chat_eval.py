@@ -62,7 +62,9 @@ def _limit(task: Task, max_problems: int | None) -> int:
 
 def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
     """(number of the prompt, its likeliest answer), in the order in which they end: up to `slots` prompts share each decoding step."""
-    context = max(map(len, prompts), default=0) + max_new_tokens
+    if not prompts:  # a rank may have none
+        return
+    context = max(map(len, prompts)) + max_new_tokens
     engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context)
     answers: list[list[int]] = [[] for _ in prompts]
     ended: list[int] = []
