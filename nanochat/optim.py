@@ -51,12 +51,9 @@ def orthogonalize(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
     X = X * (target / row_norm.clamp(min=1e-6)).to(X.dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     for a, b, c in polar_express_coeffs[:ns_steps]:
-        if rows > columns:
-            A = X.mT @ X
-            X = a * X + X @ (b * A + c * (A @ A))
-        else:
-            A = X @ X.mT
-            X = a * X + (b * A + c * (A @ A)) @ X
+        A = X.mT @ X if rows > columns else X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, *((X, B) if rows > columns else (B, X)), beta=a)
     return X
 
 
@@ -73,19 +70,19 @@ def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momen
     g = stacked_grads.lerp_(momentum_buffer, momentum_t.to(stacked_grads.dtype))
     # orthogonalize, then fix the norm that an exactly orthogonal matrix would have
     g = orthogonalize(g.bfloat16() if COMPUTE_DTYPE == torch.bfloat16 else g, ns_steps).to(stacked_params.dtype)
-    g = g * (min(rows, columns) ** 0.5 / g.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+    row_norm = torch.linalg.vector_norm(g, dim=red_dim, keepdim=True, dtype=torch.float32)
+    target = min(rows, columns) ** 0.5 / row_norm.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6)
+    row_norm = row_norm * target
     # NorMuon: even out the rows (or columns) by a running second moment, at an unchanged Frobenius norm
-    size = g.size(red_dim)
-    mean_square = g.float().square().mean(dim=red_dim, keepdim=True)
+    mean_square = row_norm.square() / g.size(red_dim)
     second_momentum_buffer.lerp_(mean_square.to(second_momentum_buffer.dtype), 1 - beta2_t.to(second_momentum_buffer.dtype))
-    scale = second_momentum_buffer.clamp(min=1e-10).rsqrt()
-    norm_before = (size * mean_square.sum(dim=(-2, -1), keepdim=True)).sqrt()
-    norm_after = (size * mean_square * scale.float().square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    g = g * (scale * (norm_before / norm_after.clamp(min=1e-10))).to(g.dtype)
+    scale = second_momentum_buffer.float().clamp(min=1e-10).rsqrt()
+    scale = scale * (row_norm.norm(dim=(-2, -1), keepdim=True) / (row_norm * scale).norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    g = g.mul_((target * scale).to(g.dtype))
     # cautious decoupled decay
-    agree = (g * stacked_params) >= 0
     lr = lr_t.to(g.dtype)
-    stacked_params.sub_(lr * g + lr * wd_t.to(g.dtype) * stacked_params * agree)
+    kept = 1 - lr * wd_t.to(g.dtype) * (g * stacked_params >= 0)
+    stacked_params.mul_(kept).sub_(g.mul_(lr))
 
 
 def _scalar(value: float, device: torch.device) -> torch.Tensor:
