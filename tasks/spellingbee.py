@@ -95,16 +95,20 @@ def get_words(split: str) -> list[str]:
 def made_up_words(tokenizer, real: list[str]) -> list[str]:
     """As many words as the real ones, with 3 to 10 letters, joined from tokens; none of them is a word of another split.
 
-    Every token of lower-case letters begins as many words as any other, if it is not too long.
+    Every token of lower-case letters, with or without a space before it, begins as many of them as any other, as far as the tokenizer
+    does use it there and as it is short enough to be continued.
     """
-    tokens = (tokenizer.decode([token]).strip() for token in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())))
-    pieces = sorted({token for token in tokens if token and set(token) <= set(LETTERS) and len(token) <= LONGEST})
+    tokens = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens()))]
+    beginnings = [(token, text) for token, text in enumerate(tokens) if text.strip(" ") and set(text.strip(" ")) <= set(LETTERS)]
+    pieces = sorted({text.strip(" ") for _, text in beginnings})
+    that_fit = {room: [piece for piece in pieces if len(piece) <= room] for room in range(LONGEST)}
     rng, taken, made = random.Random(42), set(real), []
-    for piece in itertools.islice(itertools.cycle(pieces), 10 * len(real)):  # most are taken if the tokens are few
-        word = piece
-        while len(word) < rng.randint(SHORTEST, LONGEST):
-            word += rng.choice(pieces)
-        if _split_of(word) == "train" and word not in taken:
+    for token, text in itertools.islice(itertools.cycle(beginnings), 10 * len(real)):  # most are taken if the tokens are few
+        word, space = text.strip(" "), " " if text.startswith(" ") else ""
+        length = rng.randint(max(SHORTEST, len(word) + 1), LONGEST) if len(word) < LONGEST else 0
+        while len(word) < length:
+            word += rng.choice(that_fit[LONGEST - len(word)])
+        if _split_of(word) == "train" and word not in taken and tokenizer.encode(space + word)[0] == token:
             taken.add(word)
             made.append(word)
             if len(made) == len(real):
