@@ -7,7 +7,8 @@
   10 letters, which ask whether the model counts further than it has learned to.
 * To spell a new word, a model must know the letters of its tokens, of which many are in hardly a word of `train`. With a tokenizer
   the training examples use as many made-up words again, joined from the letters of tokens.
-* In one of ten training examples the count by hand is wrong and the calculator's right, else the model learns to believe its own.
+* In a fifth of the training examples the count by hand breaks off before the word ends. So the model learns to go on from there, and to
+  believe the calculator: by hand it counts no further than the longest word that it was trained on.
 """
 import functools
 import itertools
@@ -154,19 +155,22 @@ class SpellingBee(Task):
         if rng.random() < 0.5:
             question += "?"
 
+        # between double quotes a word has the tokens that it also has in its spelling; after ' an s, t, d or m would be taken for a contraction
+        sentence = f'We count "{letter}" in "{word}":'
+        broken_off = self.split == "train" and rng.random() < 0.2
+        read = word[:rng.randrange(1, len(word))] if broken_off else word
         count, lines = 0, []
-        for position, char in enumerate(word, 1):
+        for position, char in enumerate(read, 1):
             count += char == letter
             lines.append(f"{position}:{char}" + (f" hit! count={count}" if char == letter else ""))
-        # between double quotes a word has the tokens that it also has in its spelling; after ' an s, t, d or m would be taken for a contraction
-        by_hand = f'We count "{letter}" in "{word}":\n\n{spell(word)}\n\n' + "\n".join(lines)
-        mistaken = self.split == "train" and rng.random() < 0.1
+        by_hand = "\n".join(lines)
+        answer = word.count(letter)
         parts = [
-            {"type": "text", "text": f"{by_hand}\n\nBy hand: {count + mistaken}\n\n"},
+            {"type": "text", "text": f"{sentence}\n\n{word}:{','.join(read)}\n\n{by_hand}\n\nBy hand: {count}\n\n"},
             {"type": "text", "text": "By Python:\n\n"},
             {"type": "python", "text": f'"{word}".count("{letter}")'},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f"\n\n#### {count}"},
+            {"type": "python_output", "text": str(answer)},
+            {"type": "text", "text": f"\n\n#### {answer}"},
         ]
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
 

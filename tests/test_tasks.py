@@ -1,5 +1,6 @@
 """Data sets from local files and from the hub, bad rows, spelling words, your own conversations."""
 import json
+import re
 import sys
 import types
 from collections import Counter
@@ -204,8 +205,10 @@ def test_the_reference_answers_are_right(words, split):
         word, letter = call["text"].split('"')[1::2]
         assert word in task.words and (word in question.lower()) and letter in question.lower()
         assert output["text"] == str(use_calculator(call["text"])) == str(word.count(letter))
-        assert by_hand["text"].count("hit!") == word.count(letter) and spell(word) in by_hand["text"]
-        assert f"{len(word)}:{word[-1]}" in by_hand["text"]
+        letters = re.search(f"^{word}:(.*)$", by_hand["text"], re.MULTILINE)[1].replace(",", "")
+        assert letters and (word.startswith(letters) if split == "train" else word == letters)
+        assert by_hand["text"].count("hit!") == letters.count(letter) and by_hand["text"].endswith(f"By hand: {letters.count(letter)}\n\n")
+        assert spell(letters).split(":")[1] in by_hand["text"] and f"{len(letters)}:{letters[-1]}" in by_hand["text"]
         completion = "".join(part["text"] for part in (by_hand, call, output, final))
         assert task.evaluate(example, completion) == 1 and task.reward(example, completion) == 1.0
         assert task.evaluate(example, completion.replace("#### ", "#### 9")) == 0
@@ -223,11 +226,11 @@ def test_made_up_words_teach_the_tokens_and_nothing_of_other_splits(words):
     assert SpellingBee(tokenizer=tokenizer).words == real + made and sorted(SimpleSpelling(tokenizer=tokenizer).words) == sorted(real + made)
 
 
-def test_a_count_by_hand_is_sometimes_wrong_in_training_only(words):
-    def wrong(split):
-        answers = [SpellingBee(1000, split)[i]["messages"][1]["content"] for i in range(1000)]
-        return sum(f"By hand: {output['text']}\n" not in by_hand["text"] for by_hand, _, _, output, _ in answers)
-    assert 50 < wrong("train") < 150 and wrong("test") == wrong("long") == 0
+def test_the_count_by_hand_sometimes_breaks_off_in_training(words):
+    examples = [SpellingBee(1000)[i]["messages"][1]["content"] for i in range(1000)]
+    early = [spell(call["text"].split('"')[1]) not in by_hand["text"] for by_hand, _, call, _, _ in examples]
+    wrong = [f"By hand: {output['text']}\n" not in by_hand["text"] for by_hand, _, _, output, _ in examples]
+    assert 150 < sum(early) < 250 and 30 < sum(wrong) and all(a >= b for a, b in zip(early, wrong))
 
 
 def test_questions_vary(words):
