@@ -20,9 +20,9 @@ if [[ ! -e $NANOCHAT_BASE_DIR/report/base-model-training.md ]]; then
 fi
 
 stage "fine-tuning" report/chat-sft.md python -m scripts.chat_sft --mixture=spelling \
-    --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096 --num-iterations=1220 \
+    --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096 --num-iterations=1500 \
     --init-lr-frac=1 --matrix-lr=0.03 --embedding-lr=0.45 --unembedding-lr=0.012 --warmdown-ratio=1 \
-    --eval-every=305 --eval-tokens=16384 --chatcore-every=-1
+    --eval-every=375 --eval-tokens=16384 --chatcore-every=-1
 stage "evaluation" report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft -a "SpellingBee|SpellingBee-Long|SimpleSpelling" -b 64
 printf '\n=== report\n'
 python -m nanochat.report generate
