@@ -80,9 +80,9 @@ def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momen
     scale = scale * (row_norm.norm(dim=(-2, -1), keepdim=True) / (row_norm * scale).norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
     g = g.mul_((target * scale).to(g.dtype))
     # cautious decoupled decay
-    lr = lr_t.to(g.dtype)
-    kept = 1 - lr * wd_t.to(g.dtype) * (g * stacked_params >= 0)
-    stacked_params.mul_(kept).sub_(g.mul_(lr))
+    agree = g * stacked_params >= 0
+    g = g.addcmul_(stacked_params, wd_t.to(g.dtype) * agree)
+    stacked_params.sub_(g.mul_(lr_t.to(g.dtype)))
 
 
 def _scalar(value: float, device: torch.device) -> torch.Tensor:
