@@ -34,7 +34,7 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at report.html. Let the 
 
     NANOCHAT_BASE_DIR="$NANOCHAT_BASE_DIR" $PWD/.venv/bin/python -m scripts.chat_cli -i base -p "import os"
 
-Teach it to answer questions (10 minutes):
+Teach it to count letters (10 minutes):
 
     bash runs/chat.sh
 END
