@@ -70,15 +70,15 @@ def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momen
     g = stacked_grads.lerp_(momentum_buffer, momentum_t.to(stacked_grads.dtype))
     # orthogonalize, then fix the norm that an exactly orthogonal matrix would have
     g = orthogonalize(g.bfloat16() if COMPUTE_DTYPE == torch.bfloat16 else g, ns_steps).to(stacked_params.dtype)
-    row_norm = torch.linalg.vector_norm(g, dim=red_dim, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-    target = min(rows, columns) ** 0.5 / row_norm.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6)
-    row_norm = row_norm * target
+    norms = torch.linalg.vector_norm(g, dim=red_dim, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))  # of rows or columns
+    rescale = min(rows, columns) ** 0.5 / norms.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6)
+    norms = norms * rescale
     # NorMuon: even out the rows (or columns) by a running second moment, at an unchanged Frobenius norm
-    mean_square = row_norm.square() / g.size(red_dim)
+    mean_square = norms.square() / g.size(red_dim)
     second_momentum_buffer.lerp_(mean_square.to(second_momentum_buffer.dtype), 1 - beta2_t.to(second_momentum_buffer.dtype))
-    scale = second_momentum_buffer.to(row_norm.dtype).clamp(min=1e-10).rsqrt()
-    scale = scale * (row_norm.norm(dim=(-2, -1), keepdim=True) / (row_norm * scale).norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-    g = g.mul_((target * scale).to(g.dtype))
+    scale = second_momentum_buffer.to(norms.dtype).clamp(min=1e-10).rsqrt()
+    scale = scale * (norms.norm(dim=(-2, -1), keepdim=True) / (norms * scale).norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    g = g.mul_((rescale * scale).to(g.dtype))
     # cautious decoupled decay
     agree = g * stacked_params >= 0
     g = g.addcmul_(stacked_params, wd_t.to(g.dtype) * agree)
