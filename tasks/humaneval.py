@@ -46,7 +46,9 @@ class HumanEval(Task):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, problem: dict, completion: str) -> bool:
-        """Runs the program in the sandbox. The prompt's imports are given to it, everything else it must bring along."""
+        """Runs the program and its test in the sandbox, each in a process of its own: a program that exits has not passed.
+
+        The prompt's imports are given to both, everything else the program must bring along."""
         imports = extract_imports(problem["messages"][0]["content"])
-        program = f"{imports}\n\n{extract_program(completion)}\n\n{problem['test']}\ncheck({problem['entry_point']})"
-        return execute_code(program).success
+        program = f"{imports}\n\n{extract_program(completion)}"
+        return execute_code(program, test=f"{imports}\n\n{problem['test']}\ncheck({problem['entry_point']})").success
