@@ -99,14 +99,16 @@ class _Process:
             self.files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
             self.files[0].write(code.encode("utf-8", "surrogatepass"))
             self.files[0].seek(0)
-            packages = [path for path in sys.path if path.endswith("-packages")]
+            libraries = [f"{prefix}/{name}" for prefix in {sys.prefix, sys.base_prefix} for name in ("lib", "lib64")]
+            libraries += [path for path in sys.path if path.endswith("-packages")]
             command = [sys.executable, "-B", "-X", "utf8", "-I", "-S", os.path.abspath(sandbox.__file__), role, str(os.getpid()), str(timeout),
-                       str(memory or 0), str(requests), str(answers), sys.prefix, sys.base_prefix, *packages]
+                       str(memory or 0), str(requests), str(answers), *libraries]
             stdin, stdout, stderr = self.files
             self.popen = subprocess.Popen(command, cwd=self.folder, env={"PATH": "/usr/bin:/bin"}, stdin=stdin, stdout=stdout, stderr=stderr,
                                           pass_fds=[end for end in (requests, answers) if end >= 0], start_new_session=True)
             stack.callback(self.kill)
-            if hasattr(os, "pidfd_open"):  # subprocess would look every 50 ms only
+            self._poll = None
+            with contextlib.suppress(AttributeError, OSError):  # Linux 5.3; subprocess would look every 50 ms only
                 handle = stack.enter_context(os.fdopen(os.pidfd_open(self.popen.pid)))
                 self._poll = select.poll()
                 self._poll.register(handle, select.POLLIN)
@@ -120,7 +122,7 @@ class _Process:
 
     def ends(self, seconds: float) -> bool:
         """Whether the process ends within that time."""
-        if hasattr(self, "_poll"):
+        if self._poll is not None:
             return bool(self._poll.poll(seconds * 1000))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(seconds)

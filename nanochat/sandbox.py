@@ -175,11 +175,11 @@ def _mount_own_folder(folder: str) -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    with contextlib.suppress(OSError):  # Linux 5.12
-        _call("syscall", _MOUNT_SETATTR, -100, b"/", 0x8000, struct.pack("4Q", 1, 0, 0, 0), 32)
     options = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700".encode()
     _call("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", 0b1110, options)  # no set-uid, no devices, no programs
     os.chdir(folder)
+    for path, recursive, set_, clear in (b"/", 0x8000, 1, 0), (os.fsencode(folder), 0, 0, 1):  # read-only, and writable again. (Linux 5.12)
+        _call("syscall", _MOUNT_SETATTR, -100, path, recursive, struct.pack("4Q", set_, clear, 0, 0), 32)
 
 
 def _drop_capabilities() -> None:
@@ -342,22 +342,29 @@ def _serve(program: dict, requests, answers) -> None:
 
 
 def _program_of(requests, answers) -> dict:
-    """The functions of the program in the other process, as functions here. None takes the place of a built-in one."""
+    """The functions of the program in the other process, as functions here. None takes the place of what is built in."""
+    def answer():
+        try:
+            return _receive(answers)
+        except EOFError:
+            raise RuntimeError("the program ended before its test did") from None
+
     def function(name: str):
         def call(*args, **kwargs):
-            _send((name, args, kwargs), requests)
-            error, value = _receive(answers)
+            with contextlib.suppress(BrokenPipeError):
+                _send((name, args, kwargs), requests)
+            error, value = answer()
             if error is None:
                 return value
             kind = getattr(builtins, error, None)
             raise kind(value) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(f"{error}: {value}")
         return call
 
-    return {name: function(name) for name in _receive(answers) if type(name) is str and not hasattr(builtins, name)}
+    return {name: function(name) for name in answer() if type(name) is str and not name.startswith("__") and not hasattr(builtins, name)}
 
 
 def _child(role: str, parent: str, timeout: str, memory: str, requests: str, answers: str, *libraries: str) -> None:
-    """Reads code from stdin, locks this process up, and runs it as `role`: main, program (to be tested) or test."""
+    """Reads code from stdin, locks this process up, and runs the code as `role`: main, program (to be tested) or test."""
     code = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -1,6 +1,7 @@
-"""What a model's code must not be able to do, tried from inside the sandbox."""
+"""What a model's code must not be able to do, tried from inside the sandbox; sandbox_corpus.py has most of what is tried."""
+import functools
+import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -10,10 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanochat import execution
+from nanochat import execution, sandbox
 from nanochat.execution import execute_code
+from tasks.humaneval import HumanEval
+from tests.sandbox_corpus import BOMBS, ESCAPES, FORGERIES, PASSES, REFUSALS, TEST, without_mounts
 
-pytestmark = pytest.mark.skipif(not (execution._has_seccomp() and execution._landlock_version()), reason="this system has no seccomp or no Landlock")
+pytestmark = pytest.mark.skipif(not (sandbox.has_seccomp() and sandbox.landlock_version()), reason="this system has no seccomp or no Landlock")
+ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, timeout: float = 5.0, **kwargs):
@@ -23,80 +27,170 @@ def run(code: str, timeout: float = 5.0, **kwargs):
 def children() -> list:
     """Sandboxes that still run."""
     return [process for process in psutil.process_iter(["cmdline", "status"])
-            if execution.__file__ in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE]
+            if sandbox.__file__ in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
-LIBC = """
-    import ctypes, os
-    libc = ctypes.CDLL(None, use_errno=True)
-    def errno(result):
-        return ctypes.get_errno() if result < 0 else 0
-"""
+# -----------------------------------------------------------------------------
+# The corpus, as whoever runs the tests (in CI often root), and as an ordinary user where root can become one
+
+NOBODY = 65534
 
 
-@pytest.mark.parametrize("code", [
-    "import os\nwhile True: os.posix_spawn('/bin/true', ['true'], {})",
-    "import _posixsubprocess, os\nos.fork = __import__('posix').fork\nwhile True: os.fork()",
-    "import multiprocessing\nmultiprocessing.Process(target=print).start()",
-    "import subprocess, importlib\nimportlib.reload(subprocess).run(['true'])",
-    "import os\nos.execv('/bin/true', ['true'])",
-])
-def test_no_processes(code):
-    """Not even with what the guard has put out of reach fetched back, in an endless loop."""
-    result = run(code)
-    assert not result.success and not result.timeout
+@functools.cache
+def corpus(part: str, user: str, *without: str) -> dict:
+    """What became of all programs of a part, run by a process of that user."""
+    identity, interpreters = {}, [sys.executable]
+    if user == "nobody":
+        if os.getuid() != 0:
+            pytest.skip("only root can become another user; the tests run as an ordinary one already")
+        identity = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        interpreters.append("/usr/bin/python3")  # root's own is often in its home
+    for interpreter in interpreters:
+        try:
+            subprocess.run([interpreter, "-c", "import nanochat.execution"], cwd=ROOT, check=True, capture_output=True, **identity)
+            break
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    else:
+        pytest.skip("the other user cannot read this folder, or has no Python")
+    done = subprocess.run([interpreter, "-m", "tests.sandbox_corpus", part, *without], cwd=ROOT, capture_output=True, text=True, check=False, **identity)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("without", [(), ("mount",)], ids=["all", "no namespaces"])
+@pytest.mark.parametrize("user", ["self", "nobody"])
+class TestEscapes:
+    @pytest.mark.parametrize("name", ESCAPES)
+    def test_is_refused(self, user, without, name):
+        outcomes = corpus("escapes", user, *without)["outcomes"]
+        assert outcomes.get(name, "the process ended before") in REFUSALS
+
+    def test_nothing_outside_has_changed(self, user, without):
+        result = corpus("escapes", user, *without)
+        assert result["success"], result["stderr"]
+        assert result["changes"] == []
+
+
+def check_bomb(name: str, error: str, success: bool) -> None:
+    expected = BOMBS[name][2]
+    assert not success
+    assert any(text in error for text in ((expected,) if isinstance(expected, str) else expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", [(), ("mount",)], ids=["all", "no namespaces"])
+@pytest.mark.parametrize("user", ["self", "nobody"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_bomb(name, user, without):
+    result = corpus("bombs", user, *without)[name]
+    check_bomb(name, result["error"], result["success"])
+    assert result["stdout"] <= sandbox.FILE_BYTES and result["stderr"] <= sandbox.FILE_BYTES
     assert not children()
 
 
-def test_fork_bomb_by_system_call():
-    result = run(LIBC + """
-    for name in ("fork", "vfork"):
-        print(errno(getattr(libc, name)()))
-    print(errno(libc.syscall(56, 17, 0, 0, 0, 0)), errno(libc.syscall(435, 0, 0)))
-    """)
-    assert result.stdout == "1\n1\n1 38\n"
+@pytest.mark.parametrize("name", ["all signals blocked", "stops itself", "memory by pieces", "fork bomb", "a sparse file", "many files",
+                                  "flood of output", "core dump", "threads without end"])
+def test_some_bombs(name):
+    code, arguments, _ = BOMBS[name]
+    result = execute_code(code, **arguments)
+    check_bomb(name, result.error, result.success)
+    if result.timeout:
+        assert result.stdout == result.stderr == ""
+    assert not children()
 
 
-def test_threads_work_and_thread_bombs_do_not():
-    result = run("""
-        import threading, time
-        def wait(): time.sleep(60)
-        try:
-            while True: threading.Thread(target=wait, daemon=True).start()
-        except (RuntimeError, MemoryError):
-            print(1 < threading.active_count() < 1000, flush=True)
-        import os; os._exit(0)
-    """)
-    assert result.stdout == "True\n"
+@pytest.mark.slow
+@pytest.mark.parametrize("user", ["self", "nobody"])
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgery(name, user):
+    results = corpus("forgeries", user)
+    assert results[""]["success"], results[""]["stderr"]
+    assert not results[name]["success"]
 
 
-@pytest.mark.parametrize("code", [
-    "x = []\nwhile True: x.append(bytearray(10 ** 7))",
-    "x = 'a' * (1 << 40)",
-    "x = [0]\nwhile True: x += x",
-    "import mmap\nmmap.mmap(-1, 1 << 30)",
-    "import os\nos.memfd_create('x')",
+@pytest.mark.parametrize("name", ["sys.exit(0)", "os._exit(0) in the call", "exit handler, then an error", "thread", "always equal", "answers by itself"])
+def test_some_forgeries(name):
+    assert not execute_code(FORGERIES[name], test=TEST).success
+
+
+# -----------------------------------------------------------------------------
+# A program and its test
+
+
+def test_a_program_is_tested():
+    result = execute_code(f"print('begin')\n{PASSES}", test=f"{TEST}\nprint('end')")
+    assert result.success and result.stdout.endswith("end\n") and result.error is None
+
+
+@pytest.mark.parametrize(("program", "test", "error"), [
+    ("def f(): return 1 / 0", "f()", "ZeroDivisionError: division by zero"),
+    ("def f(): return 1", "assert f() == 2, 'not two'", "AssertionError: not two"),
+    ("def f(): return 1", "g()", "NameError: name 'g' is not defined"),
+    ("def f(:", "f()", "RuntimeError: the program ended before its test did"),
+    ("def f(): return f", "f()", "TypeError: a test can compare plain values only, no __main__.f"),
+    ("def f(): return 1", "f(); raise SystemExit(0)", "RuntimeError: the test was left before its last statement"),
+    ("def f(): return 'x' * 10 ** 10", "f()", "MemoryError"),
 ])
-def test_memory_bombs(code):
-    result = run(code)
-    assert not result.success and not result.timeout
+def test_a_failed_test_says_why(program, test, error):
+    result = execute_code(program, test=test)
+    assert not result.success and result.error.startswith(error)
+    assert result.memory_exceeded == (error == "MemoryError")
+
+
+def test_a_test_that_does_not_end():
+    assert execute_code("def f():\n    while True: pass", test="f()", timeout=0.3).timeout
+    assert execute_code("while True: pass", test="f()", timeout=0.3).timeout
+    assert execute_code("def f(): pass", test="while True: pass", timeout=0.3).timeout
+    assert not children()
+
+
+def test_values_pass_between_a_program_and_its_test():
+    """All that compares equal in one process does so in two: also a Counter with a dict, a named tuple with a tuple."""
+    result = execute_code("""
+from collections import *
+from decimal import Decimal
+from fractions import Fraction
+import enum
+def same(x): return x
+def counter(): return Counter("aab")
+def default():
+    d = defaultdict(lambda: 7, a=1)
+    return d
+def named(): return namedtuple("P", "x y")(1, 2)
+def number(): return enum.IntEnum("N", "A B").B, Decimal("0.5"), Fraction(1, 2)
+def raises(): raise KeyError("k")
+""", test="""
+for x in (None, True, -1, 10 ** 40, 1.5, float("inf"), 2j, "é", "\\ud800", b"x", bytearray(b"x"), [1, [2]], (1, (2,)), {1: "a"}, {1, 2}, frozenset([1]), range(3)):
+    y = same(x)
+    assert type(y) is type(x) and y == x
+assert counter() == {"a": 2, "b": 1} and default() == {"a": 1} and named() == (1, 2) and number() == (2, 0.5, 0.5)
+try: raises()
+except KeyError as e: assert e.args == ("'k'",)
+else: assert False
+""")
+    assert result.success, result.stderr
+
+
+def human_eval(completion: str) -> bool:
+    problem = {"messages": [{"content": "import math\n\ndef root(x):\n"}], "entry_point": "root",
+               "test": "def check(candidate):\n    assert candidate(9) == 3\n    assert math.isclose(root(2), 2 ** 0.5)\n"}
+    return HumanEval.evaluate(HumanEval.__new__(HumanEval), problem, completion)
+
+
+def test_human_eval_is_passed_by_solutions_only():
+    assert human_eval("def root(x):\n    return math.sqrt(x)")
+    assert human_eval("```python\nprint('hello')\ndef root(x):\n    return x ** 0.5\n```")
+    assert not human_eval("def root(x):\n    return x")
+    assert not human_eval("import sys\nsys.exit(0)")
+
+
+# -----------------------------------------------------------------------------
+# What works, and what is told
 
 
 def test_memory_without_a_limit():
     assert run("print(len(bytearray(400 * 2 ** 20)))", maximum_memory_bytes=None).success
-
-
-@pytest.mark.parametrize("code", [
-    "while True: pass",
-    "import time\ntime.sleep(100)",
-    "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass",
-    "import threading\nfor _ in range(4): threading.Thread(target=lambda: any(iter(int, 1))).start()",
-    "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-])
-def test_endless_loops_are_killed(code):
-    result = run(code, timeout=0.5)
-    assert result.timeout and not result.success and result.stdout == "" and result.error
-    assert not children()
 
 
 def test_cpu_time_limit_holds_without_the_parent():
@@ -119,22 +213,69 @@ def test_dies_with_its_parent(tmp_path):
     assert not children()
 
 
-@pytest.mark.parametrize("write", [
-    "open({path!r}, 'w')", "open({path!r}, 'a')", "import os; os.mkdir({path!r} + '.d')", "import os; os.symlink('/', {path!r} + '.l')",
-    "import os; os.link({path!r}, 'mine')", "import posix; posix.unlink({path!r})", "import posix; posix.rename({path!r}, 'mine')",
-    "import posix; posix.truncate({path!r}, 0)", "import posix; posix.chmod({path!r}, 0)", "import os; os.utime({path!r}, (0, 0))",
-    "import os; os.mkfifo({path!r} + '.f')", "import os; os.setxattr({path!r}, 'user.x', b'1')", "import sqlite3; sqlite3.connect({path!r}).execute('create table t (x)')",
-    "open('/proc/self/oom_score_adj', 'w')", "open('/dev/shm/nanochat-test', 'w')",
-])
-def test_no_writes_outside_its_folder(tmp_path, write):
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    before = victim.stat()
-    result = run(write.format(path=str(victim)))
-    assert not result.success and not result.timeout
-    after = victim.stat()
-    assert victim.read_text() == "precious" and (before.st_mode, before.st_mtime_ns) == (after.st_mode, after.st_mtime_ns)
-    assert [path.name for path in tmp_path.iterdir()] == ["victim"]
+@pytest.mark.parametrize("code", [
+    "import asyncio\nasync def f(): await asyncio.sleep(0.001); return 1\nassert asyncio.run(f()) == 1",
+    "import threading\nx = []\nt = [threading.Thread(target=x.append, args=(i,)) for i in range(8)]\n[a.start() for a in t]; [a.join() for a in t]\nassert len(x) == 8",
+    "import concurrent.futures as c\nassert list(c.ThreadPoolExecutor(4).map(abs, [-1, 2])) == [1, 2]",
+    "import queue, select, os\nr, w = os.pipe(); os.write(w, b'x'); assert select.select([r], [], [], 1)[0] == [r]",
+    "import sqlite3\nc = sqlite3.connect('a.db'); c.execute('create table t (x)'); c.execute('insert into t values (1)'); c.commit(); assert list(c.execute('select * from t')) == [(1,)]",
+    "import tempfile\nwith tempfile.TemporaryFile(dir='.') as f: f.write(b'x'); f.seek(0); assert f.read() == b'x'",
+    "import shutil\nopen('a', 'w').write('x'); shutil.copyfile('a', 'b'); shutil.copymode; assert open('b').read() == 'x'",
+    "import mmap\nopen('a', 'wb').write(b'x' * 4096)\nwith open('a', 'r+b') as f: m = mmap.mmap(f.fileno(), 0); m[0:1] = b'y'; m.flush()\nassert open('a').read(1) == 'y'",
+    "import signal\ndef f(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, f); signal.setitimer(signal.ITIMER_REAL, 0.01)\ntry:\n    while True: pass\nexcept TimeoutError: pass",
+    "import os, signal\nx = []\nsignal.signal(signal.SIGUSR1, lambda *_: x.append(1)); signal.raise_signal(signal.SIGUSR1); assert x",
+    "import datetime, zoneinfo, time, random, secrets, uuid, hashlib, decimal, statistics, platform\ndatetime.datetime.now(); secrets.token_hex(); uuid.uuid4(); platform.machine()",
+    "import os\nassert os.cpu_count() and os.sched_getaffinity(0); os.urandom(4); os.nice; os.get_terminal_size; os.isatty(1); os.getlogin",
+    "import ctypes\nassert ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 3)() == 3",
+    "import unittest, doctest, typing, dataclasses, json, csv, re, heapq, bisect, itertools, functools, string, pickle, copy, timeit, logging, argparse, warnings",
+    "import fcntl\nf = open('a', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); fcntl.fcntl(f, fcntl.F_GETFD)",
+    "import os\nos.makedirs('a/b'); os.symlink('a', 'l'); os.mkdir('c'); assert sorted(os.listdir()) == ['a', 'c', 'l'] and [d for d, _, _ in os.walk('a')] == ['a', 'a/b']",
+], ids=lambda code: code.split("\n")[0][7:40])
+def test_ordinary_programs_work(code):
+    result = run(code)
+    assert result.success, result.stderr
+
+
+def test_numpy_where_it_is_installed():
+    result = run("import numpy\nprint(numpy.arange(3).sum())", maximum_memory_bytes=None)
+    assert result.stdout == "3\n" or "No module named" in result.error
+
+
+def test_newer_calls_are_answered_as_an_old_kernel_would():
+    """C libraries have a second way then."""
+    result = run("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor n in 435, 500: libc.syscall(n, 0, 0); print(ctypes.get_errno())")
+    assert result.stdout == "38\n38\n"
+
+
+def test_no_filter_is_longer_than_the_kernel_takes(monkeypatch):
+    for machine in "x86_64", "aarch64":
+        monkeypatch.setattr(sandbox, "_MACHINE", machine)
+        program = sandbox._filter()
+        assert len(program) < 4096
+        for i, (operation, if_true, if_false, _) in enumerate(program):
+            assert 0 <= if_true < 256 and 0 <= if_false < 256 and i + 1 + max(if_true, if_false) < len(program) or operation == 6
+
+
+def test_the_folder_of_a_killed_supervisor_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path))
+    old, running, young = (tmp_path / f"nanochat-sandbox-{name}" for name in ("old", "running", "young"))
+    for folder in (old, running, young):
+        (folder / "deep" / "er").mkdir(parents=True)
+    for folder in (old, running):
+        os.utime(folder, (1, 1))
+    execution._remove_leftovers.cache_clear()
+    with execution._locked(str(running)):
+        execution._remove_leftovers()
+    assert {path.name for path in tmp_path.iterdir()} == {running.name, young.name}
+
+
+def test_no_folder_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox, "__file__", str(without_mounts(tmp_path)))
+    run("import os\nos.makedirs('a/b/c'); open('a/b/c/d', 'w').write('x')")
+    run("import os\nopen('d', 'w').write('x')\nwhile True: pass", timeout=0.1)
+    run("import os\nopen('d', 'w').write('x')\nwhile True: pass", timeout=0.1, test="f()")
+    assert not list(tmp_path.glob("nanochat-sandbox-*"))
 
 
 def test_files_in_its_folder_and_only_for_its_time():
@@ -151,84 +292,6 @@ def test_files_in_its_folder_and_only_for_its_time():
     assert "nanochat-sandbox-" in folder and not os.path.exists(folder.strip())
 
 
-def test_file_size_limit():
-    result = run("f = open('big', 'wb')\nwhile True: f.write(bytes(10 ** 6))")
-    assert not result.success and "File too large" in result.error
-
-
-def test_a_flood_of_output():
-    result = run("while True: print('x' * 1000)")
-    assert not result.success and len(result.stdout) <= execution.FILE_BYTES
-
-
-@pytest.mark.slow
-def test_folders_too_deep_to_delete():
-    result = run("""
-        import os, posix
-        for _ in range(1200):
-            os.mkdir('a')
-            posix.chdir('a')
-        print(posix.getcwd().count('/a') > 500)
-    """)
-    assert not list(Path("/tmp").glob("nanochat-sandbox-*/a")), result
-
-
-@pytest.mark.parametrize("code", [
-    "import socket; socket.socket()",
-    "import socket; socket.socket(socket.AF_UNIX)",
-    "import socket; socket.create_connection(('127.0.0.1', 9))",
-    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')",
-])
-def test_no_sockets(code):
-    result = run(code)
-    assert not result.success and "not permitted" in result.error
-
-
-def test_no_io_uring():
-    """It opens sockets without the system call."""
-    assert run(LIBC + "    print(errno(libc.syscall(425, 4, None)))\n").stdout == "1\n"
-
-
-def test_no_secrets(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET_TOKEN", "swordfish")
-    (tmp_path / "key").write_text("swordfish")
-    result = run(f"""
-        import os
-        print(sorted(os.environ))
-        for path in (f'/proc/{{os.getppid()}}/environ', '/proc/self/environ', '/etc/passwd', {str(tmp_path / "key")!r}):
-            try: print(open(path).read())
-            except OSError: print('refused')
-        for folder in ('/', {str(tmp_path)!r}, os.path.expanduser('~')):
-            try: print(os.listdir(folder))
-            except OSError: print('refused')
-    """)
-    lines = result.stdout.splitlines()
-    assert set(lines[0].strip("[]").replace("'", "").split(", ")) <= {"OMP_NUM_THREADS", "PATH", "LC_CTYPE"}
-    assert lines[1:] == ["refused"] * 7
-
-
-def test_no_signals_to_others():
-    """A child cannot kill or stop the process that started it, nor slow it or change its limits; itself it can."""
-    result = run("""
-        import os, posix
-        for process, signal in (os.getppid(), 0), (os.getppid(), 9), (-os.getppid(), 19), (-1, 9):
-            try: posix.kill(process, signal); print('sent', flush=True)
-            except PermissionError: print('refused', flush=True)
-        for call in (lambda: os.sched_setaffinity(os.getppid(), {0}), lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)):
-            try: call(); print('done', flush=True)
-            except PermissionError: print('refused', flush=True)
-        os.sched_setaffinity(0, os.sched_getaffinity(0))
-        posix.kill(os.getpid(), 15)
-    """)
-    assert result.stdout == "refused\n" * 6
-    assert not result.success and result.error == f"killed by {signal.Signals.SIGTERM.name}"
-
-
-def test_no_root_powers():
-    assert run(LIBC + "    print(errno(libc.setuid(12345)), errno(libc.chroot(b'.')), errno(libc.mount(b'a', b'.', b'tmpfs', 0, None)))\n").stdout in (
-        "1 1 1\n", "1 1 13\n")
-
-
 def test_modules_of_its_own_and_main():
     result = run("""
         import pickle, sys
@@ -241,8 +304,8 @@ def test_modules_of_its_own_and_main():
 
 
 def test_a_system_without_protection_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(execution, "_has_seccomp", lambda: False)
-    monkeypatch.setattr(execution, "_landlock_version", lambda: 0)
+    monkeypatch.setattr(sandbox, "has_seccomp", lambda: False)
+    monkeypatch.setattr(sandbox, "landlock_version", lambda: 0)
     execution._warn_of_missing_protection.cache_clear()
     for _ in range(2):
         execution._warn_of_missing_protection()
