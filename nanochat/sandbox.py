@@ -265,6 +265,7 @@ def _disable_destructive_calls() -> None:
 
 
 def _lock_up(parent: int, timeout: float, memory: int, libraries: list[str]) -> None:
+    """All of the above, in an order in which each may still do what it needs."""
     folder = os.getcwd()
     _limit_resources(timeout, memory)
     if sys.platform == "linux":
@@ -281,7 +282,6 @@ def _lock_up(parent: int, timeout: float, memory: int, libraries: list[str]) -> 
             _confine_to(folder, libraries)
         if has_seccomp():
             _refuse_system_calls()
-    _disable_destructive_calls()
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def _lock_up(parent: int, timeout: float, memory: int, libraries: list[str]) -> 
 
 
 def _reduce(value):
-    """Subclasses of plain types are sent as what they extend: Counter, defaultdict, namedtuple, numpy.float64, …"""
+    """Subclasses of plain types are sent as what they extend: Counter, defaultdict, namedtuple, IntEnum, …"""
     plain = next((kind for kind in (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset) if isinstance(value, kind)), None)
     return NotImplemented if plain in (None, type(value)) else (plain, (plain(value),))
 
@@ -383,6 +383,7 @@ def _child(role: str, parent: str, timeout: str, memory: str, requests: str, ans
             except SystemExit:
                 raise RuntimeError("the test was left before its last statement") from None
             return
+    _disable_destructive_calls()
     exec(compile(code, "<llm>", "exec"), main.__dict__)
     if role == "program":
         with open(int(requests), "rb") as asked, open(int(answers), "wb") as out:

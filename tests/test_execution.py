@@ -58,34 +58,35 @@ def corpus(part: str, user: str, *without: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("without", [(), ("mount",)], ids=["all", "no namespaces"])
-@pytest.mark.parametrize("user", ["self", "nobody"])
-class TestEscapes:
-    @pytest.mark.parametrize("name", ESCAPES)
-    def test_is_refused(self, user, without, name):
-        outcomes = corpus("escapes", user, *without)["outcomes"]
-        assert outcomes.get(name, "the process ended before") in REFUSALS
-
-    def test_nothing_outside_has_changed(self, user, without):
-        result = corpus("escapes", user, *without)
-        assert result["success"], result["stderr"]
-        assert result["changes"] == []
+@pytest.mark.parametrize("name", ESCAPES)
+def test_escape_is_refused(name):
+    assert corpus("escapes", "self")["outcomes"].get(name, "the process ended before") in REFUSALS
 
 
-def check_bomb(name: str, error: str, success: bool) -> None:
+identities = pytest.mark.parametrize(("user", "without"), [("self", ()), ("self", ("mount",)), ("nobody", ()), ("nobody", ("mount",))],
+                                     ids=["self", "self without namespaces", "nobody", "nobody without namespaces"])
+
+
+@identities
+def test_escapes_are_refused_and_nothing_outside_has_changed(user, without):
+    result = corpus("escapes", user, *without)
+    assert result["success"], result["stderr"]
+    assert {name: outcome for name, outcome in result["outcomes"].items() if outcome not in REFUSALS} == {}
+    assert len(result["outcomes"]) == len(ESCAPES) and result["changes"] == []
+
+
+def harmless(name: str, success: bool, error: str) -> bool:
+    """Whether a bomb has failed in the way that it should."""
     expected = BOMBS[name][2]
-    assert not success
-    assert any(text in error for text in ((expected,) if isinstance(expected, str) else expected))
+    return not success and any(text in error for text in ((expected,) if isinstance(expected, str) else expected))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("without", [(), ("mount",)], ids=["all", "no namespaces"])
-@pytest.mark.parametrize("user", ["self", "nobody"])
-@pytest.mark.parametrize("name", BOMBS)
-def test_bomb(name, user, without):
-    result = corpus("bombs", user, *without)[name]
-    check_bomb(name, result["error"], result["success"])
-    assert result["stdout"] <= sandbox.FILE_BYTES and result["stderr"] <= sandbox.FILE_BYTES
+@identities
+def test_bombs(user, without):
+    results = corpus("bombs", user, *without)
+    assert {name: result["error"] for name, result in results.items() if not harmless(name, result["success"], result["error"])} == {}
+    assert all(max(result["stdout"], result["stderr"]) <= sandbox.FILE_BYTES for result in results.values())
     assert not children()
 
 
@@ -94,7 +95,7 @@ def test_bomb(name, user, without):
 def test_some_bombs(name):
     code, arguments, _ = BOMBS[name]
     result = execute_code(code, **arguments)
-    check_bomb(name, result.error, result.success)
+    assert harmless(name, result.success, result.error), result.error
     if result.timeout:
         assert result.stdout == result.stderr == ""
     assert not children()
@@ -102,11 +103,9 @@ def test_some_bombs(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("user", ["self", "nobody"])
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forgery(name, user):
+def test_forgeries(user):
     results = corpus("forgeries", user)
-    assert results[""]["success"], results[""]["stderr"]
-    assert not results[name]["success"]
+    assert [name for name, result in results.items() if result["success"]] == [""]  # the one that is no forgery
 
 
 @pytest.mark.parametrize("name", ["sys.exit(0)", "os._exit(0) in the call", "exit handler, then an error", "thread", "always equal", "answers by itself"])
@@ -199,8 +198,9 @@ def test_cpu_time_limit_holds_without_the_parent():
                timeout=3).stdout == "[4, 4]\n"
 
 
-def test_dies_with_its_parent(tmp_path):
-    code = "from nanochat.execution import execute_code; execute_code('while True: pass', timeout=50)"
+@pytest.mark.parametrize("test", ["", ", test='f()'"], ids=["alone", "with a test"])
+def test_dies_with_its_parent(tmp_path, test):
+    code = f"from nanochat.execution import execute_code; execute_code('while True: pass', timeout=50{test})"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)})
     while not children():
         assert parent.poll() is None
@@ -222,7 +222,7 @@ def test_dies_with_its_parent(tmp_path):
     "import tempfile\nwith tempfile.TemporaryFile(dir='.') as f: f.write(b'x'); f.seek(0); assert f.read() == b'x'",
     "import shutil\nopen('a', 'w').write('x'); shutil.copyfile('a', 'b'); shutil.copymode; assert open('b').read() == 'x'",
     "import mmap\nopen('a', 'wb').write(b'x' * 4096)\nwith open('a', 'r+b') as f: m = mmap.mmap(f.fileno(), 0); m[0:1] = b'y'; m.flush()\nassert open('a').read(1) == 'y'",
-    "import signal\ndef f(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, f); signal.setitimer(signal.ITIMER_REAL, 0.01)\ntry:\n    while True: pass\nexcept TimeoutError: pass",
+    "import signal, time\ndef f(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, f); signal.setitimer(signal.ITIMER_REAL, 0.01)\ntry: time.sleep(5)\nexcept TimeoutError: pass",
     "import os, signal\nx = []\nsignal.signal(signal.SIGUSR1, lambda *_: x.append(1)); signal.raise_signal(signal.SIGUSR1); assert x",
     "import datetime, zoneinfo, time, random, secrets, uuid, hashlib, decimal, statistics, platform\ndatetime.datetime.now(); secrets.token_hex(); uuid.uuid4(); platform.machine()",
     "import os\nassert os.cpu_count() and os.sched_getaffinity(0); os.urandom(4); os.nice; os.get_terminal_size; os.isatty(1); os.getlogin",
@@ -234,11 +234,6 @@ def test_dies_with_its_parent(tmp_path):
 def test_ordinary_programs_work(code):
     result = run(code)
     assert result.success, result.stderr
-
-
-def test_numpy_where_it_is_installed():
-    result = run("import numpy\nprint(numpy.arange(3).sum())", maximum_memory_bytes=None)
-    assert result.stdout == "3\n" or "No module named" in result.error
 
 
 def test_newer_calls_are_answered_as_an_old_kernel_would():
