@@ -83,7 +83,7 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | No
     if status == 0:
         return ExecutionResult(True, out, err)
     how = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
-    return ExecutionResult(False, out, err, (err.strip().splitlines() or [how])[-1], memory_exceeded="MemoryError" in err)
+    return ExecutionResult(False, out, err, (err.strip().splitlines() or [how])[-1][:1000], memory_exceeded="MemoryError" in err)
 
 
 class _Process:

@@ -8,13 +8,12 @@ import textwrap
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from nanochat import execution, sandbox
 from nanochat.execution import execute_code
 from tasks.humaneval import HumanEval
-from tests.sandbox_corpus import BOMBS, ESCAPES, FORGERIES, PASSES, REFUSALS, TEST, without_mounts
+from tests.sandbox_corpus import BOMBS, ESCAPES, FORGERIES, PASSES, REFUSALS, TEST, running, without_mounts
 
 pytestmark = pytest.mark.skipif(not (sandbox.has_seccomp() and sandbox.landlock_version()), reason="this system has no seccomp or no Landlock")
 ROOT = Path(__file__).parents[1]
@@ -22,12 +21,6 @@ ROOT = Path(__file__).parents[1]
 
 def run(code: str, timeout: float = 5.0, **kwargs):
     return execute_code(textwrap.dedent(code), timeout=timeout, **kwargs)
-
-
-def children() -> list:
-    """Sandboxes that still run."""
-    return [process for process in psutil.process_iter(["cmdline", "status"])
-            if sandbox.__file__ in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 # -----------------------------------------------------------------------------
@@ -84,10 +77,11 @@ def harmless(name: str, success: bool, error: str) -> bool:
 @pytest.mark.slow
 @identities
 def test_bombs(user, without):
-    results = corpus("bombs", user, *without)
+    result = corpus("bombs", user, *without)
+    results = result["outcomes"]
     assert {name: result["error"] for name, result in results.items() if not harmless(name, result["success"], result["error"])} == {}
     assert all(max(result["stdout"], result["stderr"]) <= sandbox.FILE_BYTES for result in results.values())
-    assert not children()
+    assert len(results) == len(BOMBS) and result["running"] == []
 
 
 @pytest.mark.parametrize("name", ["all signals blocked", "stops itself", "memory by pieces", "fork bomb", "a sparse file", "many files",
@@ -98,7 +92,7 @@ def test_some_bombs(name):
     assert harmless(name, result.success, result.error), result.error
     if result.timeout:
         assert result.stdout == result.stderr == ""
-    assert not children()
+    assert not running(os.getpid())
 
 
 @pytest.mark.slow
@@ -141,7 +135,7 @@ def test_a_test_that_does_not_end():
     assert execute_code("def f():\n    while True: pass", test="f()", timeout=0.3).timeout
     assert execute_code("while True: pass", test="f()", timeout=0.3).timeout
     assert execute_code("def f(): pass", test="while True: pass", timeout=0.3).timeout
-    assert not children()
+    assert not running(os.getpid())
 
 
 def test_values_pass_between_a_program_and_its_test():
@@ -202,15 +196,15 @@ def test_cpu_time_limit_holds_without_the_parent():
 def test_dies_with_its_parent(tmp_path, test):
     code = f"from nanochat.execution import execute_code; execute_code('while True: pass', timeout=50{test})"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env={**os.environ, "TMPDIR": str(tmp_path)})
-    while not children():
+    while not running(parent.pid):
         assert parent.poll() is None
         time.sleep(0.01)
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
-    while children() and time.monotonic() < deadline:
+    while running(parent.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not children()
+    assert not running(parent.pid)
 
 
 @pytest.mark.parametrize("code", [
