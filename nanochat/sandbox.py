@@ -38,11 +38,12 @@ OPEN_FILES = 64
 # -----------------------------------------------------------------------------
 # What the kernel offers. Numbers are those of asm/unistd.h, linux/seccomp.h, filter.h, landlock.h, capability.h, mount.h, prctl.h.
 
-_MACHINE = os.uname().machine if sys.platform == "linux" else ""
+_MACHINE = os.uname().machine if sys.platform == "linux" and sys.maxsize > 2 ** 32 else ""
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the lists below, and the kernel's number for it
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF, _MOUNT_SETATTR = 444, 445, 446, 442
 _CAPSET = {"x86_64": 126, "aarch64": 91}
-_SELF = "self"  # stands for the process's own number
+_SELF = -1  # stands for the process's own number
+_Rule = list[tuple[int, int, tuple[int, ...]]]  # all of: where the value is, the bits of it that count, what they may be
 
 
 def _low(argument: int) -> int:
@@ -50,8 +51,9 @@ def _low(argument: int) -> int:
     return 16 + 8 * argument
 
 
-_OWN = [(_low(0), None, (_SELF,))]
-_OWN_OR_0 = [(_low(0), None, (0, _SELF))]
+_ALL = 0xFFFFFFFF
+_OWN: _Rule = [(_low(0), _ALL, (_SELF,))]
+_OWN_OR_0: _Rule = [(_low(0), _ALL, (0, _SELF))]
 _O_ACCMODE, _O_TRUNC, _O_ASYNC = 0o3, 0o1000, 0o20000
 
 # System call: its number on x86_64 and aarch64. Those that can be allowed whatever their arguments: they concern the process itself and files that
@@ -82,24 +84,24 @@ _ALLOWED = {
     "epoll_wait": (232, None), "epoll_pwait": (281, 22), "eventfd2": (290, 19), "recvfrom": (45, 207), "shutdown": (48, 210),
     "getsockopt": (55, 209), "getsockname": (51, 204), "getpeername": (52, 205),
 }
-# ... and those whose arguments have to fit one of the rules, a rule being a list of (where, bits that count, values that are allowed).
-_ALLOWED_IF = {
+# ... and those whose arguments have to fit one of the rules.
+_ALLOWED_IF: dict[str, tuple[tuple[int, int | None], list[_Rule]]] = {
     # emptying a file that was opened for reading is not Landlock's business before version 3
-    "open": (2, None, [(_low(1), _O_ACCMODE | _O_TRUNC, (0, 1, 2, 1 | _O_TRUNC, 2 | _O_TRUNC))]),
-    "openat": (257, 56, [(_low(2), _O_ACCMODE | _O_TRUNC, (0, 1, 2, 1 | _O_TRUNC, 2 | _O_TRUNC))]),
-    "mmap": (9, 222, [(_low(3), 0x42000, (0,))]),  # neither locked nor of the machine's huge pages
-    "madvise": (28, 233, [(_low(2), None, (4, 8, 14, 15))]),  # DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE
+    "open": ((2, None), [[(_low(1), _O_ACCMODE | _O_TRUNC, (0, 1, 2, 1 | _O_TRUNC, 2 | _O_TRUNC))]]),
+    "openat": ((257, 56), [[(_low(2), _O_ACCMODE | _O_TRUNC, (0, 1, 2, 1 | _O_TRUNC, 2 | _O_TRUNC))]]),
+    "mmap": ((9, 222), [[(_low(3), 0x42000, (0,))]]),  # neither locked nor of the machine's huge pages
+    "madvise": ((28, 233), [[(_low(2), _ALL, (4, 8, 14, 15))]]),  # DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE
     # nobody is sent a signal when something happens to a file (F_SETOWN, F_SETSIG, F_NOTIFY, leases, O_ASYNC; FIOSETOWN, FIOASYNC)
-    "fcntl": (72, 25, [(_low(1), None, (0, 1, 2, 3, 5, 6, 7, 1030))],  # DUPFD, GETFD, SETFD, GETFL, GETLK, SETLK, SETLKW, DUPFD_CLOEXEC
-              [(_low(1), None, (4,)), (_low(2), _O_ASYNC, (0,))]),  # SETFL
-    "ioctl": (16, 29, [(_low(1), None, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))]),  # TCGETS(2), TIOCGWINSZ, FIONREAD/NBIO/N?CLEX
-    "prctl": (157, 167, [(_low(0), None, (15, 16))]),  # a thread's name
-    "clone": (56, 220, [(_low(0), None, (0x3D0F00, 0x7D0F00))]),  # a thread: the flags of glibc and musl
-    "kill": (62, 129, _OWN), "tkill": (200, 130, _OWN), "tgkill": (234, 131, _OWN),
-    "prlimit64": (302, 261, _OWN_OR_0), "sched_getaffinity": (204, 123, _OWN_OR_0), "sched_setaffinity": (203, 122, _OWN_OR_0),
+    "fcntl": ((72, 25), [[(_low(1), _ALL, (0, 1, 2, 3, 5, 6, 7, 1030))],  # DUPFD, GETFD, SETFD, GETFL, GETLK, SETLK, SETLKW, DUPFD_CLOEXEC
+              [(_low(1), _ALL, (4,)), (_low(2), _O_ASYNC, (0,))]]),  # SETFL
+    "ioctl": ((16, 29), [[(_low(1), _ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))]]),  # TCGETS(2), TIOCGWINSZ, FIONREAD/NBIO/N?CLEX
+    "prctl": ((157, 167), [[(_low(0), _ALL, (15, 16))]]),  # a thread's name
+    "clone": ((56, 220), [[(_low(0), _ALL, (0x3D0F00, 0x7D0F00))]]),  # a thread: the flags of glibc and musl
+    "kill": ((62, 129), [_OWN]), "tkill": ((200, 130), [_OWN]), "tgkill": ((234, 131), [_OWN]),
+    "prlimit64": ((302, 261), [_OWN_OR_0]), "sched_getaffinity": ((204, 123), [_OWN_OR_0]), "sched_setaffinity": ((203, 122), [_OWN_OR_0]),
     # the pair that asyncio wakes itself with: unix streams, which cannot be sent elsewhere
-    "socketpair": (53, 199, [(_low(0), None, (1,)), (_low(1), 0xF, (1,))]),
-    "sendto": (44, 206, [(_low(4), None, (0,)), (_low(4) + 4, None, (0,))]),  # no address
+    "socketpair": ((53, 199), [[(_low(0), _ALL, (1,)), (_low(1), 0xF, (1,))]]),
+    "sendto": ((44, 206), [[(_low(4), _ALL, (0,)), (_low(4) + 4, _ALL, (0,))]]),  # no address
 }
 _UNSUPPORTED = {
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10),
@@ -219,22 +221,21 @@ def _filter() -> list[tuple[int, int, int, int]]:
     allow, kill, refuse = (answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x80000000), 0x00050000
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), kill, (load, 0, 0, 0)]
     for numbers in _ALLOWED.values():
-        if numbers[column] is not None:
-            program += [(equal, 0, 1, numbers[column]), allow]
-    for call in _ALLOWED_IF.values():
-        if call[column] is None:
+        if (number := numbers[column]) is not None:
+            program += [(equal, 0, 1, number), allow]
+    for numbers, rules in _ALLOWED_IF.values():
+        if (number := numbers[column]) is None:
             continue
         body: list[tuple[int, int, int, int]] = []
-        for rule in call[2:]:
-            block = [allow]
+        for rule in rules:
+            block = [allow]  # built from its end: a value that does not fit skips what is there already
             for where, bits, values in reversed(rule):
-                values = [os.getpid() if value is _SELF else value for value in values]
                 last = len(values) - 1
-                compare = [(equal, last - i, 0 if i < last else len(block), value) for i, value in enumerate(values)]
-                block = [(load, 0, 0, where)] + ([(mask, 0, 0, bits)] if bits else []) + compare + block
+                compare = [(equal, last - i, 0 if i < last else len(block), os.getpid() if value == _SELF else value) for i, value in enumerate(values)]
+                block = [(load, 0, 0, where), (mask, 0, 0, bits), *compare, *block]
             body += block
         body.append((answer, 0, 0, refuse | errno.EPERM))
-        program += [(equal, 0, len(body), call[column]), *body]
+        program += [(equal, 0, len(body), number), *body]
     for numbers in _UNSUPPORTED.values():
         program += [(equal, 0, 1, numbers[column]), (answer, 0, 0, refuse | errno.ENOTSUP)]
     program += [(equal, 1, 0, _CLONE3), (above, 0, 1, _NEWEST), (answer, 0, 0, refuse | errno.ENOSYS), (answer, 0, 0, refuse | errno.EPERM)]

@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -236,13 +237,43 @@ def test_newer_calls_are_answered_as_an_old_kernel_would():
     assert result.stdout == "38\n38\n"
 
 
-def test_no_filter_is_longer_than_the_kernel_takes(monkeypatch):
-    for machine in "x86_64", "aarch64":
-        monkeypatch.setattr(sandbox, "_MACHINE", machine)
-        program = sandbox._filter()
-        assert len(program) < 4096
-        for i, (operation, if_true, if_false, _) in enumerate(program):
-            assert 0 <= if_true < 256 and 0 <= if_false < 256 and i + 1 + max(if_true, if_false) < len(program) or operation == 6
+def judge(program, architecture: int, number: int, *arguments: int) -> int:
+    """What the kernel makes of the filter for one call."""
+    data = struct.pack("iIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    accumulator = position = 0
+    while True:
+        operation, if_true, if_false, operand = program[position]
+        position += 1
+        if operation == 0x06:
+            return operand
+        if operation == 0x20:
+            (accumulator,) = struct.unpack_from("I", data, operand)
+        elif operation == 0x54:
+            accumulator &= operand
+        else:
+            position += if_true if {0x15: accumulator == operand, 0x25: accumulator > operand}[operation] else if_false
+
+
+@pytest.mark.parametrize(("machine", "own", "other", "read", "openat", "fcntl", "clone", "kill", "socket", "sendto"), [
+    ("x86_64", 0xC000003E, 0x40000003, 0, 257, 72, 56, 62, 41, 44),
+    ("aarch64", 0xC00000B7, 0x40000028, 63, 56, 25, 220, 129, 198, 206),
+])
+def test_the_filter_of_each_machine(monkeypatch, machine, own, other, read, openat, fcntl, clone, kill, socket, sendto):
+    """Also of the one that the tests do not run on."""
+    monkeypatch.setattr(sandbox, "_MACHINE", machine)
+    program = sandbox._filter()
+    assert len(program) < 4096 and all(0 <= jump < 256 for line in program for jump in line[1:3])
+    ask = functools.partial(judge, program, own)
+    allow, kill_process, eperm, enosys = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+    assert ask(read) == allow and judge(program, other, read) == kill_process
+    assert ask(socket) == eperm and ask(435) == enosys and ask(470) == enosys and ask(469) == eperm
+    assert ask(openat, 0, 0, os.O_RDONLY | 0o2000000) == ask(openat, 0, 0, os.O_RDWR | os.O_CREAT | os.O_TRUNC) == allow
+    assert ask(openat, 0, 0, os.O_RDONLY | os.O_TRUNC) == eperm
+    assert [ask(fcntl, 0, command) for command in (0, 3, 4, 8, 10, 15, 1024, 1026, 1030)] == [allow, allow, allow, *[eperm] * 5, allow]
+    assert ask(fcntl, 0, 4, 0o4000) == allow and ask(fcntl, 0, 4, 0o24000) == eperm
+    assert ask(clone, 0x3D0F00) == allow and ask(clone, 17) == ask(clone, 0x3D0F00 | 0x10000000) == eperm
+    assert ask(kill, os.getpid(), 15) == allow and {ask(kill, process, 9) for process in (0, 1, os.getppid(), 2 ** 64 - 1)} == {eperm}
+    assert ask(sendto, 3) == allow and ask(sendto, 3, 0, 0, 0, 1) == ask(sendto, 3, 0, 0, 0, 1 << 32) == eperm
 
 
 def test_the_folder_of_a_killed_supervisor_is_removed(monkeypatch, tmp_path):
