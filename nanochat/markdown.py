@@ -22,15 +22,15 @@ from pygments.token import Comment, Keyword, Name, Number, String, _TokenType
 Node = str | list[Any]
 
 MAX_TEXT = 24_000  # characters; an answer has at most 4096 tokens, and the parser needs a second or two for 24,000 brackets
-MAX_CODE = 8_000  # characters that are highlighted
+MAX_CODE = 5_000  # characters that are highlighted
 MAX_SECONDS = 0.5  # of highlighting; many lexers are quadratic in code that is none
 MAX_MATH = 2_000
 MAX_DEPTH = 60  # far beyond any answer, far below the recursion limits of JSON encoders
 
 # Names as people write them after ```. Pygments knows some hundred more, among them lexers that take minutes for odd input.
 LANGUAGES = frozenset(
-    "bash c c++ console cpp cs csharp css diff docker dockerfile go golang haskell html ini java javascript js json jsx julia kotlin latex lua make makefile markdown "
-    "matlab md objective-c perl php powershell py python python3 pytb r rb ruby rust scala sh shell sql swift tex toml ts tsx typescript xml yaml yml zsh".split())
+    "bash c c++ cpp cs csharp css diff docker dockerfile go golang haskell html ini java javascript js json jsx julia kotlin latex lua make makefile markdown "
+    "md objective-c perl php powershell py python python3 pytb r rb ruby rust scala sh shell sql swift tex toml ts tsx typescript xml yaml yml zsh".split())
 
 _CLASSES: list[tuple[_TokenType, str]] = [(Comment, "comment"), (Keyword, "keyword"), (String, "string"), (Number, "number"), (Name.Function, "name"),
                                           (Name.Class, "name"), (Name.Tag, "keyword"), (Name.Decorator, "name"), (Name.Builtin, "builtin"), (Name.Attribute, "name")]
@@ -127,7 +127,8 @@ def _highlighted(code: str, language: str) -> tuple[Node, ...]:
             nodes[-1][2] += text
         else:
             nodes.append(["span", {"class": name}, text])
-    return tuple(nodes)
+    whole = "".join(node if isinstance(node, str) else node[2] for node in nodes) == code  # which lexers do not promise
+    return tuple(nodes) if whole else (code,)
 
 
 def _code(code: str, info: str) -> Node:

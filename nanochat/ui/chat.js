@@ -93,7 +93,7 @@ function drawEditor(message, view) {
     view.editor?.remove();
     view.editor = null;
   } else if (!view.editor) {
-    const area = make("textarea", {className: "editor", value: message.draft, ariaLabel: "Edit message", enterKeyHint: touch.matches ? "enter" : "send"});
+    const area = make("textarea", {className: "editor", value: message.draft, rows: 1, ariaLabel: "Edit message", enterKeyHint: touch.matches ? "enter" : "send"});
     const submit = make("button", {type: "button", className: "primary", textContent: "Send", onclick: () => finishEdit(message, area.value)});
     const typed = () => { fit(area); submit.disabled = !area.value.trim(); };
     area.oninput = () => { message.draft = area.value; typed(); saveSoon(); };
@@ -173,17 +173,20 @@ function fit(area) {
 function announce(text) { $("status").textContent = text; }
 
 // The end stays in sight while it grows, unless the user has scrolled away from it, is selecting text or editing.
-let following = true, held = false;
+let following = true, held = false, lastTop = 0;
+const atBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 30;
 const toBottom = () => { following = true; scroll.scrollTop = scroll.scrollHeight; };
 scroll.addEventListener("scroll", () => {
-  following = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 30;
+  if (atBottom()) following = true;
+  else if (scroll.scrollTop < lastTop) following = false;  // not where the end has only moved away since
+  lastTop = scroll.scrollTop;
   $("jump").hidden = following;
 }, {passive: true});
 thread.addEventListener("pointerdown", () => { held = true; });
 for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => { held = false; });
 const observer = new ResizeObserver(() => {
   if (following && !held && !document.activeElement?.matches(".editor")) toBottom();
-  $("jump").hidden = following || scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 30;
+  $("jump").hidden = following || atBottom();
 });
 observer.observe(thread);
 observer.observe(scroll);
