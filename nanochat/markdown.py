@@ -27,7 +27,7 @@ MAX_SECONDS = 0.5  # of highlighting; many lexers are quadratic in code that is 
 MAX_MATH = 2_000
 MAX_DEPTH = 60  # far beyond any answer, far below the recursion limits of JSON encoders
 
-# Names as people write them after ```. Pygments knows some hundred more, among them lexers that take minutes for odd input.
+# Names as people write them after ```. Pygments knows some hundred more; not all of their lexers are quick with odd input.
 LANGUAGES = frozenset(
     "bash c c++ cpp cs csharp css diff docker dockerfile go golang haskell html ini java javascript js json jsx julia kotlin latex lua make makefile markdown "
     "md objective-c perl php powershell py python python3 pytb r rb ruby rust scala sh shell sql swift tex toml ts tsx typescript xml yaml yml zsh".split())

@@ -63,7 +63,8 @@ function drawMessage(message, index) {
   }
   return node;
 }
-const noteOf = message => message.pending ? "broken off" : message.note;
+let elsewhere = 0;  // a timer that runs while another tab writes an answer to the conversation on the screen
+const noteOf = message => message.pending ? (elsewhere ? "being written in another tab" : "broken off") : message.note;
 
 function buttons(message, last) {
   const mine = message.role === "user", found = [], at = () => chat.messages.indexOf(message);
@@ -117,7 +118,7 @@ box.setAttribute("role", "alert");
 function trouble() {
   const last = chat.messages.findLast(m => m.role !== "console");
   if (problems.has(chat)) return problems.get(chat);
-  if (!last || !info || runs.has(chat) || last.refused) return null;
+  if (!last || !info || runs.has(chat) || last.refused || elsewhere) return null;
   if (last.role === "user") return {text: "This message has no answer yet.", action: "Answer", retry, mild: true};
   if (last.pending && last.content && canGoOn()) return {text: "The answer broke off when the page was left.", action: "Go on", retry: () => answer(last), mild: true};
   if (last.pending) return {text: "The answer broke off when the page was left.", action: "Answer again", retry, mild: true};
@@ -575,9 +576,12 @@ const today = () => new Date().toISOString().slice(0, 10);
 $("export-one").onclick = () => store.download(`nanochat-${today()}.md`, "text/markdown", store.asMarkdown(chat));
 $("export-all").onclick = () => store.download(`nanochat-${today()}.jsonl`, "application/jsonl", store.asJsonLines(listed().filter(one => !deleted.has(one.id))));
 store.onChange(id => {  // in another tab
-  if (id === chat.id && !runs.has(chat) && !chat.messages.some(m => m.draft !== undefined)) {
-    const changed = store.loadChat(id);
-    if (changed) { chat = changed; draw(); }
+  const changed = id === chat.id && !runs.has(chat) && !chat.messages.some(m => m.draft !== undefined) && store.loadChat(id);
+  if (changed) {
+    chat = changed;
+    clearTimeout(elsewhere);
+    elsewhere = setTimeout(() => { elsewhere = 0; draw(); }, 3000);  // it keeps an answer every second
+    draw();
   }
   if ($("chats").open) drawChats();
 });
