@@ -10,7 +10,8 @@ let info = null;  // what the server says about the model
 let settings = store.readSetting("settings", {});
 let chat = store.loadChat(store.readTab("current", "")) ?? store.newChat();  // the conversation on the screen
 const runs = new Map();         // conversation: the AbortController of the answer that is being written; it goes on in the background
-const problems = new WeakMap();  // conversation: {text, retry, key}
+const problems = new WeakMap();  // conversation: {text, retry, key: whether the server wants one}
+let unloaded = null;            // the same, while there is no `info`
 const base = () => info?.source === "base";
 const setting = name => settings[name] ?? info?.defaults[name] ?? DEFAULTS[name];
 const canGoOn = () => base() || info?.continue_final_message === true;
@@ -116,8 +117,8 @@ box.setAttribute("role", "alert");
 
 /* The trouble there is, or what is left undone since the page was left. */
 function trouble() {
-  const last = chat.messages.findLast(m => m.role !== "console");
-  if (problems.has(chat)) return problems.get(chat);
+  const known = unloaded ?? problems.get(chat), last = chat.messages.findLast(m => m.role !== "console");
+  if (known) return known;
   if (!last || !info || runs.has(chat) || last.refused || elsewhere) return null;
   if (last.role === "user") return {text: "This message has no answer yet.", action: "Answer", retry, mild: true};
   if (last.pending && last.content && canGoOn()) return {text: "The answer broke off when the page was left.", action: "Go on", retry: () => answer(last), mild: true};
@@ -133,7 +134,7 @@ function drawTrouble(found) {
   if (found.key) {
     const field = make("input", {type: "password", ariaLabel: "Key", placeholder: "Key", autocomplete: "current-password"});
     field.onkeydown = event => { if (event.key === "Enter") field.nextSibling.click(); };
-    parts.push(field, make("button", {className: "plain", textContent: "Use this key", onclick: () => { store.writeSetting("key", field.value.trim()); trouble()?.retry(); }}));
+    parts.push(field, make("button", {className: "plain", textContent: "Use this key", onclick: () => { store.writeSetting("key", field.value.trim()); field.value = ""; trouble()?.retry(); }}));
   } else if (found.retry) parts.push(make("button", {className: "plain", textContent: found.action ?? "Try again", onclick: () => trouble()?.retry()}));
   box.replaceChildren(...parts);
 }
@@ -326,8 +327,9 @@ function fail(error, message, run, which) {
   if (run.signal.aborted) return;
   if (error instanceof Unreachable) setOnline(false);
   if ([400, 413, 422].includes(error.status) && question && !message.content) question.refused = `not answered: ${error.message}`;
-  else problems.set(which, {text: error.status === 401 ? "This server asks for a key." : error.message, retry, key: error.status === 401});
+  else problems.set(which, {...describe(error), retry});
 }
+const describe = error => error.status === 401 ? {text: store.readSetting("key", "") ? "The server does not take this key." : "This server asks for a key.", key: true} : {text: error.message};
 
 const stop = (which = chat) => runs.get(which)?.abort();
 
@@ -343,7 +345,8 @@ function setOnline(online) {
       if (error instanceof Unreachable) return setOnline(false);
     }
     await load();
-    if (problems.has(chat) && !problems.get(chat).key) problems.get(chat).text = "The server is back.";
+    if (unloaded) return draw();
+    if (problems.has(chat)) problems.get(chat).text = "The server is back.";
     draw();
   }, 2000);
 }
@@ -376,8 +379,7 @@ function again(index) {
 function retry() {
   problems.delete(chat);
   const last = chat.messages.findLastIndex(m => m.role !== "console");
-  if (last < 0) load().then(draw);
-  else again(last);
+  again(last);
 }
 function showVersion(index, version) {
   store.switchVersion(chat, index, version);
@@ -621,10 +623,9 @@ async function load() {
     setOnline(true);
     drawInfo();
     drawSettings();
-    if (problems.get(chat)?.key || problems.get(chat)?.loading) problems.delete(chat);
+    unloaded = null;
   } catch (error) {
-    problems.set(chat, {text: error.status === 401 ? "This server asks for a key." : error.message, key: error.status === 401, loading: true,
-      retry: () => { problems.delete(chat); load().then(draw); }});
+    unloaded = {...describe(error), retry: () => load().then(draw)};
     setOnline(!(error instanceof Unreachable));
   }
 }
