@@ -425,14 +425,14 @@ function startOver() {
 
 /* [setting, lowest, highest] */
 const SETTINGS = {temperature: ["temperature", 0, 2], topk: ["top_k", 0, 200], maxtokens: ["max_tokens", 1, 4096]};
-const HELP = `/temperature 0..2    how varied answers are
-/topk 0..200         tokens to choose among, 0: all
-/maxtokens 1..4096   the longest answer
-/clear               a new conversation
-Any other text is a message, also where it begins with a slash.
+const HELP = `/temperature 0..2: how varied answers are
+/topk 0..200: tokens to choose among, 0 for all
+/maxtokens 1..4096: the longest answer
+/clear: a new conversation
+Any other text is a message, also where it begins with a slash.`;
+const KEYS = `
 
-Enter sends, Shift+Enter makes a new line, Esc stops, ↑ edits the last message,
-Ctrl+Shift+N or Alt+N begins a new conversation.`;
+Enter sends, Shift+Enter makes a new line, Esc stops, ↑ edits the last message, Ctrl+Shift+N or Alt+N begins a new conversation.`;
 
 /* Whether the text is a command, which it obeys; one with a wrong value stays in the input. */
 function command(text) {
@@ -440,7 +440,7 @@ function command(text) {
   if (!name || value && !SETTINGS[name]) return false;
   input.value = "";
   if (name === "clear") { startOver(); return true; }
-  let reply = HELP;
+  let reply = touch.matches ? HELP : HELP + KEYS;
   if (SETTINGS[name]) {
     const [key, low, high] = SETTINGS[name], number = Number(value);
     if (value === undefined) reply = `${key} is ${setting(key)}`;
@@ -549,7 +549,8 @@ function drawChats() {
   $("none").textContent = words ? "Nothing found." : "Conversations are listed here once there are some.";
   $("find").hidden = !words && all.length < 5;
   $("remove-all").textContent = deleted.size > 1 ? "Undo all" : "Delete all";
-  for (const name of ["export-all", "remove-all"]) $(name).disabled = !all.length;
+  $("remove-all").disabled = !all.length;
+  $("export-all").disabled = all.length === deleted.size;
   $("export-one").disabled = !chat.messages.length;
 }
 function remove(which) {
