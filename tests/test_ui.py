@@ -603,26 +603,6 @@ def test_a_message_that_is_refused_can_be_edited_and_does_no_harm(page):
     assert messages(page)[1:] == said("short", expected(said("short"), 5))
 
 
-def test_a_server_with_a_key(context, chat_server):
-    def guard(route):
-        route.continue_() if route.request.headers.get("authorization") == "Bearer opensesame" else route.fulfill(status=401, json={"detail": "no"})
-    for path in ("info", "render", "chat/completions"):
-        context.route(f"**/{path}", guard)
-    page = context.new_page()
-    page.goto(chat_server.url)
-    page.wait_for_selector("text=This server asks for a key.")
-    page.fill(".problem input", "wrong")
-    page.click("text=Use this key")
-    page.wait_for_selector("text=The server does not take this key.")
-    page.fill(".problem input", "opensesame")
-    page.press(".problem input", "Enter")
-    page.wait_for_selector("#welcome")
-    run(page, "/temperature 0", "/maxtokens 5")
-    say(page, "hello")
-    answered(page)
-    assert messages(page)[-1]["content"] == expected(said("hello"), 5)
-
-
 def test_the_end_is_followed_until_one_scrolls_up(scripted):
     page = scripted
     exchange(page, "first", "line\n\n" * 60)

@@ -10,7 +10,7 @@ let info = null;  // what the server says about the model
 let settings = store.readSetting("settings", {});
 let chat = store.loadChat(store.readTab("current", "")) ?? store.newChat();  // the conversation on the screen
 const runs = new Map();         // conversation: the AbortController of the answer that is being written; it goes on in the background
-const problems = new WeakMap();  // conversation: {text, retry, key: whether the server wants one}
+const problems = new WeakMap();  // conversation: {text, retry}
 let unloaded = null;            // the same, while there is no `info`
 const base = () => info?.source === "base";
 const setting = name => settings[name] ?? info?.defaults[name] ?? DEFAULTS[name];
@@ -131,11 +131,7 @@ function drawTrouble(found) {
   box.dataset.key = key;
   box.classList.toggle("mild", !!found.mild);
   const parts = [make("span", {textContent: found.text})];
-  if (found.key) {
-    const field = make("input", {type: "password", ariaLabel: "Key", placeholder: "Key", autocomplete: "current-password"});
-    field.onkeydown = event => { if (event.key === "Enter") field.nextSibling.click(); };
-    parts.push(field, make("button", {className: "plain", textContent: "Use this key", onclick: () => { store.writeSetting("key", field.value.trim()); field.value = ""; trouble()?.retry(); }}));
-  } else if (found.retry) parts.push(make("button", {className: "plain", textContent: found.action ?? "Try again", onclick: () => trouble()?.retry()}));
+  if (found.retry) parts.push(make("button", {className: "plain", textContent: found.action ?? "Try again", onclick: () => trouble()?.retry()}));
   box.replaceChildren(...parts);
 }
 
@@ -200,10 +196,9 @@ $("jump").onclick = toBottom;
 class Unreachable extends Error {}
 
 async function ask(path, options = {}) {
-  const key = store.readSetting("key", "");
   let response;
   try {
-    response = await fetch(path, {...options, headers: {...options.headers, ...key && {Authorization: `Bearer ${key}`}}});
+    response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Unreachable("The server does not answer. Is it still running?");
@@ -327,9 +322,8 @@ function fail(error, message, run, which) {
   if (run.signal.aborted) return;
   if (error instanceof Unreachable) setOnline(false);
   if ([400, 413, 422].includes(error.status) && question && !message.content) question.refused = `not answered: ${error.message}`;
-  else problems.set(which, {...describe(error), retry});
+  else problems.set(which, {text: error.message, retry});
 }
-const describe = error => error.status === 401 ? {text: store.readSetting("key", "") ? "The server does not take this key." : "This server asks for a key.", key: true} : {text: error.message};
 
 const stop = (which = chat) => runs.get(which)?.abort();
 
@@ -626,7 +620,7 @@ async function load() {
     drawSettings();
     unloaded = null;
   } catch (error) {
-    unloaded = {...describe(error), retry: () => load().then(draw)};
+    unloaded = {text: error.message, retry: () => load().then(draw)};
     setOnline(!(error instanceof Unreachable));
   }
 }
