@@ -556,6 +556,8 @@ def test_a_reload_in_mid_answer_offers_another(scripted):
     assert messages(scripted)[-1]["content"] == "Whole." and scripted.evaluate("asked.messages") == said("first", "One.", "second")
     scripted.click("[data-action=before]")
     assert messages(scripted)[-1]["content"] == "Half of"  # is not lost
+    exchange(scripted, "third", "Three.")
+    assert scripted.locator(".assistant .note").all_inner_texts()[1] == "broken off" and scripted.locator(".problem").count() == 0
 
 
 def test_a_reload_in_mid_answer_offers_to_go_on(context, chat_server):

@@ -274,6 +274,10 @@ async function answer(message, which = chat) {
   let tokens = 0, first = 0, frame = 0, done = null;
   runs.set(which, run);
   problems.delete(which);
+  for (const earlier of which.messages.filter(m => m.pending)) {  // the page was left while it was written
+    delete earlier.pending;
+    earlier.ended = earlier.note = "broken off";
+  }
   message.pending = true;
   which.updated = Date.now();
   save(which);
