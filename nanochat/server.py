@@ -2,7 +2,7 @@
 
 | endpoint | |
 |---|---|
-| GET `/`, `/logo.svg` | the page |
+| GET `/`, `/logo.svg`, `/ui/...`, POST `/render` | the page (page.py) |
 | POST `/chat/completions` | nanochat's own: events `{"token", "gpu"}`, at last `{"done": true}` or `{"error"}` |
 | GET `/health`, `/stats`, `/info` | readiness, load, and what the page says about the model |
 | GET `/v1/models`, POST `/v1/chat/completions`, `/v1/completions` | OpenAI's, streaming and not |
@@ -23,19 +23,19 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from nanochat.batching import BatchedEngine, Overloaded, Request
 from nanochat.engine import TextStream
+from nanochat.page import page_router
 
 MAX_MESSAGES_PER_REQUEST = 500
 MAX_MESSAGE_LENGTH = 8000  # characters
@@ -46,9 +46,6 @@ MIN_MAX_TOKENS, MAX_MAX_TOKENS = 1, 4096
 MAX_BODY = 2**20  # bytes; the longest conversation fits, however its characters are escaped
 MAX_CHOICES = 16
 MAX_STOPS, MAX_STOP_LENGTH = 4, 200
-
-PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 logger = logging.getLogger(__name__)
 
@@ -371,7 +368,6 @@ class LimitBody:
 def create_app(workers: list[Worker], info: dict, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512) -> FastAPI:
     """The application of a model that is loaded already. `info["model"]` is its name for clients, `info["source"]` its stage of training."""
     tokenizer, base, name, created = workers[0].tokenizer, info["source"] == "base", info["model"], int(time.time())
-    here = Path(__file__).parent
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -402,13 +398,7 @@ def create_app(workers: list[Worker], info: dict, temperature: float = 0.8, top_
 
     # -- nanochat's own
 
-    @app.get("/")
-    async def page() -> Response:
-        return HTMLResponse((here / "ui.html").read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
-
-    @app.get("/logo.svg")
-    async def logo() -> Response:
-        return Response((here / "logo.svg").read_bytes(), media_type="image/svg+xml")
+    app.include_router(page_router())
 
     @app.get("/health")
     async def health() -> dict:

@@ -1,0 +1,58 @@
+"""The web page's part of the server: its files, and POST `/render`, which turns Markdown into what the page shows.
+
+The page's policy allows no script, style, font, picture or connection but this server's own, and no HTML made from text.
+"""
+import asyncio
+import json
+from pathlib import Path
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import Response
+
+from nanochat.markdown import markdown_tree
+
+HERE = Path(__file__).parent
+FILES = {"/": "ui.html", "/logo.svg": "logo.svg", **{f"/ui/{name}": f"ui/{name}" for name in ("style.css", "theme.js", "chat.js", "dom.js", "store.js")}}
+TYPES = {".html": "text/html", ".svg": "image/svg+xml", ".css": "text/css", ".js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+                               "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}
+MAX_TEXTS = 50
+
+
+def _render(body: bytes) -> bytes:
+    """Raises ValueError for a body that is not {"texts": [up to MAX_TEXTS texts]}."""
+    try:
+        texts = json.loads(body)["texts"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        texts = None
+    if not isinstance(texts, list) or len(texts) > MAX_TEXTS or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'send {{"texts": ["..."]}}, at most {MAX_TEXTS} of them')
+    return json.dumps({"trees": [markdown_tree(text) for text in texts]}).encode()
+
+
+def page_router() -> APIRouter:
+    router = APIRouter()
+    one_at_a_time = asyncio.Semaphore(1)  # so that no flood of texts takes the model's share of the processor
+
+    def serve(path: str, file: Path) -> None:
+        @router.api_route(path, methods=["GET", "HEAD"])
+        async def read() -> Response:
+            return Response(file.read_bytes(), media_type=TYPES[file.suffix], headers=HEADERS)
+
+    for path, name in FILES.items():
+        serve(path, HERE / name)
+
+    @router.post("/render")
+    async def render(http: Request) -> Response:
+        """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`."""
+        body = await http.body()
+        async with one_at_a_time:
+            try:
+                return Response(await asyncio.to_thread(_render, body), media_type="application/json")
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from None
+
+    return router
