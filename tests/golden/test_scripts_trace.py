@@ -13,7 +13,7 @@ from tests.golden.fixtures import HERE, load
 
 GOLDEN = load("scripts_trace")
 TRAIN = GOLDEN["base_train"]
-LOSS = 2e-3
+LOSS = 1e-4
 FIRST_GRADIENT = 4.05e-10
 
 
@@ -23,7 +23,10 @@ def pretrain(directory, patch) -> None:
     All layers start as 0, so all that the residual scalars and backout_lambda do before the first step is scale the stream, which the last
     norm cancels. Their gradients are exactly 0 but for rounding, and Adam (epsilon 1e-10) makes up to a whole step of that: backout_lambda
     is 0.59 to 0.73 after 4 steps, by the CPU, and the whole of fine-tuning follows it. So here the noise is given: 0 for the residual scalars,
-    and for backout_lambda what leads to its value in nanochat's checkpoint of step 4 (found by bisection).
+    and for backout_lambda what leads to its value in nanochat's checkpoint of step 4 (found by bisection). Then losses are within 9e-6 of
+    nanochat's in pretraining and 2.3e-3 in fine-tuning (whose x0_lambdas begin 0.007 off in sum, nanochat's own noise), and other kernels
+    (MKL_CBWR=COMPATIBLE, AVX2; MKL_ENABLE_INSTRUCTIONS=SSE4_2; ATEN_CPU_CAPABILITY=avx2, default; ONEDNN_MAX_CPU_ISA=AVX2; 2 threads) move
+    them by 1e-6. The tolerances follow from these two numbers.
     """
     step = MuonAdamW.step
 
@@ -77,7 +80,8 @@ def check_weights(folder, step: int, expected: dict) -> None:
     assert set(weights) == set(expected)
     for key, (norm, total) in expected.items():
         value = weights[key].double()
-        assert [value.norm().item(), value.sum().item()] == pytest.approx([norm, total], rel=0.02, abs=0.1), key
+        assert value.norm().item() == pytest.approx(norm, rel=1e-3, abs=0.01), key
+        assert value.sum().item() == pytest.approx(total, abs=2e-3 * norm + 0.01), key
 
 
 def check_optimizer(folder, step: int, expected: dict) -> None:
