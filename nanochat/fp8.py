@@ -9,7 +9,7 @@ Tensorwise is the faster one: it quantises each tensor once. Rowwise confines an
 e5m2 for gradients, but it quantises each tensor once per matmul, since the backward sums run over other dimensions.
 Master weights stay float32. Formats: Micikevicius et al. 2022 (2209.05433).
 
-On the CPU `torch._scaled_mm` computes the same products slowly, which is for tests.
+On a CPU the quantised values are multiplied in float32, which is slow and for tests.
 """
 import contextlib
 from collections.abc import Callable, Iterator
@@ -41,15 +41,21 @@ def _to_col_major(x: torch.Tensor) -> torch.Tensor:
     return x.t().contiguous().t()
 
 
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, a_inv: torch.Tensor, b_inv: torch.Tensor, out_dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    """a (M, K) times b (K, N), both in FP8, times their inverse scales: scalars, or (M, 1) and (1, N).
+
+    `fast` accumulates partial sums in fewer bits: fine for activations, too rough for gradients.
+    """
+    if a.device.type == "cpu":  # not every CPU has PyTorch's kernel (oneDNN: none without AVX-512)
+        return (a.float() @ b.float() * a_inv * b_inv).to(out_dtype)
+    return torch._scaled_mm(a, b, scale_a=a_inv, scale_b=b_inv, out_dtype=out_dtype, use_fast_accum=fast)
+
+
 def _rowwise_mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, fast: bool) -> torch.Tensor:
     """a (M, K) times b (K, N), each row of a and each column of b with its own scale."""
     a8, a_inv = _to_fp8(a, E4M3, dim=1)
     b8, b_inv = _to_fp8(b, E4M3, dim=0)
-    return torch._scaled_mm(a8.contiguous(), _to_col_major(b8), scale_a=a_inv.contiguous(), scale_b=b_inv.contiguous(),
-                            out_dtype=out_dtype, use_fast_accum=fast)
-
-
-# Fast accumulation keeps partial sums in fewer bits: fine for activations, too rough for gradients.
+    return _scaled_mm(a8.contiguous(), _to_col_major(b8), a_inv.contiguous(), b_inv.contiguous(), out_dtype, fast)
 
 
 @torch._dynamo.allow_in_graph
@@ -61,15 +67,14 @@ class _Float8Matmul(torch.autograd.Function):
         x8, x_inv = _to_fp8(x, E4M3)
         w8, w_inv = _to_fp8(weight, E4M3)
         ctx.save_for_backward(x8, x_inv, w8, w_inv)
-        return torch._scaled_mm(x8, w8.t(), scale_a=x_inv, scale_b=w_inv, out_dtype=x.dtype, use_fast_accum=True)
+        return _scaled_mm(x8, w8.t(), x_inv, w_inv, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
         x8, x_inv, w8, w_inv = ctx.saved_tensors
         g8, g_inv = _to_fp8(grad.contiguous(), E5M2)
-        grad_x = torch._scaled_mm(g8, _to_col_major(w8), scale_a=g_inv, scale_b=w_inv, out_dtype=grad.dtype, use_fast_accum=False)
-        grad_w = torch._scaled_mm(g8.t().contiguous(), _to_col_major(x8), scale_a=g_inv, scale_b=x_inv, out_dtype=grad.dtype,
-                                  use_fast_accum=False)
+        grad_x = _scaled_mm(g8, _to_col_major(w8), g_inv, w_inv, grad.dtype, fast=False)
+        grad_w = _scaled_mm(g8.t().contiguous(), _to_col_major(x8), g_inv, x_inv, grad.dtype, fast=False)
         return grad_x, grad_w
 
 

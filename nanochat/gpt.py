@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from nanochat.common import COMPUTE_DTYPE, print0
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW, adamw_group, matrix_groups
+from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
 VE_GATE_CHANNELS = 12  # the value-embedding gate reads the first channels of the stream
 SMEAR_GATE_CHANNELS = 24
@@ -266,7 +266,7 @@ class GPT(nn.Module):
         x_mid = x
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self.run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, self.cos_sin(i, start, T), self.window_sizes[i], kv_cache)
+            x = self.run_layer(block, x, x0, *self._mix(i), ve, self.cos_sin(i, start, T), self.window_sizes[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x
         x = x - self._backout().to(x.dtype) * x_mid
@@ -308,12 +308,13 @@ class GPT(nn.Module):
             return torch.cat((x[:, :1], x[:, 1:] + gate[:, 1:] * x[:, :-1]), dim=1)
         return x + gate * torch.cat((previous, x[:, :-1]), dim=1)
 
+    def _mix(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scalars of the stream and of the first embedding, whose sum enters the layer."""
+        return self.resid_lambdas[layer_idx], self.x0_lambdas[layer_idx]
+
     def _backout(self) -> torch.Tensor:
-        """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar. Its gradient is then
-        pure rounding noise, which Adam would turn into full-size steps: give it an exact 0 instead."""
-        if self.backout_layer < self.config.n_layer - 1:
-            return self.backout_lambda
-        return self.backout_lambda.detach() + 0 * self.backout_lambda
+        """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar."""
+        return self.backout_lambda if self.backout_layer < self.config.n_layer - 1 else inert(self.backout_lambda)
 
     # -------------------------------------------------------------------------
     # Counting

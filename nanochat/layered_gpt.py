@@ -17,7 +17,7 @@ from nanochat.common import COMPUTE_DTYPE
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, rotary_rows, run_layer
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, inert
 
 BLOCKS = ("prenorm", "ngpt")
 ACTIVATIONS = ("relu2", "swiglu")
@@ -246,6 +246,11 @@ class LayeredGPT(GPT):
 
     def _scalars(self) -> list[torch.Tensor]:
         return super()._scalars() + ([] if self.s_z is None else [self.s_z])
+
+    def _mix(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stream and first embedding are one vector before the first layer, and a normalized layer takes only its direction."""
+        resid, x0 = super()._mix(layer_idx)
+        return (inert(resid), inert(x0)) if self.config.normalized and layer_idx == 0 else (resid, x0)
 
     def _cap(self, logits: torch.Tensor) -> torch.Tensor:
         return super()._cap(logits if self.s_z is None else logits * self.s_z)

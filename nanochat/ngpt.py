@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from nanochat.compiler import jit
 from nanochat.gpt import VE_GATE_CHANNELS, CausalSelfAttention, Linear
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
-from nanochat.optim import adamw_group, matrix_groups
+from nanochat.optim import adamw_group, inert, matrix_groups
 
 S_Z = 10.0  # where the scale of the logits starts: cosines below 1 would leave the softmax flat
 # Learning rates in the unit of the stock model's flags, so that flags tuned for one block suit the other (dev/LOG.md)
@@ -73,7 +73,8 @@ class NormalizedAttention(CausalSelfAttention):
 
     def attend(self, *args):
         y = super().attend(*args)
-        return y * self.s_head.to(y.dtype).unsqueeze(-1)
+        s_head = self.s_head if self.n_head > 1 else inert(self.s_head)  # the block takes only the direction of what comes out
+        return y * s_head.to(y.dtype).unsqueeze(-1)
 
 
 class NormalizedMLP(nn.Module):

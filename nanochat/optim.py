@@ -92,6 +92,12 @@ def _scalar(value: float, device: torch.device) -> torch.Tensor:
 MATRIX_OPTIMIZERS = ("muon", "adamw")
 
 
+def inert(p: torch.Tensor) -> torch.Tensor:
+    """p with a gradient of exactly 0. For a scalar that a later norm cancels: its gradient is pure rounding noise, which Adam would turn
+    into steps of full size, until the scalar crosses 0 and its sign, which the norm keeps, turns the stream around."""
+    return p.detach() + 0 * p
+
+
 def adamw_group(params: Iterable, lr: float, betas: tuple[float, float], weight_decay: float) -> dict:
     return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay)
 

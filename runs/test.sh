@@ -2,7 +2,7 @@
 # Sets up the environment and checks everything: ruff, mypy, pytest.
 #
 #   bash runs/test.sh           the fast tests, at most 5 minutes on 2 cores
-#   bash runs/test.sh --slow    all tests
+#   bash runs/test.sh --slow    all tests, and the golden and property tests once more as another CPU would round
 set -euo pipefail
 case "${1:-}" in
     "") selection="not slow" ;;
@@ -15,3 +15,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" --dev
 python -m ruff check .
 python -m mypy
 python -m pytest -q -n auto --maxprocesses=4 -m "$selection"
+if [ -z "$selection" ]; then
+    # the oldest instructions that PyTorch and its two matrix libraries can do with
+    export MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
+    python -m pytest -q -n auto --maxprocesses=4 tests/golden
+    python -m pytest -q -n auto --maxprocesses=4 -m hypothesis
+fi

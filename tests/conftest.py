@@ -1,23 +1,24 @@
-"""Every test runs in float32, eagerly, on one thread per process and in a base directory of its own.
+"""Every test runs in float32, eagerly, on one thread per process (unless OMP_NUM_THREADS says more) and in a base directory of its own.
 
 Tests of other dtypes, of torch.compile and of torchrun start real processes with their own environment.
 """
 import os
 import tempfile
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["NANOCHAT_DTYPE"] = "float32"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
+if "ATEN_CPU_CAPABILITY" in os.environ:  # not part of the key under which torch.compile keeps its code, which fails or errs for other registers
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "nanochat-tests-compiled-" + os.environ["ATEN_CPU_CAPABILITY"])
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-torch.set_num_threads(1)
 # the same examples in every run; `--hypothesis-seed=random` looks for new ones
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -214,7 +214,6 @@ def test_shards_make_a_whole_again(world):
 
 def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    torch.set_num_threads(1)
     model = random_model(STOCK)
     model.load_state_dict(torch.load(f"{folder}/model.pt"))
     optimizer = model.setup_optimizer()

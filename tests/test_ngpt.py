@@ -84,7 +84,19 @@ def test_weights_and_hidden_states_have_length_1(variant, seed, optimizer, steps
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_it_learns(variant, optimizer):
     losses = train(initialized(normalized_config(**variant)), 20, matrix_optimizer=optimizer)
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 4  # over 6 seeds it fell by 5.5 to 6.7
+    assert max(later - earlier for earlier, later in zip(losses, losses[2:])) < 1  # the loss of the same batch rose by 0.3 at most
+
+
+def test_scalars_that_a_norm_cancels_stay_as_they_are():
+    """Their gradients are rounding noise. Adam would walk them through 0, where the stream turns around and the loss jumps back to its start."""
+    model = initialized(normalized_config(n_head=1, n_kv_head=1))
+    live = [model.resid_lambdas[1:], model.x0_lambdas[1:]]
+    cancelled = [model.resid_lambdas[0], model.x0_lambdas[0], *(block.attn.s_head for block in model.transformer.h)]
+    before = [[value.detach().clone() for value in values] for values in (live, cancelled)]
+    train(model, 3)
+    assert all((value != old).all() for value, old in zip(live, before[0], strict=True))
+    assert all(torch.equal(value, old) for value, old in zip(cancelled, before[1], strict=True))
 
 
 def test_an_alpha_of_0_makes_the_layer_an_identity_and_still_learns():

@@ -19,7 +19,7 @@ QUIET = ["--core-metric-every=-1", "--sample-every=-1"]
 # two micro-batches per step; the shards are so small that epochs end within the run
 FLAGS = [*MODEL, *QUIET, "--device-batch-size=2", "--total-batch-size=256", "--num-iterations=8", "--eval-every=4", "--eval-tokens=512",
          "--save-every=4", "--warmup-steps=2"]
-ENV = {"OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32", "TORCHDYNAMO_DISABLE": "1"}
+ENV = {"NANOCHAT_DTYPE": "float32", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def prepare(base_dir, as_they_are: bool = False) -> None:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from nanochat.optim import MuonAdamW
 from nanochat.run_log import read_run_log
 from scripts import base_eval, base_train
 from tests import tiny
@@ -12,7 +13,35 @@ from tests.golden.fixtures import HERE, load
 
 GOLDEN = load("scripts_trace")
 TRAIN = GOLDEN["base_train"]
-LOSS = 2e-3  # the residual scalars' first gradients are rounding noise, see golden quirk 2
+LOSS = 1e-4
+FIRST_GRADIENT = 4.05e-10
+
+
+def pretrain(directory, patch) -> None:
+    """The pretraining run of the fixture, from the same rounding noise.
+
+    All layers start as 0, so all that the residual scalars and backout_lambda do before the first step is scale the stream, which the last
+    norm cancels. Their gradients are exactly 0 but for rounding, and Adam (epsilon 1e-10) makes up to a whole step of that: backout_lambda
+    is 0.59 to 0.73 after 4 steps, by the CPU, and the whole of fine-tuning follows it. So here the noise is given: 0 for the residual scalars,
+    and for backout_lambda what leads to its value in nanochat's checkpoint of step 4 (found by bisection). Then losses are within 9e-6 of
+    nanochat's in pretraining and 2.3e-3 in fine-tuning (whose x0_lambdas begin 0.007 off in sum, nanochat's own noise), and other kernels
+    (MKL_CBWR=COMPATIBLE, AVX2; MKL_ENABLE_INSTRUCTIONS=SSE4_2; ATEN_CPU_CAPABILITY=avx2, default; ONEDNN_MAX_CPU_ISA=AVX2; 2 threads) move
+    them by 1e-6. The tolerances follow from these two numbers.
+    """
+    step = MuonAdamW.step
+
+    def first_step(self, *args):
+        if not self.state:
+            resid, x0, (_, _, backout) = (group["params"] for group in self.param_groups[3:6])
+            for p, gradient in ((*resid, 0.0), (*x0, 0.0), (backout, FIRST_GRADIENT)):
+                assert p.grad.abs().max() < 1e-8
+                p.grad.fill_(gradient)
+        return step(self, *args)
+
+    patch.setattr(MuonAdamW, "step", first_step)
+    patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+    tiny.prepare(directory, as_they_are=True)
+    assert base_train.main(TRAIN["flags"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +49,7 @@ def base(tmp_path_factory):
     """A base directory after the pretraining run of the fixture."""
     directory = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory, as_they_are=True)
-        assert base_train.main(TRAIN["flags"]) == 0
+        pretrain(directory, patch)
     return directory
 
 
@@ -53,7 +80,8 @@ def check_weights(folder, step: int, expected: dict) -> None:
     assert set(weights) == set(expected)
     for key, (norm, total) in expected.items():
         value = weights[key].double()
-        assert [value.norm().item(), value.sum().item()] == pytest.approx([norm, total], rel=0.02, abs=0.1), key
+        assert value.norm().item() == pytest.approx(norm, rel=1e-3, abs=0.01), key
+        assert value.sum().item() == pytest.approx(total, abs=2e-3 * norm + 0.01), key
 
 
 def check_optimizer(folder, step: int, expected: dict) -> None:

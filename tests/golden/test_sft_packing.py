@@ -6,13 +6,12 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
-from scripts import base_train, chat_sft
+from scripts import chat_sft
 from tasks.customjson import CustomJSON
-from tests import tiny
 from tests.golden import task_data
 from tests.golden.exceptions import EXCEPTIONS
 from tests.golden.fixtures import arrays, load, tokenizer_512
-from tests.golden.test_scripts_trace import check_meta, check_optimizer
+from tests.golden.test_scripts_trace import check_meta, check_optimizer, pretrain
 
 GOLDEN, ARRAYS = load("sft_packing"), arrays("sft_packing")
 TRACE = load("scripts_trace")["chat_sft"]
@@ -71,10 +70,8 @@ def finished(tmp_path_factory):
     """A base directory after the pretraining and the fine-tuning of the fixture, and what the latter logged."""
     directory = tmp_path_factory.mktemp("sft")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory, as_they_are=True)
+        pretrain(directory, patch)
         task_data.place(directory, at_least={("cais--mmlu", "all", "test"): 5200, ("openai--gsm8k", "main", "test"): 420})
-        assert base_train.main(load("scripts_trace")["base_train"]["flags"]) == 0
         patch.setattr(chat_sft, "with_context", keep_windows)
         assert chat_sft.main(TRACE["flags"]) == 0
     return directory / "chatsft_checkpoints" / "d3"
