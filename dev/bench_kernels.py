@@ -18,7 +18,8 @@ from nanochat import kernel_choice
 from nanochat.cli import command
 from nanochat.common import COMPUTE_DTYPE, compute_init
 from nanochat.cross_entropy import softcap_cross_entropy
-from nanochat.kernel_choice import attention_trials, chosen, decode_trials, in_turns
+from nanochat.gpt import linear
+from nanochat.kernel_choice import attention_trials, chosen, decode_trials, in_turns, position_trials
 
 TOLERANCE = 1.1
 
@@ -48,7 +49,7 @@ def weight_trials(rows: int, width: int, matrices: int = 24) -> dict[str, Callab
 
     def cast():
         for weight in narrow:
-            F.linear(x, weight)
+            linear(x, weight)
 
     return {str(COMPUTE_DTYPE).removeprefix("torch."): cast, "float32": widened}
 
@@ -89,6 +90,7 @@ def main(argv=None) -> int:
     with torch.inference_mode():
         for rows, length in ((1, 64),) if args.small else ((1, 1024), (16, 512)):
             check(f"one query against {length} keys, {rows} rows, 12 heads of 64", decode_trials(rows, length, 12, 64), chosen("decode"))
+        check("one position through 24 matrices", position_trials(64 if args.small else 512, 24), chosen("position"))
         for rows, width in ((1, 64),) if args.small else ((1, 512), (16, 512)):
             works = weight_trials(rows, width)
             check(f"24 matrices of {4 * width} x {width}, {rows} rows", works, next(iter(works)))

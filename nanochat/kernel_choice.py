@@ -6,6 +6,7 @@
 | `window`: sliding window, forward | `torch`: PyTorch's own, a band of queries at a time; `blocked` |
 | `backward`: of both | `blocked`; `torch` (of `window` always `blocked`) |
 | `decode`: one query against the cache | `torch`: a cache in the compute dtype; `float32`: a float32 one, twice as large |
+| `position`: a single one times a matrix | `vector`: PyTorch's matrix-vector product; `matrix`: its matrix product (oneDNN) |
 
 Notable:
 * `compute_init` settles them once per process: from NANOCHAT_KERNELS (`attention=torch,decode=float32`), else from what was measured on this
@@ -26,12 +27,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0, write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
-KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"), "decode": ("torch", "float32")}
+KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"), "decode": ("torch", "float32"),
+           "position": ("vector", "matrix")}
 CLEARLY = 1.05
 
 _settled: dict[str, str] = {}
@@ -179,6 +182,13 @@ def decode_trials(rows: int, length: int, heads: int, dim: int) -> dict[str, Cal
     return {"torch": lambda: attend_to_all(q, k, v), "float32": lambda: attend_to_all(q, *wide)}
 
 
+def position_trials(width: int, matrices: int = 8) -> dict[str, Callable]:
+    """By alternative: one position through different matrices, as in a model, which finds none of them in the cache."""
+    x = torch.randn(width).to(COMPUTE_DTYPE)
+    weights = torch.randn(matrices, 4 * width, width).to(COMPUTE_DTYPE)
+    return {"vector": lambda: [torch.mv(weight, x) for weight in weights], "matrix": lambda: [F.linear(x[None], weight) for weight in weights]}
+
+
 def measure() -> dict[str, str]:
     """The faster alternative of each kernel on this machine, at sizes of a small model.
 
@@ -190,7 +200,7 @@ def measure() -> dict[str, str]:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             attention, backward = attention_trials(rows=4, length=512, heads=4, dim=64, window=-1)
             window, _ = attention_trials(rows=2, length=1024, heads=4, dim=64, window=256)
-            trials = dict(attention=attention, window=window, backward=backward, decode=decode_trials(4, 512, 8, 64))
+            trials = dict(attention=attention, window=window, backward=backward, decode=decode_trials(4, 512, 8, 64), position=position_trials(512))
             return {kernel: _faster(kernel, in_turns(trials[kernel])) for kernel in KERNELS}
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from nanochat.cli import UsageError
 from nanochat.training import get_exact_state, set_exact_state
 from tests import tiny
 
-FAST = dict(attention="blocked", window="torch", backward="torch", decode="float32")
+FAST = dict(attention="blocked", window="torch", backward="torch", decode="float32", position="vector")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def choices() -> dict[str, str]:
 def test_measured_once_and_kept(fresh, monkeypatch, base_dir, capsys):
     common.compute_init("cpu")
     assert choices() == FAST and len(fresh) == 1
-    assert "Kernels: attention=blocked,window=torch,backward=torch,decode=float32 (measured in " in capsys.readouterr().out
+    assert "Kernels: attention=blocked,window=torch,backward=torch,decode=float32,position=vector (measured in " in capsys.readouterr().out
     next_process(monkeypatch)
     assert choices() == FAST and len(fresh) == 1
     assert "(measured on this machine before)" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_a_resumed_run_keeps_its_kernels(fresh, monkeypatch, capsys):
     state = get_exact_state(torch.device("cpu"), None)
     next_process(monkeypatch)
     kernel_choice._path().unlink()
-    other = dict(attention="torch", window="blocked", backward="blocked", decode="torch")
+    other = dict(attention="torch", window="blocked", backward="blocked", decode="torch", position="matrix")
     monkeypatch.setattr(kernel_choice, "measure", other.copy)  # the stopwatch says otherwise this time
     assert choices() == other
     set_exact_state(state, torch.device("cpu"), None)
@@ -132,7 +132,7 @@ from nanochat import kernel_choice
 from nanochat.common import compute_cleanup, compute_init
 rank = int(os.environ["RANK"])
 measured = []
-kernel_choice.measure = lambda: measured.append(1) or dict(attention="blocked" if rank == 0 else "torch", window="torch", backward="torch", decode="float32")
+kernel_choice.measure = lambda: measured.append(1) or dict(attention="blocked" if rank == 0 else "torch", window="torch", backward="torch", decode="float32", position="vector")
 compute_init("cpu")
 sys.stdout.write(f"rank {rank}: {kernel_choice.chosen('attention')} {len(measured)}\\n")  # whole lines, also where ranks write at once
 compute_cleanup()
