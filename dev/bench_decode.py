@@ -13,6 +13,7 @@
 The variants take turns and their median steps are compared, so that a busy machine slows all of them alike.
 """
 import copy
+import inspect
 import math
 import statistics
 import sys
@@ -81,12 +82,15 @@ def transformers_llama(config: GPTConfig, device: torch.device) -> Any:
 
 
 def with_transformers(model: Any, prompt: list[int], batch_size: int) -> Callable:
-    answer = model(torch.tensor([prompt] * batch_size, device=model.device), use_cache=True)
+    from transformers import DynamicCache
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # until 5.23
+    cached = {name: DynamicCache(config=model.config), "use_cache": True}
+    logits = model(torch.tensor([prompt] * batch_size, device=model.device), **cached).logits
 
     def step():
-        nonlocal answer
-        ids = answer.logits[:, -1:].argmax(dim=-1)
-        answer = model(ids, past_key_values=answer.past_key_values, use_cache=True)
+        nonlocal logits
+        ids = logits[:, -1:].argmax(dim=-1)
+        logits = model(ids, **cached).logits
         return ids.tolist()
     return step
 

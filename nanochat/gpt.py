@@ -108,23 +108,22 @@ class CausalSelfAttention(nn.Module):
             for part, rows in zip(parts, self.qkv.split([part.out_features for part in parts])):
                 part.weight.data = rows
 
-    def project(self, x):
-        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D)."""
-        if self.qkv is None or self.qkv.dtype != x.dtype:
-            parts = self.c_q(x), self.c_k(x), self.c_v(x)
-        else:
-            parts = linear(x, self.qkv).split([part.out_features for part in (self.c_q, self.c_k, self.c_v)], dim=-1)
-        return [part.unflatten(-1, (heads, -1)) for part, heads in zip(parts, (self.n_head, self.n_kv_head, self.n_kv_head))]
+    def project(self, x, cos_sin):
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D); queries and keys rotated."""
+        if self.qkv is None:
+            q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
+            return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
+        qk, v = linear(x, self.qkv.to(x.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
+        qk = apply_rotary_emb(qk.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)
+        return *qk.split([self.n_head, self.n_kv_head], dim=2), v.unflatten(-1, (self.n_kv_head, -1))
 
     def forward(self, x, ve, cos_sin, window_size, kv_cache):
         """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
         B, T, _ = x.shape
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, cos_sin)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        cos, sin = cos_sin
-        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
         q, k = self.sharpen(q, k)
         return self.c_proj(self.attend(q, k, v, window_size, kv_cache).contiguous().view(B, T, -1))
 
