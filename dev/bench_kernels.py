@@ -19,7 +19,7 @@ from nanochat.cli import command
 from nanochat.common import COMPUTE_DTYPE, compute_init
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.gpt import linear
-from nanochat.kernel_choice import attention_trials, chosen, decode_trials, in_turns, position_trials
+from nanochat.kernel_choice import attention_trials, chosen, chosen_backward, decode_trials, in_turns, position_trials
 
 TOLERANCE = 1.1
 
@@ -70,8 +70,11 @@ def compare(name: str, works: dict[str, Callable], choice: str, rounds: int) -> 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, help="default: as many as there are cores; 1 where much else runs on the machine")
     parser.add_argument("--small", action="store_true", help="sizes that take a second, to see that it runs")
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     compute_init("cpu")
     torch.manual_seed(0)
     print(f"\n{kernel_choice.machine()}\n")
@@ -86,7 +89,7 @@ def main(argv=None) -> int:
         forward, backward = attention_trials(rows, length, heads, 64, window)
         with torch.no_grad():
             check(f"attention forward, {size}", forward, chosen("window" if window >= 0 else "attention"))
-        check(f"attention backward, {size}", backward, chosen("backward") if window < 0 else "blocked")
+        check(f"attention backward, {size}", backward, chosen_backward(length) if window < 0 else "blocked")
     with torch.inference_mode():
         for rows, length in ((1, 64),) if args.small else ((1, 1024), (16, 512)):
             check(f"one query against {length} keys, {rows} rows, 12 heads of 64", decode_trials(rows, length, 12, 64), chosen("decode"))

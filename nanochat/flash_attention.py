@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.kernel_choice import chosen
+from nanochat.kernel_choice import chosen, chosen_backward
 
 
 def _load_fa3():
@@ -37,7 +37,7 @@ def _load_fa3():
 
 
 BLOCK = 128  # queries per block
-CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
+CPU_BYTES = getattr(torch.cpu, "get_capabilities", dict)().get("l2_cache_size") or 1 << 20  # score bytes per thread and piece: an L2 cache
 GPU_BYTES = 1 << 28
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
@@ -219,7 +219,7 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
     k, v = k.to(q.dtype), v.to(q.dtype)
     if queries == keys:
         if q.device.type == "cpu":
-            return causal_attention(q, k, v, window if limited else -1, chosen("window" if limited else "attention"), chosen("backward"))
+            return causal_attention(q, k, v, window if limited else -1, chosen("window" if limited else "attention"), chosen_backward(keys))
         if not limited:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
         if _can_use_flex(q):

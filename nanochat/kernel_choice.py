@@ -4,7 +4,7 @@
 |---|---|
 | `attention`: causal, forward | `torch`: PyTorch's own; `blocked`: blocks of queries by batched matmuls (flash_attention.py) |
 | `window`: sliding window, forward | `torch`: PyTorch's own, a band of queries at a time; `blocked` |
-| `backward`: of both | `blocked`; `torch` (of `window` always `blocked`) |
+| `backward`, `long-backward`: of attention, below and from 1,024 positions on (of windows always `blocked`) | `blocked`; `torch` |
 | `decode`: one query against the cache | `torch`: a cache in the compute dtype; `float32`: a float32 one, twice as large |
 | `position`: a single one times a matrix | `vector`: PyTorch's matrix-vector product; `matrix`: its matrix product (oneDNN) |
 
@@ -33,9 +33,10 @@ from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0, write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
-KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"), "decode": ("torch", "float32"),
-           "position": ("vector", "matrix")}
+KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"),
+           "long-backward": ("torch", "blocked"), "decode": ("torch", "float32"), "position": ("vector", "matrix")}
 CLEARLY = 1.05
+LONG = 1024
 
 _settled: dict[str, str] = {}
 
@@ -46,6 +47,10 @@ def chosen(kernel: str) -> str:
     if not _settled:
         settle()
     return _settled[kernel]
+
+
+def chosen_backward(length: int) -> str:
+    return chosen("long-backward" if length >= LONG else "backward")
 
 
 def settle() -> None:
@@ -200,7 +205,9 @@ def measure() -> dict[str, str]:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             attention, backward = attention_trials(rows=4, length=512, heads=4, dim=64, window=-1)
             window, _ = attention_trials(rows=2, length=1024, heads=4, dim=64, window=256)
-            trials = dict(attention=attention, window=window, backward=backward, decode=decode_trials(4, 512, 8, 64), position=position_trials(512))
+            _, long_backward = attention_trials(rows=1, length=LONG, heads=4, dim=64, window=-1)
+            trials = {"attention": attention, "window": window, "backward": backward, "long-backward": long_backward,
+                      "decode": decode_trials(4, 512, 8, 64), "position": position_trials(512)}
             return {kernel: _faster(kernel, in_turns(trials[kernel])) for kernel in KERNELS}
     finally:
         torch.set_num_threads(threads)

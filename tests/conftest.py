@@ -7,7 +7,7 @@ import tempfile
 
 os.environ["NANOCHAT_DTYPE"] = "float32"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
-os.environ["NANOCHAT_KERNELS"] = "attention=torch,window=blocked,backward=torch,decode=torch,position=matrix"  # not what a stopwatch says; tests of the others ask for them
+os.environ["NANOCHAT_KERNELS"] = "attention=torch,window=blocked,backward=torch,long-backward=torch,decode=torch,position=matrix"  # not what a stopwatch says; tests of the others ask for them
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")

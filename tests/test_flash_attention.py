@@ -63,6 +63,16 @@ def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backwar
         assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-6
 
 
+def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
+    choose(monkeypatch, **{"backward": "torch", "long-backward": "blocked"})
+    monkeypatch.setattr(kernel_choice, "LONG", 20)
+    blocked = []
+    monkeypatch.setattr(fa, "_pieces", lambda *args: blocked.append(args[0].size(2)) or ())
+    for length in (19, 20):
+        fa.flash_attn_func(*qkv(1, 1, length, 1, 1, 4), causal=True).sum().backward()
+    assert blocked == [20]
+
+
 @pytest.mark.parametrize("window", [-1, 3])
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):

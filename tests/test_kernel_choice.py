@@ -10,7 +10,8 @@ from nanochat.cli import UsageError
 from nanochat.training import get_exact_state, set_exact_state
 from tests import tiny
 
-FAST = dict(attention="blocked", window="torch", backward="torch", decode="float32", position="vector")
+FAST = {"attention": "blocked", "window": "torch", "backward": "torch", "long-backward": "blocked", "decode": "float32", "position": "vector"}
+OTHER = {"attention": "torch", "window": "blocked", "backward": "blocked", "long-backward": "torch", "decode": "torch", "position": "matrix"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def choices() -> dict[str, str]:
 def test_measured_once_and_kept(fresh, monkeypatch, base_dir, capsys):
     common.compute_init("cpu")
     assert choices() == FAST and len(fresh) == 1
-    assert "Kernels: attention=blocked,window=torch,backward=torch,decode=float32,position=vector (measured in " in capsys.readouterr().out
+    assert "Kernels: attention=blocked,window=torch,backward=torch,long-backward=blocked,decode=float32,position=vector (measured in " in capsys.readouterr().out
     next_process(monkeypatch)
     assert choices() == FAST and len(fresh) == 1
     assert "(measured on this machine before)" in capsys.readouterr().out
@@ -89,9 +90,8 @@ def test_a_resumed_run_keeps_its_kernels(fresh, monkeypatch, capsys):
     state = get_exact_state(torch.device("cpu"), None)
     next_process(monkeypatch)
     kernel_choice._path().unlink()
-    other = dict(attention="torch", window="blocked", backward="blocked", decode="torch", position="matrix")
-    monkeypatch.setattr(kernel_choice, "measure", other.copy)  # the stopwatch says otherwise this time
-    assert choices() == other
+    monkeypatch.setattr(kernel_choice, "measure", OTHER.copy)  # the stopwatch says otherwise this time
+    assert choices() == OTHER
     set_exact_state(state, torch.device("cpu"), None)
     assert choices() == FAST
     assert "(as in the checkpoint)" in capsys.readouterr().out
@@ -132,7 +132,7 @@ from nanochat import kernel_choice
 from nanochat.common import compute_cleanup, compute_init
 rank = int(os.environ["RANK"])
 measured = []
-kernel_choice.measure = lambda: measured.append(1) or dict(attention="blocked" if rank == 0 else "torch", window="torch", backward="torch", decode="float32", position="vector")
+kernel_choice.measure = lambda: measured.append(1) or {kernel: names[-1 if rank == 0 else 0] for kernel, names in kernel_choice.KERNELS.items()}
 compute_init("cpu")
 sys.stdout.write(f"rank {rank}: {kernel_choice.chosen('attention')} {len(measured)}\\n")  # whole lines, also where ranks write at once
 compute_cleanup()
