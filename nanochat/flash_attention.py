@@ -37,7 +37,8 @@ def _load_fa3():
 
 
 BLOCK = 128  # queries per block
-CPU_BYTES = getattr(torch.cpu, "get_capabilities", dict)().get("l2_cache_size") or 1 << 20  # score bytes per thread and piece: an L2 cache
+_cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
+CPU_BYTES = _cpu.get("l2_cache_size") or 1 << 20  # score bytes per thread and piece: an L2 cache
 GPU_BYTES = 1 << 28
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
