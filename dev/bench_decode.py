@@ -10,7 +10,7 @@
     python -m dev.bench_decode --depth=8 --ranks=32,128,256    # low-rank weights as factors, as products, as chosen; and dense
     python -m dev.bench_decode --calls                         # what a second matmul call costs: the rule of nanochat.lowrank
 
-The variants take turns and their median steps are compared, so that a busy machine slows all of them alike.
+The variants take turns and their median steps are compared, so that a busy machine slows all of them alike (--threads 1 where that is not enough).
 """
 import copy
 import inspect
@@ -38,10 +38,11 @@ NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=
 
 
 def seconds(work: Callable) -> float:
-    """Wall-clock time of `work`, which must end with a transfer to the host."""
-    start = time.perf_counter()
+    """Time of `work`, which must end with a transfer to the host."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -192,7 +193,10 @@ def main(argv=None) -> None:
     parser.add_argument("--ranks", type=positive_ints, help="compare low-rank models of these ranks with a dense one")
     parser.add_argument("--calls", action="store_true", help="compare single layers as factors and as products")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    parser.add_argument("--threads", type=positive_int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     *_, device = compute_init(args.device_type or autodetect_device_type())
     print(f"{COMPUTE_DTYPE}, {device}, {torch.get_num_threads()} threads")
     if args.calls:

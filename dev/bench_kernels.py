@@ -70,7 +70,7 @@ def compare(name: str, works: dict[str, Callable], choice: str, rounds: int) -> 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="default: as many as there are cores; 1 where much else runs on the machine")
+    parser.add_argument("--threads", type=int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
     parser.add_argument("--small", action="store_true", help="sizes that take a second, to see that it runs")
     args = parser.parse_args(argv)
     if args.threads:

@@ -10,7 +10,7 @@
 
 Notable:
 * `compute_init` settles them once per process: from NANOCHAT_KERNELS (`attention=torch,decode=float32`), else from what was measured on this
-  machine before, else by a stopwatch, in a fraction of a second. With several ranks, rank 0 decides for all.
+  machine before, else by a stopwatch, in about a second. With several ranks, rank 0 decides for all.
 * Kernels round differently, so a run must keep its own: a measurement is kept below NANOCHAT_BASE_DIR under the machine's name (CPU,
   instruction set, torch, threads, dtype), and a checkpoint holds the choices it was trained with, which count when it is resumed on such a machine.
 * What is no choice: the loss is always taken in chunks (faster wherever it was measured, and the logits of all tokens would be the largest
@@ -155,14 +155,16 @@ def restore(state: dict | None) -> None:
 def in_turns(works: dict[str, Callable], rounds: int = 30, at_most: float = 0.3) -> dict[str, list[float]]:
     """Seconds of each work, once a round, after one to warm up; fewer rounds (3 or more) if they take longer than `at_most` seconds in all.
 
-    They take turns, so that a machine whose speed drifts is unfair to nobody.
+    They take turns, so that a machine whose speed drifts is unfair to nobody. On one thread its CPU time counts: what else runs on the machine
+    does not matter then. With several, each operation waits for the slowest.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in works}
     for round in range(1 + rounds):
         for name, work in works.items():
-            started = time.perf_counter()
+            started = clock()
             work()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
         if round >= 3 and sum(map(sum, times.values())) > at_most:
             break
     return {name: taken[1:] for name, taken in times.items()}
@@ -195,10 +197,7 @@ def position_trials(width: int, matrices: int = 8) -> dict[str, Callable]:
 
 
 def measure() -> dict[str, str]:
-    """The faster alternative of each kernel on this machine, at sizes of a small model.
-
-    On one thread: with several, each operation waits for the slowest, and whatever else runs on the machine decides.
-    """
+    """The faster alternative of each kernel on this machine, at sizes of a small model, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
