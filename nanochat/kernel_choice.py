@@ -18,6 +18,7 @@ Notable:
 """
 import functools
 import json
+import logging
 import os
 import platform
 import re
@@ -30,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0, write_text_atomic
+from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
 KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"),
@@ -39,6 +40,8 @@ CLEARLY = 1.05
 LONG = 1024
 
 _settled: dict[str, str] = {}
+
+logger = logging.getLogger(__name__)
 
 
 @torch.compiler.assume_constant_result
@@ -72,7 +75,12 @@ def settle() -> None:
             dist.broadcast_object_list(box, src=0)
             measured = box[0]
     _settled.update(measured | forced)
-    print0(f"Kernels: {describe(_settled)} ({source})")
+    _say(source)
+
+
+def _say(source: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.info(f"Kernels: {describe(_settled)} ({source})")  # not on stdout, which may be a pipe
 
 
 def describe(choices: dict[str, str]) -> str:
@@ -145,7 +153,7 @@ def restore(state: dict | None) -> None:
     choices = _valid(state.get("choices")) and _valid(state["choices"]) | _forced()
     if choices and choices != _settled:
         _settled.update(choices)
-        print0(f"Kernels: {describe(_settled)} (as in the checkpoint)")
+        _say("as in the checkpoint")
 
 
 # -----------------------------------------------------------------------------

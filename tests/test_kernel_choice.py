@@ -15,10 +15,11 @@ OTHER = {"attention": "torch", "window": "blocked", "backward": "blocked", "long
 
 
 @pytest.fixture
-def fresh(base_dir, monkeypatch):
+def fresh(base_dir, monkeypatch, caplog):
     """A process that has chosen nothing yet, on an idle machine; returns the list of its measurements."""
     monkeypatch.setattr(kernel_choice, "_settled", {})
     monkeypatch.delenv("NANOCHAT_KERNELS")
+    caplog.set_level("INFO")
     measurements = []
     monkeypatch.setattr(kernel_choice, "measure", lambda: measurements.append(1) or FAST.copy())
     return measurements
@@ -32,13 +33,13 @@ def choices() -> dict[str, str]:
     return {kernel: kernel_choice.chosen(kernel) for kernel in kernel_choice.KERNELS}
 
 
-def test_measured_once_and_kept(fresh, monkeypatch, base_dir, capsys):
+def test_measured_once_and_kept(fresh, monkeypatch, base_dir, caplog):
     common.compute_init("cpu")
     assert choices() == FAST and len(fresh) == 1
-    assert "Kernels: attention=blocked,window=torch,backward=torch,long-backward=blocked,decode=float32,position=vector (measured in " in capsys.readouterr().out
+    assert "Kernels: attention=blocked,window=torch,backward=torch,long-backward=blocked,decode=float32,position=vector (measured in " in caplog.text
     next_process(monkeypatch)
     assert choices() == FAST and len(fresh) == 1
-    assert "(measured on this machine before)" in capsys.readouterr().out
+    assert "(measured on this machine before)" in caplog.text
     monkeypatch.setattr(kernel_choice, "machine", lambda: "another")
     next_process(monkeypatch)
     assert choices() == FAST and len(fresh) == 2
@@ -66,7 +67,7 @@ def test_no_base_directory(fresh, base_dir, monkeypatch):
     assert choices() == FAST
 
 
-def test_the_variable_has_the_last_word(fresh, monkeypatch, capsys):
+def test_the_variable_has_the_last_word(fresh, monkeypatch, caplog):
     monkeypatch.setenv("NANOCHAT_KERNELS", "decode=torch, window=blocked")
     assert choices() == FAST | dict(decode="torch", window="blocked")
     assert kernel_choice._remembered() == FAST, "what was forced is not what was measured"
@@ -75,7 +76,7 @@ def test_the_variable_has_the_last_word(fresh, monkeypatch, capsys):
     fresh.clear()
     kernel_choice._path().unlink()
     assert choices() == FAST and not fresh, "nothing is left to measure"
-    assert "(set by NANOCHAT_KERNELS)" in capsys.readouterr().out
+    assert "(set by NANOCHAT_KERNELS)" in caplog.text
 
 
 @pytest.mark.parametrize("value", ["decode", "decode=", "decode=fast", "loss=torch", "attention=torch decode=torch", "=torch"])
@@ -85,7 +86,7 @@ def test_a_bad_variable(fresh, monkeypatch, value):
         common.compute_init("cpu")
 
 
-def test_a_resumed_run_keeps_its_kernels(fresh, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_kernels(fresh, monkeypatch, caplog):
     kernel_choice.settle()
     state = get_exact_state(torch.device("cpu"), None)
     next_process(monkeypatch)
@@ -94,7 +95,7 @@ def test_a_resumed_run_keeps_its_kernels(fresh, monkeypatch, capsys):
     assert choices() == OTHER
     set_exact_state(state, torch.device("cpu"), None)
     assert choices() == FAST
-    assert "(as in the checkpoint)" in capsys.readouterr().out
+    assert "(as in the checkpoint)" in caplog.text
     monkeypatch.setenv("NANOCHAT_KERNELS", "decode=torch")
     kernel_choice.restore(state["kernels"])
     assert choices() == FAST | dict(decode="torch")
@@ -147,7 +148,7 @@ def test_rank_0_decides_for_all(base_dir, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert sorted(line for line in out.splitlines() if line.startswith("rank")) == ["rank 0: blocked 1", "rank 1: blocked 0"]
-    assert out.count("Kernels:") == 1
+    assert err.count("Kernels:") == 1
 
 
 def test_threads_of_a_container(monkeypatch, tmp_path):
