@@ -13,8 +13,8 @@ Notable:
   machine before, else by a stopwatch, in about a second. With several ranks, rank 0 decides for all.
 * Kernels round differently, so a run must keep its own: a measurement is kept below NANOCHAT_BASE_DIR under the machine's name (CPU,
   instruction set, torch, threads, dtype), and a checkpoint holds the choices it was trained with, which count when it is resumed on such a machine.
-* What is no choice: the loss is always taken in chunks (faster wherever it was measured, and the logits of all tokens would be the largest
-  tensor of a step), and weights are read in the compute dtype. `python -m dev.bench_kernels` puts the choices and these two rules to the test.
+* What is no choice, as it won wherever it was measured: windows backward go in blocks, the loss in chunks (the logits of all tokens would be the
+  largest tensor of a step), and weights are read in the compute dtype. `python -m dev.bench_kernels` puts choices and rules to the test.
 """
 import functools
 import json
