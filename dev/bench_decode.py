@@ -2,20 +2,25 @@
 
 * with the key/value cache (nanochat.engine) and without it (the whole context again for every token)
 * with the float32 master weights, which a bf16 or fp16 model casts at every step, and with weights cast once for inference
+* against Hugging Face `transformers`, where it is installed (pip install transformers): a Llama of equal depth, width and number of weights in the
+  same dtype, with its cache, in a plain loop
 * against the memory's limit: a step must read every matmul weight once, plus the keys and values of each row
 
     python -m dev.bench_decode --depth=8
     python -m dev.bench_decode --depth=8 --ranks=32,128,256    # low-rank weights as factors, as products, as chosen; and dense
     python -m dev.bench_decode --calls                         # what a second matmul call costs: the rule of nanochat.lowrank
 
-The variants take turns and their median steps are compared, so that a busy machine slows all of them alike.
+The variants take turns and their median steps are compared, so that a busy machine slows all of them alike (--threads 1 where that is not enough).
 """
 import copy
+import inspect
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +38,11 @@ NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=
 
 
 def seconds(work: Callable) -> float:
-    """Wall-clock time of `work`, which must end with a transfer to the host."""
-    start = time.perf_counter()
+    """Time of `work`, which must end with a transfer to the host."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -64,6 +70,32 @@ def without_cache(model: GPT, prompt: list[int], batch_size: int) -> Callable:
     return lambda: model(ids)[:, -1].argmax(dim=-1).tolist()
 
 
+def transformers_llama(config: GPTConfig, device: torch.device) -> Any:
+    """A Llama with as many heads, layers and matmul weights as the GPT (its MLP has three matrices), or None without the library."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    hidden = round(8 * config.n_embd / 3 / 64) * 64
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=hidden, num_hidden_layers=config.n_layer, bos_token_id=None, eos_token_id=None,
+        num_attention_heads=config.n_head, max_position_embeddings=config.sequence_len)).to(device, COMPUTE_DTYPE).eval()
+
+
+def with_transformers(model: Any, prompt: list[int], batch_size: int) -> Callable:
+    from transformers import DynamicCache
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # until 5.23
+    cached = {name: DynamicCache(config=model.config), "use_cache": True}
+    logits = model(torch.tensor([prompt] * batch_size, device=model.device), **cached).logits
+
+    def step():
+        nonlocal logits
+        ids = logits[:, -1:].argmax(dim=-1)
+        logits = model(ids, **cached).logits
+        return ids.tolist()
+    return step
+
+
 def in_turns(variants: list[Callable], steps: list[int]) -> list[float]:
     """Median seconds of each variant's steps, after one to warm up."""
     times: list[list[float]] = [[] for _ in variants]
@@ -80,12 +112,16 @@ def compare_caching(config: GPTConfig, prompt: list[int], args, device: torch.de
     weight_bytes = master.num_matmul_params() * COMPUTE_DTYPE.itemsize
     bandwidth = read_bandwidth(device)
     print(f"{weight_bytes / 2**20:.1f} MiB of matmul weights, memory read at {bandwidth / 1e9:.1f} GB/s\n")
-    print("tokens/s     no cache      cache  cast once      limit | cache/no cache  cast once/cache  cast once/limit")
+    peer = transformers_llama(config, device)
+    print("tokens/s     no cache      cache  cast once transformers      limit | cache/no cache  cast once/cache  cast once/transformers  cast once/limit")
     for batch_size in args.batch_sizes:
         variants = [without_cache(master, prompt, batch_size), *(with_cache(model, prompt, batch_size, args.steps + 2) for model in (master, cast))]
-        naive, slow, fast = (batch_size / s for s in in_turns(variants, [max(1, args.steps // 4), args.steps, args.steps]))
+        variants += [with_transformers(peer, prompt, batch_size)] if peer else []
+        rates = [batch_size / s for s in in_turns(variants, [max(1, args.steps // 4), *[args.steps] * (len(variants) - 1)])]
+        naive, slow, fast, theirs = (*rates, math.nan)[:4]
         limit = batch_size * bandwidth / (weight_bytes + batch_size * master.kv_read_bytes(args.context))
-        print(f"batch {batch_size:4} {naive:10.1f} {slow:10.1f} {fast:10.1f} {limit:10.1f} | {slow / naive:14.1f} {fast / slow:16.2f} {fast / limit:16.1%}")
+        print(f"batch {batch_size:4} {naive:10.1f} {slow:10.1f} {fast:10.1f} {theirs:12.1f} {limit:10.1f} | {slow / naive:14.1f} {fast / slow:16.2f} "
+              f"{fast / theirs:23.2f} {fast / limit:16.1%}", flush=True)
 
 
 def compare_merging(config: GPTConfig, prompt: list[int], args, device: torch.device) -> None:
@@ -157,7 +193,10 @@ def main(argv=None) -> None:
     parser.add_argument("--ranks", type=positive_ints, help="compare low-rank models of these ranks with a dense one")
     parser.add_argument("--calls", action="store_true", help="compare single layers as factors and as products")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
+    parser.add_argument("--threads", type=positive_int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     *_, device = compute_init(args.device_type or autodetect_device_type())
     print(f"{COMPUTE_DTYPE}, {device}, {torch.get_num_threads()} threads")
     if args.calls:

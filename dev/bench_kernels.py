@@ -1,66 +1,39 @@
-"""The hand-written CPU kernels against PyTorch's own, in turns in one call:
+"""Puts the choice of CPU kernels (nanochat/kernel_choice.py) to the test, in turns in one call:
 
     python -m dev.bench_kernels
 
-Attention forward and backward of one layer, one decoding step's attention, and the loss with its gradients.
+One line for each kernel and size: milliseconds of each alternative, the one that this machine takes, and whether it was right. Attention forward and
+backward, one decoding step's attention and products; and what is taken everywhere: windows backward in blocks, the loss in chunks, weights in the
+compute dtype. Exit status 1 if any of them takes over 10 % longer than an alternative.
 """
+import argparse
 import statistics
-import time
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from nanochat import flash_attention
-from nanochat.common import compute_init
+from nanochat import kernel_choice
+from nanochat.cli import command
+from nanochat.common import COMPUTE_DTYPE, compute_init
 from nanochat.cross_entropy import softcap_cross_entropy
+from nanochat.gpt import linear
+from nanochat.kernel_choice import attention_trials, chosen, chosen_backward, decode_trials, in_turns, position_trials
+
+TOLERANCE = 1.1
 
 
-def compare(name: str, ours, builtin, rounds: int = 9) -> None:
-    """Prints the median milliseconds of both, run in turns, and the median of the ratios."""
-    times: dict = {ours: [], builtin: []}
-    for _ in range(rounds + 2):
-        for run in (ours, builtin):
-            started = time.perf_counter()
-            run()
-            times[run].append(time.perf_counter() - started)
-    a, b = times[ours][2:], times[builtin][2:]
-    ratio = statistics.median(y / x for x, y in zip(a, b))
-    print(f"| {name} | {1000 * statistics.median(a):.2f} | {1000 * statistics.median(b):.2f} | {ratio:.1f}x |", flush=True)
+def masked_backward(rows: int, length: int, heads: int, dim: int, window: int) -> Callable:
+    """The backward pass of PyTorch's attention with a mask of the whole context, the alternative for a window."""
+    q, k, v, upstream = (torch.randn(rows, length, heads, dim).to(COMPUTE_DTYPE).transpose(1, 2).requires_grad_() for _ in range(4))
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance <= window))
+    return lambda: torch.autograd.grad(y, (q, k, v), upstream, retain_graph=True)
 
 
-def attention(rows: int, length: int, heads: int, dim: int, window: int) -> None:
-    q, k, v, upstream = (torch.randn(rows, heads, length, dim).bfloat16() for _ in range(4))
-    for x in (q, k, v):
-        x.requires_grad_()
-
-    def ours():
-        return flash_attention._blocked_attention(q, k, v, window, False)
-
-    if window < 0:
-        def builtin():
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-        mask = (distance >= 0) & (distance <= window)
-
-        def builtin():
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    name = f"attention of {rows} x {length}, {heads} heads of {dim}, {f'window {window}' if window >= 0 else 'causal'}"
-    compare(f"{name}, forward", ours, builtin)
-    y, z = ours(), builtin()
-    compare(f"{name}, backward", lambda: torch.autograd.grad(y, (q, k, v), upstream, retain_graph=True),
-            lambda: torch.autograd.grad(z, (q, k, v), upstream, retain_graph=True))
-
-
-def decoding(rows: int) -> None:
-    q, k, v = (torch.randn(rows, n, 12, 64).bfloat16().transpose(1, 2) for n in (1, 1024, 1024))
-    compare(f"one query against 1024 keys, {rows} rows, 12 heads of 64", lambda: flash_attention._attend_to_all(q, k, v),
-            lambda: F.scaled_dot_product_attention(q, k, v))
-
-
-def loss(tokens: int, width: int, vocab: int) -> None:
-    hidden = torch.randn(tokens, width).bfloat16().requires_grad_()
+def loss_trials(tokens: int, width: int, vocab: int) -> dict[str, Callable]:
+    hidden = torch.randn(tokens, width).to(COMPUTE_DTYPE).requires_grad_()
     weight = (0.1 * torch.randn(vocab, width)).requires_grad_()
     targets = torch.randint(0, vocab, (tokens,))
 
@@ -68,22 +41,77 @@ def loss(tokens: int, width: int, vocab: int) -> None:
         return F.cross_entropy(15 * torch.tanh(F.linear(h, w.to(h.dtype)).float() / 15), targets)
 
     compiled = torch.compile(plain, dynamic=False)
-    compare(f"loss of {tokens} tokens, width {width}, vocabulary {vocab}, forward and backward",
-            lambda: softcap_cross_entropy(hidden, weight.to(hidden.dtype), targets, 15.0).backward(),
-            lambda: compiled(hidden, weight).backward())
+    return {"chunked": lambda: softcap_cross_entropy(hidden, weight.to(hidden.dtype), targets, 15.0).backward(),
+            "whole": lambda: compiled(hidden, weight).backward()}
 
 
-def main() -> None:
+def weight_trials(rows: int, width: int, matrices: int = 24) -> dict[str, Callable]:
+    """A decoding step's matrices of one size, each another one as in a model; float32 ones are multiplied in float32."""
+    x = torch.randn(rows, width).to(COMPUTE_DTYPE)
+    wide = [torch.randn(4 * width, width) for _ in range(matrices)]
+    narrow = [weight.to(COMPUTE_DTYPE) for weight in wide]
+
+    def widened():
+        for weight in wide:
+            F.linear(x.float(), weight).to(x.dtype)
+
+    def cast():
+        for weight in narrow:
+            linear(x, weight)
+
+    return {str(COMPUTE_DTYPE).removeprefix("torch."): cast, "float32": widened}
+
+
+def compare(name: str, works: dict[str, Callable], choice: str, rounds: int) -> bool:
+    """Prints a line; whether the choice was right, by the median over the rounds of its time relative to the fastest other's."""
+    times = in_turns(works, rounds, at_most=60)
+    medians = {alternative: statistics.median(taken) for alternative, taken in times.items()}
+    other = min((alternative for alternative in works if alternative != choice), key=medians.__getitem__)
+    ratio = statistics.median(a / b for a, b in zip(times[choice], times[other]))
+    right = ratio <= TOLERANCE
+    shown = ", ".join(f"{alternative} {1000 * seconds:.2f}" for alternative, seconds in medians.items())
+    print(f"| {name} | {shown} | {choice} | {1 / ratio:.2f} | {'right' if right else 'WRONG'} |", flush=True)
+    return right
+
+
+@command
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
+    parser.add_argument("--small", action="store_true", help="sizes that take a second, to see that it runs")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     compute_init("cpu")
     torch.manual_seed(0)
-    print("| bf16 on a CPU | ours, ms | PyTorch's, ms | faster by |\n|---|---:|---:|---:|")
-    attention(16, 512, 4, 64, window=-1)
-    attention(4, 2048, 6, 64, window=512)
-    with torch.no_grad():
-        decoding(1)
-        decoding(16)
-    loss(8192, 256, 4096)
+    print(f"\n{kernel_choice.machine()}\n")
+    print("| kernel and size | ms | taken | faster than the other by | |\n|---|---|---|---:|---|")
+    results = []
+
+    def check(name: str, works: dict[str, Callable], choice: str) -> None:
+        results.append(compare(name, works, choice, args.rounds))
+
+    for rows, length, heads, window in ((2, 64, 1, -1), (1, 64, 1, 16)) if args.small else ((16, 512, 4, -1), (4, 2048, 6, -1), (4, 2048, 6, 512)):
+        size = f"{rows} x {length}, {heads} heads of 64, {f'window {window}' if window >= 0 else 'causal'}"
+        forward, backward = attention_trials(rows, length, heads, 64, window)
+        with torch.no_grad():
+            check(f"attention forward, {size}", forward, chosen("window" if window >= 0 else "attention"))
+        if window >= 0:
+            backward["torch, masked"] = masked_backward(rows, length, heads, 64, window)
+        check(f"attention backward, {size}", backward, chosen_backward(length) if window < 0 else "blocked")
+    with torch.inference_mode():
+        for rows, length in ((1, 64),) if args.small else ((1, 1024), (16, 512)):
+            check(f"one query against {length} keys, {rows} rows, 12 heads of 64", decode_trials(rows, length, 12, 64), chosen("decode"))
+        check("one position through 24 matrices", position_trials(64 if args.small else 512, 24), chosen("position"))
+        for rows, width in () if COMPUTE_DTYPE == torch.float32 else ((1, 64),) if args.small else ((1, 512), (16, 512)):
+            works = weight_trials(rows, width)
+            check(f"24 matrices of {4 * width} x {width}, {rows} rows", works, next(iter(works)))
+    check("loss with gradients, 8192 tokens, width 256, vocabulary 4096", loss_trials(*((64, 64, 64) if args.small else (8192, 256, 4096))), "chunked")
+    wrong = results.count(False)
+    print(f"\n{len(results) - wrong} of {len(results)} right" + (f"; {wrong} took over {TOLERANCE - 1:.0%} longer than the alternative" if wrong else ""))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ Contestants take turns, a few steps at a time, so that a machine whose speed dri
 |---|---|
 | stock-fp32 | nanochat's default on a CPU: whole model compiled in float32, built-in attention, all logits at once |
 | stock-bf16 | the same after merely switching the dtype |
+| plain-bf16 | the same model and dtype in a plain PyTorch loop: nothing compiled |
 | ours | this project's defaults |
 | ours-fp8 | with --fp8 (GPU) |
 
@@ -16,6 +17,7 @@ Each runs in a process of its own, since the dtype is fixed at import. `--worker
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,7 +26,7 @@ import time
 
 from nanochat.cli import command, positive_int
 
-CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "ours")
+CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "plain-bf16", "ours")
 GPU_CONTESTANTS = ("stock-bf16", "ours", "ours-fp8")
 
 
@@ -48,7 +50,7 @@ def parse_args(argv):
 # One contestant: builds its model, then runs as many steps as each line on stdin asks for
 
 
-def make_stock() -> None:
+def make_stock(compiled: bool) -> None:
     """Puts the plain formulation in the place of ours: one attention call, one cross-entropy over all logits."""
     import torch
     import torch.nn.functional as F
@@ -65,7 +67,7 @@ def make_stock() -> None:
 
     flash_attention.flash_attn.flash_attn_func = builtin_attention
     gpt.softcap_cross_entropy = full_cross_entropy
-    optim.muon_step_fused = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=False)
+    optim.muon_step_fused = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=False) if compiled else optim.muon_step_fused.__wrapped__
 
 
 def worker(args) -> None:
@@ -75,8 +77,8 @@ def worker(args) -> None:
     from nanochat.compiler import compile_model
     from nanochat.gpt import GPT
     from nanochat.recipe import gpt_config
-    if args.worker.startswith("stock"):
-        make_stock()
+    if not args.worker.startswith("ours"):
+        make_stock(compiled=args.worker.startswith("stock"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.worker.startswith("ours"):
         compute_init(device.type)
@@ -89,7 +91,9 @@ def worker(args) -> None:
     if args.worker.endswith("fp8"):
         from nanochat.fp8 import convert_to_float8_training, worth_converting
         convert_to_float8_training(model, module_filter_fn=worth_converting)
-    run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
+    run = model
+    if not args.worker.startswith("plain"):
+        run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
     optimizer = model.setup_optimizer()
     idx = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     targets = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
@@ -120,7 +124,7 @@ def worker(args) -> None:
             return sum(event.cpu_time_total for key, event in events.items() if key.startswith(prefixes))
         own = sum(event.self_cpu_time_total for event in events.values())
         parts = dict(optimizer=total("Optimizer.step"), loss=total("nanochat::softcap_cross_entropy", "GeneratedBackwardFor_nanochat_softcap"),
-                     attention=total("nanochat::blocked_attention") or total("aten::_scaled_dot_product_flash"),
+                     attention=total("nanochat::causal_attention") or total("aten::_scaled_dot_product_flash"),
                      compiled_elementwise=sum(e.self_cpu_time_total for key, e in events.items() if "CompiledFxGraph" in key))
         parts["loss"] /= 2 if "nanochat::softcap_cross_entropy" in events else 1  # the wrapper and the operator inside it
         parts["linear layers and the rest"] = own - sum(parts.values())
@@ -153,9 +157,9 @@ def worker(args) -> None:
 
 class Contestant:
     def __init__(self, name: str, depth: int):
-        dtype = {"stock-fp32": "float32", "stock-bf16": "bfloat16"}.get(name)
+        dtype = {"stock-fp32": "float32", "stock-bf16": "bfloat16", "plain-bf16": "bfloat16"}.get(name)
         env = {key: value for key, value in os.environ.items() if key != "NANOCHAT_DTYPE"} | ({"NANOCHAT_DTYPE": dtype} if dtype else {})
-        self.name, self.times = name, []
+        self.name, self.times, self.first_step = name, [], math.nan
         self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *sys.argv[1:], "--worker", name, "--depth", str(depth)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -179,8 +183,9 @@ def bench(args, depth: int) -> None:
     contestants = [Contestant(name, depth) for name in names]
     for contestant in contestants:
         started = time.perf_counter()
-        contestant.ask(3)  # compiles
-        print(f"d{depth} {contestant.name}: ready after {time.perf_counter() - started:.0f}s", file=sys.stderr)
+        contestant.ask(1)  # compiles
+        contestant.first_step = time.perf_counter() - started
+        contestant.ask(2)
     answers, limits = {}, []
     for _ in range(args.rounds):
         for contestant in contestants:
@@ -191,8 +196,8 @@ def bench(args, depth: int) -> None:
     limit = statistics.median(limits)
     tokens = args.rows * args.max_seq_len
     print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain bf16 matmul {limit / 1e9:,.0f} GFLOP/s\n")
-    print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | GiB |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | first step after s | GiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     rates = {}
     for contestant in contestants:
         medians = [statistics.median(column) for column in zip(*contestant.times)]
@@ -205,7 +210,7 @@ def bench(args, depth: int) -> None:
         rate = answers[contestant.name]["flops"] / seconds
         memory = answers[contestant.name]["memory_gib"]
         print(f"| {contestant.name} | {tokens / seconds:,.0f} | {ratio:.2f} | " + " | ".join(f"{1000 * t:.0f}" for t in medians)
-              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {'-' if memory is None else f'{memory:.1f}'} |")
+              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {contestant.first_step:.0f} | {'-' if memory is None else f'{memory:.1f}'} |")
     if torch.cuda.is_available():
         from nanochat.common import get_peak_flops
         peak = get_peak_flops(torch.cuda.get_device_name())

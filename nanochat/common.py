@@ -235,6 +235,26 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use at once: those it is bound to, and no more than its container's quota of CPU time."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = {"/sys/fs/cgroup/cpu.max": None, "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "/sys/fs/cgroup/cpu/cpu.cfs_period_us"}  # cgroup 2, cgroup 1
+    for quota_file, period_file in quotas.items():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            words = Path(quota_file).read_text().split() + (Path(period_file).read_text().split() if period_file else [])
+            quota, period = map(int, words)
+            if quota > 0:
+                cpus = min(cpus, max(1, quota // period))
+    return cpus
+
+
+def limit_threads() -> None:
+    """No more threads than CPUs: PyTorch starts one for each core it sees, also where a container may use only a few of them, and then each
+    operation waits for threads that do not run. OMP_NUM_THREADS has the last word."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
+
+
 def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.device]:
     """Seeds, sets precision and joins the process group: NCCL on CUDA, gloo elsewhere.
 
@@ -260,6 +280,7 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
         device = torch.device(device_type)
     if device_type == "cpu":
         keep_freed_memory()
+        limit_threads()
     if ddp and not is_ddp_initialized():
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
@@ -268,6 +289,9 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
         dist.barrier()
     if rank == 0:
         logger.info(f"Distributed world size: {world_size}")
+    if device_type == "cpu":
+        from nanochat import kernel_choice  # which needs this module
+        kernel_choice.settle()
     return ddp, rank, local_rank, world_size, device
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from nanochat import flash_attention
 from nanochat.cli import ArgumentParser, command
 from nanochat.common import COMPUTE_DTYPE
+from nanochat.kernel_choice import chosen
 
 # -----------------------------------------------------------------------------
 # Calculator
@@ -188,8 +189,10 @@ class Engine:
         config = self.model.config
         layered = hasattr(config, "layers")
         shapes = [(kv_heads, qk_dim, v_dim) for _, kv_heads, qk_dim, v_dim in self.model.attention_shapes()] if layered else None
+        device = self.model.get_device()
+        wide = device.type == "cpu" and chosen("decode") == "float32"
         cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
-                        device=self.model.get_device(), dtype=COMPUTE_DTYPE, layer_shapes=shapes)
+                        device=device, dtype=torch.float32 if wide else COMPUTE_DTYPE, layer_shapes=shapes)
         cache.last_logits_only = True
         return cache
 

@@ -5,8 +5,9 @@
 | Hopper and newer with the `kernels` package, bf16 | FlashAttention-3 |
 | other CUDA, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, full causal | PyTorch's built-in causal kernel |
-| CPU in bf16; anywhere else, sliding window | blocks of queries, each against just the keys it sees |
+| CPU | PyTorch's kernel, or blocks of queries by batched matmuls: what is faster there (kernel_choice.py), forward and backward apart |
 | anywhere else, full causal | PyTorch's built-in causal kernel |
+| anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 
 No T x T mask is ever built for training or for a prompt; only a chunk appended to a non-empty cache has a mask.
 A window `w` lets query i see the keys j with i - w <= j <= i, so w + 1 of them; a negative one means no limit.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
+from nanochat.kernel_choice import chosen, chosen_backward
 
 
 def _load_fa3():
@@ -35,7 +37,8 @@ def _load_fa3():
 
 
 BLOCK = 128  # queries per block
-CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
+_cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
+CPU_BYTES = _cpu.get("l2_cache_size") or 1 << 20  # score bytes per thread and piece: an L2 cache
 GPU_BYTES = 1 << 28
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
@@ -96,95 +99,114 @@ def _additive_mask(rows: int, columns: int, offset: int, window: int, dtype: tor
 
 
 def _pieces(q, k, window: int):
-    """Yields (heads, queries, keys, q piece, k piece, probabilities) for the whole causal band: three slices and their content.
+    """Yields (queries, keys, q piece, k piece, probabilities) for the whole causal band: two indices into (B, H, T), and their content.
 
-    q (already scaled) and k (N, T, D). A piece is BLOCK queries of a few heads with every key that they see, small enough
-    to stay in the processor's cache until it is used. Its operands are made contiguous: a batched matmul of strided
-    ones copies them too, and a transposed one slowly.
+    q and k (B, H, T, D). A piece is BLOCK queries of a few heads with every key that they see, small enough to stay in the
+    processor's cache until it is used: (n, BLOCK, D), (n, keys, D) and (n, BLOCK, keys). Its operands are made contiguous: a batched matmul of
+    strided ones copies them too, and a transposed one slowly.
     """
+    B, H, T, D = q.shape
     bytes_at_once = torch.get_num_threads() * CPU_BYTES if q.device.type == "cpu" else GPU_BYTES
-    heads_at_once = max(1, bytes_at_once // (BLOCK * q.size(1) * q.element_size()))
-    for first_head in range(0, q.size(0), heads_at_once):
-        heads = slice(first_head, first_head + heads_at_once)
-        for start in range(0, q.size(1), BLOCK):
-            end = min(start + BLOCK, q.size(1))
-            first_key = 0 if window < 0 else max(0, start - window)
-            queries, keys = slice(start, end), slice(first_key, end)
-            q_piece, k_piece = q[heads, queries].contiguous(), k[heads, keys].contiguous()
-            scores = torch.bmm(q_piece, k_piece.mT)
-            edge = start if window < 0 else first_key  # keys before it are seen by every query of the block
-            scores[:, :, edge - first_key:] += _additive_mask(end - start, end - edge, start - edge, window, q.dtype, q.device)
-            yield heads, queries, keys, q_piece, k_piece, torch.softmax(scores, dim=-1)
+    heads_at_once = max(1, bytes_at_once // (BLOCK * T * q.element_size()))
+    rows_at_once = max(1, heads_at_once // H)
+    for row in range(0, B, rows_at_once):
+        for head in range(0, H, heads_at_once):
+            for start in range(0, T, BLOCK):
+                end = min(start + BLOCK, T)
+                first_key = 0 if window < 0 else max(0, start - window)
+                heads = slice(row, row + rows_at_once), slice(head, head + heads_at_once)
+                queries, keys = (*heads, slice(start, end)), (*heads, slice(first_key, end))
+                q_piece, k_piece = _flat(q[queries]) * D ** -0.5, _flat(k[keys])
+                scores = torch.bmm(q_piece, k_piece.mT)
+                edge = start if window < 0 else first_key  # keys before it are seen by every query of the block
+                scores[:, :, edge - first_key:].add_(_additive_mask(end - start, end - edge, start - edge, window, q.dtype, q.device))
+                yield queries, keys, q_piece, k_piece, torch.softmax(scores, dim=-1)
 
 
-@torch.library.custom_op("nanochat::blocked_attention", mutates_args=())
-def _blocked_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    out = torch.empty_like(v)  # as many heads and positions as q, but the width of the values
-    for heads, queries, keys, _, _, probs in _pieces(q * q.size(-1) ** -0.5, k, window):
-        out[heads, queries] = torch.bmm(probs, v[heads, keys].contiguous())
+def _flat(x):
+    """(B, H, T, D) -> (B*H, T, D), contiguous."""
+    return x.reshape(-1, x.size(2), x.size(3)).contiguous()
+
+
+def _empty(x, width: int, **kwargs):
+    """(B, H, T, width) for x (B, H, T, D), laid out as (B, T, H, width): the layout of the projections before and after attention."""
+    return x.new_empty(x.size(0), x.size(2), x.size(1), width, **kwargs).transpose(1, 2)
+
+
+def _builtin(q, k, v, mask=None):
+    """PyTorch's CPU kernel, with an additive mask or causal: (B, H, T, D), laid out as by `_empty`."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)[0]
+
+
+@torch.library.custom_op("nanochat::causal_attention", mutates_args=())
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: str) -> torch.Tensor:
+    if kernel == "torch" and window < 0:
+        return _builtin(q, k, v)
+    out = _empty(q, v.size(3))
+    if kernel == "blocked":
+        for queries, keys, _, _, probs in _pieces(q, k, window):
+            out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
+    else:
+        for start in range(0, q.size(2), BLOCK):
+            end, first_key = min(start + BLOCK, q.size(2)), max(0, start - window)
+            mask = _additive_mask(end - start, end - first_key, start - first_key, window, q.dtype, q.device)
+            out[:, :, start:end] = _builtin(q[:, :, start:end], k[:, :, first_key:end], v[:, :, first_key:end], mask)
     return out
 
 
-@torch.library.custom_op("nanochat::blocked_attention_backward", mutates_args=())
-def _blocked_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                      window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("nanochat::causal_attention_backward", mutates_args=())
+def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Recomputes the probabilities piece by piece (Dao et al., 2205.14135) instead of keeping them."""
     scale = q.size(-1) ** -0.5
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for heads, queries, keys, q_piece, k_piece, probs in _pieces(q * scale, k, window):
-        g = grad[heads, queries].contiguous()
-        grad_v[heads, keys] += torch.bmm(probs.mT, g)
-        grad_probs = torch.bmm(g, v[heads, keys].contiguous().mT)
+    grad_q = _empty(q, q.size(3))
+    grad_k, grad_v = (_empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
+    for queries, keys, q_piece, k_piece, probs in _pieces(q, k, window):
+        g = _flat(grad[queries])
+        grad_v[keys].add_(torch.bmm(probs.mT, g).view_as(grad_v[keys]))  # not +=, which would copy the sum onto itself
+        grad_probs = torch.bmm(g, _flat(v[keys]).mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        grad_k[heads, keys] += torch.bmm(grad_scores.mT, q_piece)
-        grad_q[heads, queries] = torch.bmm(grad_scores, k_piece)
-    return grad_q * scale, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        grad_k[keys].add_(torch.bmm(grad_scores.mT, q_piece).view_as(grad_k[keys]))
+        grad_q[queries] = torch.bmm(grad_scores, k_piece).view_as(grad_q[queries])
+    return grad_q.mul_(scale), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-@_blocked_forward.register_fake
-def _(q, k, v, window):
-    return torch.empty_like(v)
+@_forward.register_fake
+def _(q, k, v, window, kernel):
+    return _empty(q, v.size(3))
 
 
-@_blocked_backward.register_fake
+@_backward.register_fake
 def _(grad, q, k, v, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _empty(q, q.size(3)), _empty(k, k.size(3)), _empty(v, v.size(3))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.window = inputs
+    q, k, v, ctx.window, _ = inputs
     ctx.save_for_backward(q, k, v)
 
 
-_blocked_forward.register_autograd(
-    lambda ctx, grad: (*_blocked_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None), setup_context=_setup_context)
+_forward.register_autograd(lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors, ctx.window), None, None), setup_context=_setup_context)
 
 
-def _blocked_attention(q, k, v, window: int, enable_gqa: bool):
-    """O(T * window) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D).
-
-    On a CPU in bf16 this is also 2 to 3 times as fast as the built-in causal kernel (dev/LOG.md).
-    """
-    if enable_gqa:
+def causal_attention(q, k, v, window: int, forward: str, backward: str = "blocked"):
+    """O(T * window) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py."""
+    if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    flat = (x.reshape(-1, x.size(2), x.size(3)).contiguous() for x in (q, k, v))
-    return _blocked_forward(*flat, window).view(*q.shape[:3], v.size(3))
+    if q.size(3) != v.size(3):  # PyTorch's kernel takes one width
+        forward = backward = "blocked"
+    if window < 0 and forward == backward == "torch":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return _forward(q, k, v, window, forward)
 
 
-def _attend_to_all(q, k, v):
-    """One query per head against every key, the decoding step. q (B, H, 1, D), k and v (B, Hkv, T, D) -> (B, H, 1, D).
+def attend_to_all(q, k, v):
+    """One query per head against every key, the decoding step. q (B, H, 1, D), k and v (B, Hkv, T, D), float32 where that is
+    faster than the compute dtype -> (B, H, 1, D).
 
-    Query heads that share a key head become rows of one small matrix. The 16-bit kernel for CPUs is several times slower
-    than the float32 one here (dev/LOG.md), so one row of the batch at a time is widened.
+    Query heads that share a key head become rows of one small matrix.
     """
-    grouped = q.reshape(k.size(0), k.size(1), -1, q.size(3))
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        rows = zip(grouped.split(1), k.split(1), v.split(1))
-        y = torch.cat([F.scaled_dot_product_attention(*(x.float() for x in row)) for row in rows]).to(q.dtype)
-    else:
-        y = F.scaled_dot_product_attention(grouped, k, v)
-    return y.reshape(*q.shape[:3], v.size(3))
+    grouped = q.reshape(k.size(0), k.size(1), -1, q.size(3)).to(k.dtype)
+    return F.scaled_dot_product_attention(grouped, k, v).to(q.dtype).reshape(*q.shape[:3], v.size(3))
 
 
 def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
@@ -194,13 +216,16 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
     if queries == 1:
         if limited:
             k, v = k[:, :, keys - window - 1:], v[:, :, keys - window - 1:]
-        return _attend_to_all(q, k, v)
+        return attend_to_all(q, k, v)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if queries == keys:
-        if not limited and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        if q.device.type == "cpu":
+            return causal_attention(q, k, v, window if limited else -1, chosen("window" if limited else "attention"), chosen_backward(keys))
+        if not limited:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
-        if limited and _can_use_flex(q):
+        if _can_use_flex(q):
             return _flex_attention(q, k, v, window, enable_gqa)
-        return _blocked_attention(q, k, v, window if limited else -1, enable_gqa)
+        return causal_attention(q, k, v, window, "blocked")
     # a chunk behind a filled cache: its first query sees the most keys back
     if limited and keys > queries + window:
         k, v = k[:, :, keys - queries - window:], v[:, :, keys - queries - window:]
@@ -227,7 +252,7 @@ def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
     if q.device.type == "cpu":
         spans = [slice(0 if window < 0 else max(0, end - window), end + 1) for end in starts]
         q = q.transpose(1, 2)
-        y = [_attend_to_all(q[i:i + 1], k_cache[i:i + 1, span].transpose(1, 2), v_cache[i:i + 1, span].transpose(1, 2)) for i, span in enumerate(spans)]
+        y = [attend_to_all(q[i:i + 1], k_cache[i:i + 1, span].transpose(1, 2), v_cache[i:i + 1, span].transpose(1, 2)) for i, span in enumerate(spans)]
         return torch.cat(y).transpose(1, 2)
     longest = max(starts) + 1
     distance = positions[:, None] - torch.arange(longest, device=q.device)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from nanochat.common import COMPUTE_DTYPE, print0
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.flash_attention import flash_attn
+from nanochat.kernel_choice import chosen
 from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
 VE_GATE_CHANNELS = 12  # the value-embedding gate reads the first channels of the stream
@@ -46,6 +47,13 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., in) times weight (out, in) of the same dtype -> (..., out). A single position on a CPU is a matrix-vector product, if that is faster."""
+    if x.numel() == weight.size(1) and x.device.type == "cpu" and chosen("position") == "vector":
+        return torch.mv(weight, x.view(-1)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
     """No bias; the float32 master weight is cast to the dtype of the input."""
 
@@ -53,7 +61,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 def has_ve(layer_idx: int, n_layer: int) -> bool:
@@ -89,17 +97,33 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if has_ve(layer_idx, config.n_layer) else None
 
+    qkv: torch.Tensor | None = None  # the three projections as one matrix
+
+    @torch.no_grad()
+    def fuse_for_inference(self) -> None:
+        """Lays the three projections out as one matrix, of which they become views: one matmul in the place of three."""
+        parts = (self.c_q, self.c_k, self.c_v)
+        if all(type(part) is Linear for part in parts):
+            self.qkv = torch.cat([part.weight for part in parts])
+            for part, rows in zip(parts, self.qkv.split([part.out_features for part in parts])):
+                part.weight.data = rows
+
+    def project(self, x, cos_sin):
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D); queries and keys rotated."""
+        if self.qkv is None:
+            q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
+            return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
+        qk, v = linear(x, self.qkv.to(x.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
+        qk = apply_rotary_emb(qk.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)
+        return *qk.split([self.n_head, self.n_kv_head], dim=2), v.unflatten(-1, (self.n_kv_head, -1))
+
     def forward(self, x, ve, cos_sin, window_size, kv_cache):
         """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, -1)
-        k = self.c_k(x).view(B, T, self.n_kv_head, -1)
-        v = self.c_v(x).view(B, T, self.n_kv_head, -1)
+        q, k, v = self.project(x, cos_sin)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        cos, sin = cos_sin
-        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
         q, k = self.sharpen(q, k)
         return self.c_proj(self.attend(q, k, v, window_size, kv_cache).contiguous().view(B, T, -1))
 
@@ -222,10 +246,12 @@ class GPT(nn.Module):
             self.value_embeds.to(COMPUTE_DTYPE)
 
     def cast_for_inference(self) -> None:
-        """Stores the matrices in the compute dtype: the same outputs, half the bytes to read per decoded token."""
+        """Stores the matrices in the compute dtype: the same outputs, half the bytes to read per decoded token; and those of queries, keys and values as one."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.to(COMPUTE_DTYPE)
+        for block in self.transformer.h:
+            block.attn.fuse_for_inference()
 
     def _precompute_rotary_embeddings(self, seq_len: int, head_dim: int, base: float = 100000, device=None):
         """cos and sin of position * base^(-2j/D), each (1, seq_len, 1, D/2) in the compute dtype."""

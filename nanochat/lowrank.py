@@ -9,11 +9,10 @@
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import Linear
+from nanochat.gpt import Linear, linear
 
 RANK_SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
 DECODE_ROWS = 16  # up to so many rows a product costs what reading its weights costs
@@ -57,7 +56,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.product is not None and x.numel() <= DECODE_ROWS * self.in_features:
-            return F.linear(x, self.product.to(x.dtype))
+            return linear(x, self.product.to(x.dtype))
         return self.U(self.V(x))
 
     @torch.no_grad()

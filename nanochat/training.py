@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanochat import kernel_choice
 from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import ArgumentParser, UsageError, step_or_off
 from nanochat.common import DummyWandb, is_ddp_initialized, print0
@@ -98,11 +99,11 @@ def find_resume_step(args, folder: Path) -> int | None:
 
 
 def get_exact_state(device: torch.device, scaler) -> dict:
-    """Random states and the loss scaler's state."""
+    """Random states, the loss scaler's state and the kernels, which round differently."""
     rng = {"python": list(random.getstate()[1]), "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
-    return dict(rng=rng, scaler=scaler.state_dict() if scaler else None)
+    return dict(rng=rng, scaler=scaler.state_dict() if scaler else None, kernels=kernel_choice.state())
 
 
 def set_exact_state(state: dict, device: torch.device, scaler) -> None:
@@ -113,6 +114,7 @@ def set_exact_state(state: dict, device: torch.device, scaler) -> None:
         torch.cuda.set_rng_state(rng["cuda"].cpu(), device)
     if scaler and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
+    kernel_choice.restore(state.get("kernels"))
 
 
 def load_optimizer(optimizer: MuonAdamW, state: dict) -> None:

@@ -1,4 +1,5 @@
-"""Every test runs in float32, eagerly, on one thread per process (unless OMP_NUM_THREADS says more) and in a base directory of its own.
+"""Every test runs in float32, eagerly, with the same kernels everywhere, on one thread per process (unless OMP_NUM_THREADS says more) and in a
+base directory of its own.
 
 Tests of other dtypes, of torch.compile and of torchrun start real processes with their own environment.
 """
@@ -8,6 +9,7 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["NANOCHAT_DTYPE"] = "float32"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["NANOCHAT_KERNELS"] = "attention=torch,window=blocked,backward=torch,long-backward=torch,decode=torch,position=matrix"  # not what a stopwatch says; tests of the others ask for them
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")

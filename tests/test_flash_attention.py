@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import flash_attention as fa
+from nanochat import kernel_choice
 
 
 def by_definition(q, k, v, window: int):
@@ -25,12 +26,19 @@ def qkv(seed, batch, length, heads, kv_heads, dim, dtype=torch.float32):
     return [torch.randn(batch, length, h, dim, generator=generator).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)]
 
 
-@settings(max_examples=40, deadline=None)
+def choose(patch, **choices: str) -> None:
+    kernel_choice.settle()
+    patch.setattr(kernel_choice, "_settled", kernel_choice._settled | choices)
+
+
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), length=st.integers(2, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
-       window=st.one_of(st.just(-1), st.integers(0, 500)))
-def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group, window):
+       window=st.one_of(st.just(-1), st.integers(0, 500)), forward=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group, window, forward, backward):
     q, k, v = qkv(seed, 2, length, kv_heads * group, kv_heads, 8)
-    y = fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        choose(patch, attention=forward, window=forward, backward=backward)
+        y = fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
     want = by_definition(q, k, v, window)
     torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-6)
     upstream = torch.randn_like(y)
@@ -38,9 +46,12 @@ def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backward", ["torch", "blocked"])
+@pytest.mark.parametrize("forward", ["torch", "blocked"])
 @pytest.mark.parametrize("window", [-1, 0, 5, 128, 200])
-def test_bfloat16_blocks_are_as_accurate_as_the_builtin_kernel(window):
-    """bf16 on the CPU takes the blocked path; its error must stay of the size that rounding to bf16 makes anyway."""
+def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backward):
+    """The error must stay of the size that rounding to bf16 makes anyway."""
+    choose(monkeypatch, attention=forward, window=forward, backward=backward)
     q, k, v = qkv(1, 2, 300, 4, 2, 64, torch.bfloat16)
     want = by_definition(q, k, v, window)
     y = fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -52,28 +63,48 @@ def test_bfloat16_blocks_are_as_accurate_as_the_builtin_kernel(window):
         assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-6
 
 
-def test_blocked_attention_is_a_well_behaved_operator():
-    q, k, v = (x.detach().transpose(1, 2).reshape(-1, 9, 4).requires_grad_() for x in qkv(2, 1, 9, 2, 2, 4))
-    torch.library.opcheck(fa._blocked_forward, (q, k, v, 3))
+def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
+    choose(monkeypatch, **{"backward": "torch", "long-backward": "blocked"})
+    monkeypatch.setattr(kernel_choice, "LONG", 20)
+    blocked = []
+    monkeypatch.setattr(fa, "_pieces", lambda *args: blocked.append(args[0].size(2)) or ())
+    for length in (19, 20):
+        fa.flash_attn_func(*qkv(1, 1, length, 1, 1, 4), causal=True).sum().backward()
+    assert blocked == [20]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [-1, 3])
+@pytest.mark.parametrize("kernel", ["torch", "blocked"])
+def test_attention_is_a_well_behaved_operator(kernel, window):
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
+    torch.library.opcheck(fa._forward, (q, k, v, window, kernel))
+
+
+def test_values_of_another_width():
+    q, k, _ = qkv(9, 2, 150, 2, 2, 8)
+    v = torch.randn(2, 150, 2, 16)
+    for window in (-1, 5):
+        torch.testing.assert_close(fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0)).double(), by_definition(q, k, v, window), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, cache_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("window", [-1, 0, 3, 7, 100])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_cache_in_chunks_equals_one_pass(dtype, window, kv_heads):
+def test_cache_in_chunks_equals_one_pass(dtype, cache_dtype, window, kv_heads):
     q, k, v = (x.detach() for x in qkv(3, 2, 12, 4, kv_heads, 16, dtype))
     want = by_definition(q, k, v, window)
-    k_cache, v_cache = torch.zeros(2, 12, kv_heads, 16, dtype=dtype), torch.zeros(2, 12, kv_heads, 16, dtype=dtype)
+    k_cache, v_cache = (torch.zeros(2, 12, kv_heads, 16, dtype=cache_dtype) for _ in range(2))
     outputs, start = [], 0
     for size in (5, 1, 4, 1, 1):  # a prompt, single tokens, a later chunk
         part = slice(start, start + size)
         filled = torch.full((2,), start, dtype=torch.int32)
         outputs.append(fa.flash_attn_with_kvcache(q[:, part], k_cache, v_cache, k=k[:, part], v=v[:, part], cache_seqlens=filled, causal=True,
                                                   window_size=(window, 0)))
+        assert outputs[-1].dtype == dtype
         assert filled[0] == start, "advancing the position is the caller's business"
         start += size
     torch.testing.assert_close(torch.cat(outputs, dim=1).double(), want, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.02)
-    assert torch.equal(k_cache, k) and torch.equal(v_cache, v)
+    assert torch.equal(k_cache.to(dtype), k) and torch.equal(v_cache.to(dtype), v)
 
 
 def test_a_full_cache_says_so():
@@ -82,8 +113,10 @@ def test_a_full_cache_says_so():
         fa.flash_attn_with_kvcache(q, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), k=k, v=v, cache_seqlens=torch.zeros(1, dtype=torch.int32))
 
 
-def test_no_mask_of_the_whole_context(monkeypatch):
+@pytest.mark.parametrize("kernel", ["torch", "blocked"])
+def test_no_mask_of_the_whole_context(monkeypatch, kernel):
     """The additive masks stay of the block's size however long the context is."""
+    choose(monkeypatch, window=kernel)
     sizes = []
     real = fa._additive_mask
     monkeypatch.setattr(fa, "_additive_mask", lambda rows, columns, *rest: sizes.append(rows * columns) or real(rows, columns, *rest))

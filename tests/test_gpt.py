@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from nanochat.gpt import GPT, GPTConfig
+from nanochat import kernel_choice
+from nanochat.gpt import GPT, GPTConfig, linear
 from tests.golden.fixtures import batch, build_model
 
 CONFIG = dict(sequence_len=32, vocab_size=50, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
@@ -48,13 +49,32 @@ def test_padded_vocabulary_is_never_predicted_nor_trained_towards():
     assert (model.lm_head.weight.grad[50:] == 0).all()
 
 
-def test_inference_cast_changes_no_logit():
+def test_inference_cast_changes_no_logit_and_no_weight():
+    """The three projections become one matrix, whose sums may be taken in another order."""
     model = build_model(CONFIG, seed=2)
     idx, _ = batch(3, 1, 20, 50)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         before = model(idx)
         model.cast_for_inference()
-        assert torch.equal(model(idx), before)
+        assert all(block.attn.qkv is not None for block in model.transformer.h)
+        torch.testing.assert_close(model(idx), before, rtol=0, atol=1e-5)
+    assert model.state_dict().keys() == weights.keys() and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    attention = model.transformer.h[0].attn
+    attention.c_k.weight.data.zero_()
+    q, k, v = attention.project(torch.randn(1, 2, model.config.n_embd), model.cos_sin(0, 0, 2))
+    assert q.any() and v.any() and not k.any(), "the matrix follows its parts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_position_as_a_vector(monkeypatch, dtype):
+    x, weight = torch.randn(1, 1, 48).to(dtype), torch.randn(32, 48).to(dtype)
+    kernel_choice.settle()
+    for alternative in kernel_choice.KERNELS["position"]:
+        monkeypatch.setitem(kernel_choice._settled, "position", alternative)
+        y = linear(x, weight)
+        assert y.shape == (1, 1, 32) and y.dtype == dtype
+        torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.15)
 
 
 def test_greedy_generation_ignores_the_seed_and_sampling_does_not():
