@@ -10,6 +10,8 @@ Contestants take turns, a few steps at a time, so that a machine whose speed dri
 | stock-fp32 | nanochat's default on a CPU: whole model compiled in float32, built-in attention, all logits at once |
 | stock-bf16 | the same after merely switching the dtype |
 | ours | this project's defaults |
+| ours-eager | without torch.compile |
+| ours-whole | the whole model compiled as one graph, instead of its parts |
 | ours-fp8 | with --fp8 (GPU) |
 
 Each runs in a process of its own, since the dtype is fixed at import. `--worker` is how the bench calls itself.
@@ -25,7 +27,7 @@ import time
 from nanochat.cli import command, positive_int
 
 CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "ours")
-GPU_CONTESTANTS = ("stock-bf16", "ours", "ours-fp8")
+GPU_CONTESTANTS = ("stock-bf16", "ours-eager", "ours-whole", "ours", "ours-fp8")
 
 
 def parse_args(argv):
@@ -41,7 +43,9 @@ def parse_args(argv):
     parser.add_argument("--contestants", nargs="+", choices=sorted({*CPU_CONTESTANTS, *GPU_CONTESTANTS}))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=positive_int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.flags = sys.argv[1:] if argv is None else list(argv)
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -89,13 +93,25 @@ def worker(args) -> None:
     if args.worker.endswith("fp8"):
         from nanochat.fp8 import convert_to_float8_training, worth_converting
         convert_to_float8_training(model, module_filter_fn=worth_converting)
-    run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
+    if args.worker == "ours-eager":
+        run = model
+    else:
+        run = compile_model(model, device.type) if args.worker in ("ours", "ours-fp8") else torch.compile(model, dynamic=False)
     optimizer = model.setup_optimizer()
     idx = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     targets = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
+    memory: dict = {}
+
+    def peak() -> int:
+        bytes_ = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return bytes_
+
     def step(times):
+        peak()
         sync()
         marks = [time.perf_counter()]
         loss = run(idx, targets)
@@ -104,10 +120,13 @@ def worker(args) -> None:
         loss.backward()
         sync()
         marks.append(time.perf_counter())
+        memory["passes"] = peak()
+        memory["gradients"] = sum(p.grad.nbytes for p in model.parameters())
         optimizer.step()
         model.zero_grad(set_to_none=True)
         sync()
         marks.append(time.perf_counter())
+        memory["optimizer_step"] = peak()
         times.append([b - a for a, b in zip(marks, marks[1:])])
 
     def profile() -> dict:
@@ -144,25 +163,32 @@ def worker(args) -> None:
             times: list = []
             for _ in range(int(line)):
                 step(times)
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-            print(json.dumps({"times": times, "flops": flops, "memory_gib": memory}), flush=True)
+            memory["weights"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            memory["optimizer"] = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+            memory["activations"] = memory["passes"] - memory["weights"] - memory["gradients"] - memory["optimizer"]
+            print(json.dumps({"times": times, "flops": flops, "memory": memory}), flush=True)
 
 
 # -----------------------------------------------------------------------------
 
 
 class Contestant:
-    def __init__(self, name: str, depth: int):
+    def __init__(self, name: str, depth: int, flags: list[str]):
         dtype = {"stock-fp32": "float32", "stock-bf16": "bfloat16"}.get(name)
         env = {key: value for key, value in os.environ.items() if key != "NANOCHAT_DTYPE"} | ({"NANOCHAT_DTYPE": dtype} if dtype else {})
         self.name, self.times = name, []
-        self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *sys.argv[1:], "--worker", name, "--depth", str(depth)],
+        self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *flags, "--worker", name, "--depth", str(depth)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, question) -> dict:
-        assert self.process.stdin and self.process.stdout
+        self.write(question)
+        return self.read()
+
+    def write(self, question) -> None:
         self.process.stdin.write(f"{question}\n")
         self.process.stdin.flush()
+
+    def read(self) -> dict:
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
@@ -173,14 +199,19 @@ class Contestant:
         self.process.wait()
 
 
-def bench(args, depth: int) -> None:
+def bench(args, depth: int) -> dict:
+    """Prints the table; returns, for each contestant, tokens/s, MFU (None on a CPU), seconds until it was ready, and bytes of memory."""
     import torch
     names = args.contestants or (GPU_CONTESTANTS if torch.cuda.is_available() else CPU_CONTESTANTS)
-    contestants = [Contestant(name, depth) for name in names]
+    started = time.perf_counter()
+    contestants = [Contestant(name, depth, args.flags) for name in names]
+    ready = {}
     for contestant in contestants:
-        started = time.perf_counter()
-        contestant.ask(3)  # compiles
-        print(f"d{depth} {contestant.name}: ready after {time.perf_counter() - started:.0f}s", file=sys.stderr)
+        contestant.write(3)  # compiles; all of them at the same time
+    for contestant in contestants:
+        contestant.read()
+        ready[contestant.name] = time.perf_counter() - started
+    print(f"d{depth}: all ready after {max(ready.values()):.0f}s", file=sys.stderr)
     answers, limits = {}, []
     for _ in range(args.rounds):
         for contestant in contestants:
@@ -190,31 +221,36 @@ def bench(args, depth: int) -> None:
         limits.append(contestants[-1].ask("matmul")["flops_per_second"])
     limit = statistics.median(limits)
     tokens = args.rows * args.max_seq_len
+    peak_flops = None
+    if torch.cuda.is_available():
+        from nanochat.common import get_peak_flops
+        peak_flops = get_peak_flops(torch.cuda.get_device_name())
     print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain bf16 matmul {limit / 1e9:,.0f} GFLOP/s\n")
     print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    rates = {}
+    results = {}
     for contestant in contestants:
         medians = [statistics.median(column) for column in zip(*contestant.times)]
         seconds = statistics.median(sum(row) for row in contestant.times)
-        rates[contestant.name] = tokens / seconds
         # paired: each turn against the first contestant's turn of the same round
         per_turn = [statistics.mean(sum(row) for row in contestant.times[i:i + args.steps]) for i in range(0, len(contestant.times), args.steps)]
         first = [statistics.mean(sum(row) for row in contestants[0].times[i:i + args.steps]) for i in range(0, len(per_turn) * args.steps, args.steps)]
         ratio = statistics.median(b / a for a, b in zip(per_turn, first))
         rate = answers[contestant.name]["flops"] / seconds
-        memory = answers[contestant.name]["memory_gib"]
+        memory = answers[contestant.name]["memory"]
+        gib = max(memory["passes"], memory["optimizer_step"]) / 2 ** 30
+        results[contestant.name] = dict(tokens_per_second=tokens / seconds, mfu=peak_flops and rate / peak_flops, ready=ready[contestant.name], memory=memory,
+                                        ratio=ratio)
         print(f"| {contestant.name} | {tokens / seconds:,.0f} | {ratio:.2f} | " + " | ".join(f"{1000 * t:.0f}" for t in medians)
-              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {'-' if memory is None else f'{memory:.1f}'} |")
-    if torch.cuda.is_available():
-        from nanochat.common import get_peak_flops
-        peak = get_peak_flops(torch.cuda.get_device_name())
-        print("\nMFU: " + ", ".join(f"{c.name} {100 * answers[c.name]['flops'] * rates[c.name] / tokens / peak:.1f}%" for c in contestants))
+              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {f'{gib:.1f}' if gib else '-'} |", flush=True)
+    if peak_flops:
+        print("\nMFU: " + ", ".join(f"{name} {100 * result['mfu']:.1f}%" for name, result in results.items()))
     else:
         parts = contestants[-1].ask("profile")
         print(f"\n{contestants[-1].name}, share of a step: " + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in parts.items()))
     for contestant in contestants:
         contestant.close()
+    return results
 
 
 @command

@@ -2,8 +2,8 @@
 
 | where | what runs |
 |---|---|
-| Hopper and newer with the `kernels` package, bf16 | FlashAttention-3 |
-| other CUDA, sliding window | FlexAttention: blocks outside the band are never computed |
+| Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
+| other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, full causal | PyTorch's built-in causal kernel |
 | CPU in bf16; anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 | anywhere else, full causal | PyTorch's built-in causal kernel |
@@ -19,28 +19,37 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
+from nanochat.compiler import why_not_compile
 
 
 def _load_fa3():
     """FlashAttention-3's interface from the `kernels` package, or None where there is none for this machine; and why not."""
     if not torch.cuda.is_available():
         return None, "no CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    if not 8 <= major < 10:  # the kernels are compiled for 8.0 and 9.0a; the latter runs on no later GPU
+        return None, f"built for compute capability 8 and 9, and this GPU has {major}.{minor}"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import kernels
-        # Ampere to Hopper, any torch from 2.9 on; from a publisher that `kernels` trusts by itself
+        # any torch from 2.9 on; from a publisher that `kernels` trusts by itself
         return kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_interface, ""
     except Exception as error:  # no package, no network, no build for this GPU and torch: the fallbacks below serve
         return None, f"{type(error).__name__}: {(str(error) or 'kernels-community/flash-attn3').splitlines()[0]}"
 
 
-BLOCK = 128  # queries per block
+BLOCK = 128  # queries per block, and keys per block of FlexAttention
 CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
 GPU_BYTES = 1 << 28
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
 _override_impl: str | None = None  # tests set "fa3" or "sdpa" and resolve again
+
+
+def describe() -> str:
+    """What a CUDA run computes its attention with."""
+    return "FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"
 
 
 def _resolve_use_fa3() -> bool:
@@ -61,10 +70,21 @@ def _in_window(window: int):
     return mask
 
 
-@functools.lru_cache(maxsize=8)
-def _block_mask(length: int, window: int, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(_in_window(window), None, None, length, length, device=device)
+def _band(length: int, window: int, device: torch.device):
+    """FlexAttention's mask of a causal band, written down block by block: PyTorch's `create_block_mask` evaluates it at all T x T pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+    blocks = torch.arange(-(-length // BLOCK), dtype=torch.int32, device=device)
+    query, key = blocks[:, None], blocks[None, :]
+    touched = (key <= query) & ((query - key - 1) * BLOCK < window)  # the nearest pair of two blocks is that far apart, less one
+    full = (key < query) & ((query - key + 1) * BLOCK <= window + 1)  # and the farthest pair
+    counts_and_indices = []
+    for chosen in (touched & ~full, full):
+        first = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()  # the chosen blocks, in order, come first
+        counts_and_indices += [chosen.sum(dim=-1, dtype=torch.int32)[None, None], first[None, None]]
+    return BlockMask.from_kv_blocks(*counts_and_indices, BLOCK_SIZE=BLOCK, mask_mod=_in_window(window), seq_lengths=(length, length))
+
+
+_cached_band = functools.lru_cache(maxsize=8)(_band)
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,16 +95,18 @@ def _compiled_flex():
 
 def _flex_attention(q, k, v, window: int, enable_gqa: bool):
     """Sliding window on CUDA. q (B, H, T, D), k and v (B, Hkv, T, D)."""
-    if torch.compiler.is_compiling():  # one graph with the model around it; equal masks are computed once
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        mask = create_block_mask(_in_window(window), None, None, q.size(2), q.size(2), device=q.device)
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-    return _compiled_flex()(q, k, v, block_mask=_block_mask(q.size(2), window, q.device), enable_gqa=enable_gqa)
+    if torch.compiler.is_compiling():  # one graph with the layer around it
+        from torch.nn.attention.flex_attention import flex_attention
+        return flex_attention(q, k, v, block_mask=_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
+    return _compiled_flex()(q, k, v, block_mask=_cached_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
+
+
+FLEX_DEVICES = ("cuda",)
 
 
 def _can_use_flex(q: torch.Tensor) -> bool:
-    from torch.utils._triton import has_triton
-    return q.is_cuda and q.size(-1) >= 16 and has_triton()
+    """Only compiled: run eagerly FlexAttention computes all T x T scores. While tracing nothing has to be asked, and asking would break the graph."""
+    return q.device.type in FLEX_DEVICES and q.size(-1) >= 16 and (torch.compiler.is_compiling() or not why_not_compile(q.device.type))
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, rotary_rows, run_layer
+from nanochat.gpt import (
+    GPT,
+    SMEAR_GATE_CHANNELS,
+    VE_GATE_CHANNELS,
+    CausalSelfAttention,
+    GPTConfig,
+    Linear,
+    enter,
+    leave,
+    norm,
+    rotary_rows,
+    run_layer,
+)
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
 from nanochat.optim import MuonAdamW
@@ -169,7 +181,8 @@ class LayeredGPT(GPT):
         self.config = config
         self.window_sizes = [(layer.window, 0) for layer in config.layers]
         self.backout_layer = config.backout_layer
-        self.run_layer = run_layer
+        self.middle_is_last = config.backout_layer == config.n_layer - 1
+        self.enter, self.run_layer, self.leave = enter, run_layer, leave
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(padded_vocab, config.n_embd),

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import flash_attention
 from nanochat.cli import (
     ArgumentParser,
     UsageError,
@@ -52,7 +53,6 @@ from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
-from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import grow
@@ -208,8 +208,6 @@ def growth_path(args) -> list[Shape]:
         raise UsageError("--kappa and --grow-at both decide when to grow; give one of them")
     if args.kappa is None and not args.grow_at:
         raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
-    if args.fp8:
-        raise UsageError("--fp8 does not go with growth yet; leave it out")
     if args.kappa is not None and args.eval_every < 1:
         raise UsageError("kappa is decided by validations; give --eval-every a positive number")
     if args.grow_path:
@@ -278,7 +276,7 @@ class Training:
         self.args, self.user_config, self.rank, self.world_size, self.device = args, user_config, rank, world_size, device
         print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
         if device.type == "cuda":
-            print0("Attention: " + ("FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"))
+            print0(f"Attention: {flash_attention.describe()}")
         self.gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
         self.tokenizer = get_tokenizer()
         self.token_bytes = get_token_bytes(device=device)
@@ -368,8 +366,6 @@ class Training:
         self.growth_history: list[dict] = []
         if self.resume_step is not None:
             model, meta, train_state, optimizer_data = self.load(model)
-        if args.fp8:
-            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=worth_converting)
         self.core_every = args.core_metric_every
         if self.core_every > 0:
             try:
@@ -466,7 +462,9 @@ class Training:
         return model, meta, train_state, optimizer_data
 
     def adopt(self, model: GPT, optimizer: MuonAdamW) -> None:
-        """Goes on with this model."""
+        """Goes on with this model, whose layers are still plain ones: FP8 is put on here."""
+        if self.args.fp8:
+            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.args.fp8_recipe), module_filter_fn=worth_converting)
         self.model, self.optimizer = model, optimizer
         self.flops_per_token = model.estimate_flops()
         compiled = compile_model(model, self.device.type)
@@ -574,10 +572,11 @@ class Training:
         args, number = self.args, len(self.growth_history) + 1
         source, target = self.model.config, self.stages[number]
         before, history = self.val_bpb, self.growth_history
-        model, optimizer = grow(
-            self.model, target.config, self.optimizer, mode=args.grow_mode, depth_mode=args.grow_depth_mode, layers=target.layers,
-            optimizer_mode=args.grow_optimizer, setup=self.optimizer_setup, freeze=args.grow_freeze,
-            generator=torch.Generator().manual_seed(args.seed + number), **self.growth_parameters)
+        with disable_fp8(self.model):
+            model, optimizer = grow(
+                self.model, target.config, self.optimizer, mode=args.grow_mode, depth_mode=args.grow_depth_mode, layers=target.layers,
+                optimizer_mode=args.grow_optimizer, setup=self.optimizer_setup, freeze=args.grow_freeze,
+                generator=torch.Generator().manual_seed(args.seed + number), **self.growth_parameters)
         assert optimizer is not None
         self.adopt(model, optimizer)
         gc.unfreeze()  # the small model is to be forgotten

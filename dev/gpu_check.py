@@ -1,0 +1,427 @@
+"""Does everything work on this GPU, and how fast? One command, a few minutes, one verdict for each section.
+
+    python -m dev.gpu_check                    # about 5 minutes on an H100
+    python -m dev.gpu_check --small            # the same paths in small, which tests/test_cuda.py runs
+    python -m dev.gpu_check --device-type=cpu --small    # a rehearsal without a GPU
+
+| section | what it shows |
+|---|---|
+| attention | FlashAttention-3, FlexAttention and the built-in kernel against a reference in float64: forward, backward, cache, grouped queries, windows |
+| fp8 | both FP8 recipes against exact products of the same matrices |
+| growth | base_train through three stages: losses before and after, no recompilation once a stage is warm |
+| ranks | torchrun with one rank over NCCL, killed in the middle by its horizon and resumed: the same losses |
+| train | tokens/s, MFU and memory of the compiled model, beside eager and beside the stock formulation |
+| serve | decoding with the cache equals decoding without, tokens/s at 1 and 16 rows, a request to the server |
+
+Each section is a process of its own with a time limit, so that none can spoil another. The first four, which time nothing, run at the
+same time. The exit status is 0 if all passed.
+"""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from nanochat.cli import ArgumentParser, command, positive_int
+
+ROOT = Path(__file__).parents[1]
+TOGETHER, ALONE = ("attention", "fp8", "growth", "ranks"), ("train", "serve")
+FAILURES: list[str] = []
+
+
+def check(what: str, value: float, limit: float) -> None:
+    """Prints a number that must not exceed its limit."""
+    good = value <= limit  # False for NaN
+    print(f"  {'ok ' if good else 'BAD'} {what}: {value:.3g} (at most {limit:.3g})", flush=True)
+    if not good:
+        FAILURES.append(f"{what} is {value:.3g}")
+
+
+def error(got, want) -> float:
+    """Relative, in the Frobenius norm."""
+    got, want = got.detach().double(), want.detach().double()
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def attention_reference(q, k, v, window: int):
+    """In float64. q (B, Tq, H, D), k and v (B, Tk, Hkv, D), aligned at the end."""
+    import torch
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    distance = torch.arange(k.size(2) - q.size(2), k.size(2), device=q.device)[:, None] - torch.arange(k.size(2), device=q.device)
+    hidden = (distance < 0) | (distance > window) if window >= 0 else distance < 0
+    scores = (q @ k.mT) * q.size(-1) ** -0.5
+    return (scores.masked_fill(hidden, -float("inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def attention(args, device) -> None:
+    import torch
+
+    from nanochat import flash_attention as fa
+    print(f"  {fa.describe()}")
+    T = 320 if args.small else 2048
+    dtypes = (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
+    # batch, length, query heads, key heads, width of a query, width of a value, window
+    shapes = [(2, T, 6, 6, 128, 128, -1), (2, T, 6, 6, 128, 128, T // 4), (1, T, 6, 2, 128, 128, T // 4), (1, T, 6, 2, 64, 64, -1),
+              (1, T - 24, 4, 2, 64, 64, 200), (1, T // 2, 4, 4, 32, 64, 100), (1, 2, 2, 1, 64, 64, -1)]
+
+    def compiled(q, k, v, window):
+        return fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+
+    inside = torch.compile(compiled, dynamic=False, fullgraph=not fa.USE_FA3)
+    for dtype in dtypes:
+        limit = {torch.bfloat16: 0.015, torch.float16: 0.003, torch.float32: 0.003}[dtype]  # float32 is TF32 in a kernel of Triton
+        worst: dict[str, float] = {}
+        for B, length, heads, kv_heads, qk_dim, v_dim, window in shapes:
+            torch.manual_seed(length + heads)
+            q, k, v = (torch.randn(B, length, h, d, device=device).to(dtype).requires_grad_() for h, d in ((heads, qk_dim), (kv_heads, qk_dim), (kv_heads, v_dim)))
+            upstream = torch.randn(B, length, heads, v_dim, device=device).to(dtype)
+            want = attention_reference(q, k, v, window)
+            want_grads = torch.autograd.grad(want, (q, k, v), upstream.double())
+            for name, function in (("eager", compiled), ("compiled", inside)):
+                if name == "compiled" and (device.type == "cpu" or dtype == torch.float32 and window < 0):
+                    continue
+                y = function(q, k, v, window)
+                for part, got, expected in zip(("forward", "grad q", "grad k", "grad v"), (y, *torch.autograd.grad(y, (q, k, v), upstream)), (want, *want_grads)):
+                    worst[f"{name} {part}"] = max(worst.get(f"{name} {part}", 0.0), error(got, expected))
+        for what, value in worst.items():
+            check(f"{str(dtype)[6:]} {what}", value, limit)
+    # the cache: a prompt, single tokens, a chunk, against one pass
+    dtype = dtypes[0]
+    worst_cache = 0.0
+    for heads, kv_heads, window in ((6, 6, -1), (6, 2, -1), (6, 2, 50)):
+        length = 200
+        q, k, v = (torch.randn(2, length, h, 64, device=device).to(dtype) for h in (heads, kv_heads, kv_heads))
+        want, start, outputs = attention_reference(q, k, v, window), 0, []
+        caches = [torch.zeros(2, length, kv_heads, 64, device=device, dtype=dtype) for _ in range(2)]
+        for size in (100, 1, 1, 96, 1, 1):
+            part = slice(start, start + size)
+            filled = torch.full((2,), start, dtype=torch.int32, device=device if fa.USE_FA3 else "cpu")
+            outputs.append(fa.flash_attn_with_kvcache(q[:, part], *caches, k=k[:, part], v=v[:, part], cache_seqlens=filled, causal=True, window_size=(window, 0)))
+            start += size
+        worst_cache = max(worst_cache, error(torch.cat(outputs, dim=1), want))
+    check("cache", worst_cache, 0.015)
+    if device.type == "cuda":  # time and memory of what the recipe uses
+        q, k, v = (torch.randn(8, T, 6, 128, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        upstream = torch.randn_like(q)
+        for window in (-1, T // 4):
+            for name, function in (("eager", compiled), ("compiled", inside)):
+                run = lambda: torch.autograd.grad(function(q, k, v, window), (q, k, v), upstream)
+                run(), run()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before, started = torch.cuda.memory_allocated(), time.perf_counter()
+                for _ in range(10):
+                    run()
+                torch.cuda.synchronize()
+                print(f"  8 x {T}, 6 heads of 128, window {window}, {name}: forward and backward {100 * (time.perf_counter() - started):.2f} ms, "
+                      f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB")
+
+
+# -----------------------------------------------------------------------------
+# FP8
+
+
+def fp8(args, device) -> None:
+    import torch
+
+    from nanochat.fp8 import Float8Linear
+    from nanochat.gpt import Linear
+    tokens, columns, rows = (64, 128, 256) if args.small else (32768, 768, 3072)
+    dtype = torch.bfloat16
+    torch.manual_seed(0)
+    linear = Linear(columns, rows).to(device)
+    x = torch.randn(tokens, columns, device=device, dtype=dtype).requires_grad_()
+    upstream = torch.randn(tokens, rows, device=device, dtype=dtype)
+
+    def gradients(layer):
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, layer.weight), upstream)
+
+    want = gradients(linear)
+    for recipe in ("tensorwise", "rowwise"):
+        layer = Float8Linear.from_float(linear, recipe)
+        for what, got, expected in zip(("forward", "grad x", "grad weight"), gradients(layer), want):
+            check(f"{recipe} {what}", error(got, expected), 0.08)
+        if device.type == "cuda":
+            run = torch.compile(gradients, dynamic=False)
+            times = {}
+            for name, candidate in (("bf16", linear), (recipe, layer)):
+                run(candidate), run(candidate)
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                for _ in range(10):
+                    run(candidate)
+                torch.cuda.synchronize()
+                times[name] = 100 * (time.perf_counter() - started)
+            print(f"  {tokens} x {columns} x {rows}, forward and backward, compiled: bf16 {times['bf16']:.2f} ms, {recipe} {times[recipe]:.2f} ms")
+
+
+# -----------------------------------------------------------------------------
+# Growth and ranks: base_train itself, on text of the standard library
+
+
+def prepare_data() -> None:
+    """Text and a tokenizer in NANOCHAT_BASE_DIR."""
+    from nanochat import dataset
+    from scripts import tok_train
+    folder = Path(os.environ["NANOCHAT_BASE_DIR"], "text")
+    folder.mkdir()
+    for number, path in enumerate(sorted(Path(os.__file__).parent.glob("*.py"))[:80]):
+        (folder / f"{number}.txt").write_text(path.read_text(encoding="utf-8", errors="ignore"), encoding="utf-8")
+    assert dataset.main([f"--source={folder}"]) == 0
+    assert tok_train.main(["--vocab-size=1024"]) == 0
+
+
+def training_flags(args, steps: int) -> list[str]:
+    sizes = ["--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=256"] if args.small else \
+        ["--max-seq-len=1024", "--device-batch-size=8", "--total-batch-size=16384"]
+    tokens = 512 if args.small else 65536
+    return [*sizes, "--head-dim=32" if args.small else "--head-dim=64", f"--num-iterations={steps}", f"--eval-tokens={tokens}", f"--eval-every={steps // 2}",
+            "--core-metric-every=-1", "--sample-every=-1", "--warmup-steps=4", f"--device-type={args.device_type}"]
+
+
+def records(tag: str) -> list[dict]:
+    from nanochat.run_log import read_run_log
+    return read_run_log(Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", tag, "log.jsonl"))
+
+
+def growth(args, device) -> None:
+    import torch._dynamo
+
+    from scripts import base_train
+    prepare_data()
+    path = "2x64,3x96,4x128" if args.small else "4x256,6x384,8x512"
+    warm = 2  # steps of a stage in which something may still be compiled
+    train_step = base_train.Training.train_step
+
+    def watched(self) -> None:
+        torch._dynamo.config.error_on_recompile = self.step - self.first_step >= warm
+        train_step(self)
+        torch._dynamo.config.error_on_recompile = False  # a growth may compile
+
+    base_train.Training.train_step = watched
+    for tag, more in (("grown", []), *([("grown-fp8", ["--fp8"])] if device.type == "cuda" else [])):
+        assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={path}", "--grow-at=0.2,0.5", f"--model-tag={tag}", *more]) == 0
+        log = records(tag)
+        growths = [record for record in log if record["kind"] == "grow"]
+        check(f"{tag}: stages missing", 2 - len(growths), 0)
+        for record in growths:
+            check(f"{tag}: loss (bits per byte) added by the growth {record['label']}", abs(record["loss_after"] - record["loss_before"]), 0.02)
+        steps = [record for record in log if record["kind"] == "train"]
+        check(f"{tag}: last loss - first loss", steps[-1]["raw_loss"] - steps[0]["raw_loss"], 0.0)
+        grown_at = [0, *(record["step"] for record in growths)]
+        for start in grown_at:
+            times = [record["dt"] for record in steps if record["step"] >= start][:4]
+            print(f"  {tag}: steps after {start}: " + ", ".join(f"{seconds:.2f}" for seconds in times) + " s")
+    counters = torch._dynamo.utils.counters
+    print(f"  graphs: {counters['stats'].get('unique_graphs', 0)}, graph breaks: {sum(counters['graph_break'].values())}")
+    check("graph breaks", sum(counters["graph_break"].values()), 0)
+
+
+def ranks(args, device) -> None:
+    prepare_data()
+    steps = 8 if args.small else 40
+    flags = [*training_flags(args, steps), "--depth=2" if args.small else "--depth=4", f"--save-every={steps // 2}"]
+    if args.small:
+        flags.append("--aspect-ratio=32")
+
+    def run(*more: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "scripts.base_train", *flags, *more],
+                              cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout[-2000:], done.stderr[-4000:])
+            raise RuntimeError(f"torchrun ended with {done.returncode}")
+
+    run("--model-tag=whole")
+    run("--model-tag=resumed")
+    folder = Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", "resumed")
+    for path in folder.glob(f"*_{steps:06d}*"):
+        path.unlink()
+    run("--model-tag=resumed", "--resume")
+    whole, resumed = ({record["step"]: record["raw_loss"] for record in records(tag) if record["kind"] == "train"} for tag in ("whole", "resumed"))
+    check("steps missing", steps - len(resumed), 0)
+    check("largest difference of a loss, before the resume", max(abs(whole[step] - resumed[step]) for step in whole if step < steps // 2), 0.02)
+    check("largest difference of a loss, after the resume", max(abs(whole[step] - resumed[step]) for step in whole if step >= steps // 2), 0.02)
+    check("last loss - first loss", resumed[steps - 1] - whole[0], 0.0)
+
+
+# -----------------------------------------------------------------------------
+# Speed
+
+
+def train(args, device) -> None:
+    from dev import bench_train
+    flags = ["--depths=2", "--head-dim=64", "--max-seq-len=64", "--rows=2", "--vocab-size=256", "--rounds=1", "--contestants", "stock-bf16", "ours"] if args.small else \
+        ["--depths", str(args.depth), "--head-dim=128", "--max-seq-len=2048", f"--rows={args.rows}", "--vocab-size=32768", "--window-pattern=SSSL", "--rounds=5"]
+    bench_args = bench_train.parse_args(flags)
+    results = bench_train.bench(bench_args, bench_args.depths[0])
+    for name, result in results.items():
+        memory = ", ".join(f"{key} {value / 2**20:.0f}" for key, value in result["memory"].items())
+        print(f"  {name}: ready after {result['ready']:.0f} s; MiB: {memory}")
+    print(f"MEMORY {json.dumps(dict(depth=bench_args.depths[0], rows=bench_args.rows, sequence_len=bench_args.max_seq_len, vocab=bench_args.vocab_size, contestants={name: result['memory'] for name, result in results.items()}))}")
+    if device.type == "cuda" and not args.small:
+        speed = {name: result["tokens_per_second"] for name, result in results.items()}
+        check("stock / ours, tokens per second", speed["stock-bf16"] / speed["ours"], 1.0)
+        check("whole model / parts compiled, tokens per second", speed["ours-whole"] / speed["ours"], 1.03)
+        check("eager / compiled, tokens per second", speed["ours-eager"] / speed["ours"], 0.95)
+
+
+def serve(args, device) -> None:
+    import torch
+
+    from dev.bench_decode import NO_SPECIAL_TOKENS, random_model
+    from nanochat.common import COMPUTE_DTYPE
+    from nanochat.engine import Engine
+    from nanochat.recipe import gpt_config
+    config = gpt_config(2, 64, 64, 128, 256, "SL") if args.small else gpt_config(args.depth, 64, 128, 2048, 32768, "SSSL")
+    torch.manual_seed(0)
+    model = random_model(config, device)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.02)  # its start of almost zero would leave all tokens alike
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.normal_(std=0.02)
+            block.mlp.c_proj.weight.normal_(std=0.02)
+    model.cast_for_inference()
+    prompt = torch.randint(0, config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(model, NO_SPECIAL_TOKENS)
+    steps = 16 if args.small else 128
+    with torch.inference_mode():
+        answer = engine.generate_batch(prompt, 1, steps, temperature=0)[0][0]
+        ids = torch.tensor([answer], device=device)
+        whole = model(ids)  # without the cache
+        cache = engine._new_cache(1, len(answer))
+        cache.last_logits_only = False
+        stepwise = torch.cat([model(ids[:, :64], kv_cache=cache), *(model(ids[:, i:i + 1], kv_cache=cache) for i in range(64, len(answer)))], dim=1)
+    check("logits with the cache against without", error(stepwise, whole), 0.02 if COMPUTE_DTYPE == torch.bfloat16 else 1e-3)
+    for rows in (1, 16):
+        columns = engine.generate(prompt, num_samples=rows, max_tokens=steps, temperature=0)
+        for _ in range(8):
+            next(columns)
+        started, count = time.perf_counter(), sum(1 for _ in columns)
+        print(f"  d{config.n_layer}, {rows} rows: {rows * count / (time.perf_counter() - started):,.0f} tokens/s")
+    if device.type == "cuda":
+        print(f"  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    del engine, model
+
+    # a checkpoint of this model, behind the server
+    prepare_data()
+    from scripts import base_train
+    assert base_train.main([*training_flags(args, 4), "--depth=2", "--aspect-ratio=64", "--model-tag=d2", "--eval-every=-1"]) == 0
+    server = subprocess.Popen([sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", f"--device-type={args.device_type}"], cwd=ROOT,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = ""
+        for line in server.stdout:
+            if "http://" in line:
+                address = line.split(" at ")[1].split()[0]
+                break
+        if not address:
+            raise RuntimeError(f"the server did not start: {server.stderr.read()[-2000:]}")
+        body = json.dumps(dict(model="base-d2", prompt="import os", max_tokens=16, temperature=0)).encode()
+        for turn in ("first", "second"):
+            started = time.perf_counter()
+            request = urllib.request.Request(f"{address}/v1/completions", data=body, headers={"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                reply = json.load(response)
+            print(f"  {turn} answer of the server after {time.perf_counter() - started:.3f} s: {reply['choices'][0]['text'][:40]!r}")
+        check("tokens missing in the answer", 1 - reply["usage"]["completion_tokens"], 0)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        server.kill()
+
+
+SECTIONS = dict(attention=attention, fp8=fp8, growth=growth, ranks=ranks, train=train, serve=serve)
+
+
+# -----------------------------------------------------------------------------
+
+
+def run_section(args) -> int:
+    """In a process of its own; its exit status says how it went."""
+    import torch
+
+    from nanochat.common import compute_cleanup, compute_init
+    with tempfile.TemporaryDirectory() as base_dir:
+        os.environ["NANOCHAT_BASE_DIR"] = base_dir
+        device = torch.device(args.device_type, 0) if args.device_type == "cuda" else torch.device("cpu")
+        if args.section in ("attention", "fp8", "serve"):
+            compute_init(args.device_type)
+        SECTIONS[args.section](args, device)
+        compute_cleanup()
+    for failure in FAILURES:
+        print(f"FAILED: {failure}")
+    return 1 if FAILURES else 0
+
+
+class Section:
+    """A section that is running."""
+
+    def __init__(self, name: str, flags: list[str], limit: int):
+        self.name, self.output, self.started, self.limit = name, tempfile.TemporaryFile("w+"), time.perf_counter(), limit
+        self.process = subprocess.Popen([sys.executable, "-u", "-m", "dev.gpu_check", *flags, "--section", name], cwd=ROOT, stdout=self.output,
+                                        stderr=subprocess.STDOUT, start_new_session=True)
+        self.seconds = 0.0
+
+    def finish(self) -> bool:
+        """Waits, prints what it said and the verdict."""
+        try:
+            status = self.process.wait(max(1.0, self.limit - (time.perf_counter() - self.started)))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # it may have started processes itself
+            status = None
+        self.seconds = time.perf_counter() - self.started
+        self.output.seek(0)
+        lines = self.output.read().splitlines()
+        print(f"=== {self.name}")
+        for line in lines if status else [line for line in lines if line.startswith(("  ", "|", "MFU", "MEMORY", "d12", "d2"))]:
+            print(line)
+        verdict = "PASS" if status == 0 else "FAIL"
+        print(f"{verdict} {self.name} ({self.seconds:.0f} s{', stopped at its limit' if status is None else ''})\n", flush=True)
+        return status == 0
+
+
+@command
+def main(argv=None) -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device-type", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="tiny models")
+    parser.add_argument("--depth", type=positive_int, default=12, help="of the model whose speed is measured")
+    parser.add_argument("--rows", type=positive_int, default=16, help="of 2048 tokens, a step of that model")
+    parser.add_argument("--limit", type=positive_int, default=240, help="seconds for a section")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", help="these sections")
+    parser.add_argument("--section", choices=SECTIONS, help="run as this section's process")
+    args = parser.parse_args(argv)
+    if args.section:
+        return run_section(args)
+    import torch
+    if args.device_type == "cuda":
+        from nanochat.cli import UsageError
+        if not torch.cuda.is_available():
+            raise UsageError(f"PyTorch {torch.__version__} sees no GPU here; --device-type=cpu --small rehearses without one")
+        print(f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, PyTorch {torch.__version__}, "
+              f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB\n", flush=True)
+    flags = [f"--device-type={args.device_type}", f"--depth={args.depth}", f"--rows={args.rows}", *(["--small"] if args.small else [])]
+    wanted = [name for name in SECTIONS if name in (args.only or SECTIONS)]
+    passed = {}
+    started = time.perf_counter()
+    for names in ([name for name in wanted if name in TOGETHER], *([name] for name in wanted if name in ALONE)):
+        running = [Section(name, flags, args.limit) for name in names]
+        passed.update({section.name: section.finish() for section in running})
+    print(", ".join(f"{name} {'PASS' if good else 'FAIL'}" for name, good in passed.items()), f"({time.perf_counter() - started:.0f} s)")
+    return 0 if all(passed.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
