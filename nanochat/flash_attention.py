@@ -16,9 +16,10 @@ import os
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.common import COMPUTE_DTYPE
+from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
 from nanochat.compiler import why_not_compile
 
 
@@ -48,7 +49,7 @@ _override_impl: str | None = None  # tests set "fa3" or "sdpa" and resolve again
 
 
 def describe() -> str:
-    """What a CUDA run computes its attention with."""
+    """What CUDA computes attention with."""
     return "FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"
 
 
@@ -62,6 +63,18 @@ def _resolve_use_fa3() -> bool:
 
 
 USE_FA3 = _resolve_use_fa3()
+
+
+def agree_on_kernels() -> None:
+    """With several ranks: FlashAttention-3 on all of them or on none, so that none waits for a slower one and all round alike."""
+    global USE_FA3, WHY_NOT_FA3
+    if not is_ddp_initialized():
+        return
+    reasons: list = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, "" if USE_FA3 else WHY_NOT_FA3 or str(COMPUTE_DTYPE))
+    without = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    if USE_FA3 and without:
+        USE_FA3, WHY_NOT_FA3 = False, without[0]
 
 
 def _in_window(window: int):
