@@ -271,12 +271,16 @@ def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
+def _takes_fa3(q: torch.Tensor, v: torch.Tensor) -> bool:
+    return USE_FA3 and q.is_cuda and q.size(-1) == v.size(-1)
+
+
 def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] = (-1, -1)):
     """Self-attention without a cache: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
 
     Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). The fallbacks are causal whatever `causal` says.
     """
-    if USE_FA3 and q.is_cuda and q.size(-1) == v.size(-1):
+    if _takes_fa3(q, v):
         return _fa3.flash_attn_func(q, k, v, causal=causal, window_size=window_size)
     y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2))
     return y.transpose(1, 2)
@@ -289,7 +293,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     filled, for each row; the caller advances it. Rows at different positions take one new one each. Returns (B, Tn, H, D).
     Raises ValueError when the cache is full.
     """
-    if USE_FA3 and q.is_cuda and q.size(-1) == v_cache.size(-1):
+    if _takes_fa3(q, v_cache):
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
     starts = cache_seqlens.tolist()
     start, end = starts[0], max(starts) + q.size(1)
