@@ -23,10 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from nanochat.cli import command, positive_int
 
 CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "ours")
+AT_ONCE = 3  # contestants that compile, and fill the memory, at the same time
 GPU_CONTESTANTS = ("stock-bf16", "ours-eager", "ours-whole", "ours", "ours-fp8")
 
 
@@ -110,24 +112,35 @@ def worker(args) -> None:
             torch.cuda.reset_peak_memory_stats()
         return bytes_
 
+    class Mark:
+        """A moment in the device's work; asking for it does not stop the work."""
+
+        def __init__(self):
+            self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+            if self.event is None:
+                self.time = time.perf_counter()
+            else:
+                self.event.record()
+
+        def until(self, later) -> float:
+            return self.event.elapsed_time(later.event) / 1000 if self.event else later.time - self.time
+
     def step(times):
         peak()
         sync()
-        marks = [time.perf_counter()]
+        marks = [Mark()]
         loss = run(idx, targets)
-        sync()
-        marks.append(time.perf_counter())
+        marks.append(Mark())
         loss.backward()
-        sync()
-        marks.append(time.perf_counter())
+        marks.append(Mark())
         memory["passes"] = peak()
         memory["gradients"] = sum(p.grad.nbytes for p in model.parameters())
         optimizer.step()
         model.zero_grad(set_to_none=True)
+        marks.append(Mark())
         sync()
-        marks.append(time.perf_counter())
         memory["optimizer_step"] = peak()
-        times.append([b - a for a, b in zip(marks, marks[1:])])
+        times.append([a.until(b) for a, b in zip(marks, marks[1:])])
 
     def profile() -> dict:
         """Where one step goes, in percent of its operators' own time."""
@@ -201,19 +214,25 @@ class Contestant:
         self.process.wait()
 
 
-def bench(args, depth: int) -> dict:
-    """Prints the table; returns, for each contestant, tokens/s, MFU (None on a CPU), seconds until it was ready, and bytes of memory."""
+def bench(args, depth: int, all_ready: Callable[[], None] = lambda: None) -> dict:
+    """Prints the table; returns, for each contestant, tokens/s, MFU (None on a CPU), seconds until it was ready, and bytes of memory.
+
+    all_ready: is called between the compilation, which is not timed, and the turns, which are.
+    """
     import torch
     names = args.contestants or (GPU_CONTESTANTS if torch.cuda.is_available() else CPU_CONTESTANTS)
-    started = time.perf_counter()
-    contestants = [Contestant(name, depth, args.flags) for name in names]
-    ready = {}
-    for contestant in contestants:
-        contestant.write(3)  # compiles; all of them at the same time
-    for contestant in contestants:
-        contestant.read()
-        ready[contestant.name] = time.perf_counter() - started
-    print(f"d{depth}: all ready after {max(ready.values()):.0f}s", file=sys.stderr)
+    contestants, ready = [], {}
+    for first in range(0, len(names), AT_ONCE):
+        started = time.perf_counter()
+        wave = [Contestant(name, depth, args.flags) for name in names[first:first + AT_ONCE]]
+        for contestant in wave:
+            contestant.write(3)  # compiles
+        for contestant in wave:
+            contestant.read()
+            ready[contestant.name] = time.perf_counter() - started
+            print(f"d{depth} {contestant.name}: ready after {ready[contestant.name]:.0f}s", file=sys.stderr)
+        contestants += wave
+    all_ready()
     answers, limits = {}, []
     for _ in range(args.rounds):
         for contestant in contestants:

@@ -7,14 +7,14 @@
 | section | what it shows |
 |---|---|
 | attention | FlashAttention-3, FlexAttention and the built-in kernel against a reference in float64: forward, backward, cache, grouped queries, windows |
-| fp8 | both FP8 recipes against exact products of the same matrices |
-| growth | base_train through three stages: losses before and after, no recompilation once a stage is warm |
-| ranks | torchrun with one rank over NCCL, killed in the middle by its horizon and resumed: the same losses |
+| fp8 | both FP8 recipes against bf16 products of the same matrices; a growing run with --fp8 |
+| growth | base_train through three stages, deeper and then wider: losses before and after, no recompilation once a stage is warm |
+| ranks | torchrun with one rank over NCCL, and again from the checkpoint in the middle: the same losses |
 | train | tokens/s, MFU and memory of the compiled model, beside eager and beside the stock formulation |
 | serve | decoding with the cache equals decoding without, tokens/s at 1 and 16 rows, a request to the server |
 
-Each section is a process of its own with a time limit, so that none can spoil another. The first four, which time nothing, run at the
-same time. The exit status is 0 if all passed.
+Each section is a process of its own with a time limit, so that none can spoil another. All start together, as most of the time goes into
+compilation; the last two, which measure, wait for their turn once they are warm. The exit status is 0 if all passed.
 """
 import contextlib
 import json
@@ -30,7 +30,7 @@ from pathlib import Path
 from nanochat.cli import ArgumentParser, command, positive_int
 
 ROOT = Path(__file__).parents[1]
-TOGETHER, ALONE = ("attention", "fp8", "growth", "ranks"), ("train", "serve")
+MEASURING = ("train", "serve")
 FAILURES: list[str] = []
 
 
@@ -45,6 +45,13 @@ def check(what: str, value: float, limit: float) -> None:
 def tell(text: str) -> None:
     """Prints a finding that is neither good nor bad."""
     print(f"  - {text}", flush=True)
+
+
+def wait_for_turn() -> None:
+    """Until the file is there that the parent makes when nobody else uses the machine."""
+    turn = os.environ.get("GPU_CHECK_TURN")
+    while turn and not os.path.exists(turn):
+        time.sleep(0.1)
 
 
 def error(got, want) -> float:
@@ -86,7 +93,8 @@ def attention(args, device) -> None:
     for dtype in dtypes:
         limit = {torch.bfloat16: 0.015, torch.float16: 0.003, torch.float32: 0.003}[dtype]  # float32 is TF32 in a kernel of Triton
         worst: dict[str, float] = {}
-        for B, length, heads, kv_heads, qk_dim, v_dim, window in shapes:
+        started = time.perf_counter()
+        for B, length, heads, kv_heads, qk_dim, v_dim, window in shapes if dtype == dtypes[0] else shapes[1:5:3]:
             torch.manual_seed(length + heads)
             q, k, v = (torch.randn(B, length, h, d, device=device).to(dtype).requires_grad_() for h, d in ((heads, qk_dim), (kv_heads, qk_dim), (kv_heads, v_dim)))
             upstream = torch.randn(B, length, heads, v_dim, device=device).to(dtype)
@@ -98,6 +106,7 @@ def attention(args, device) -> None:
                 y = function(q, k, v, window)
                 for part, got, expected in zip(("forward", "grad q", "grad k", "grad v"), (y, *torch.autograd.grad(y, (q, k, v), upstream)), (want, *want_grads)):
                     worst[f"{name} {part}"] = max(worst.get(f"{name} {part}", 0.0), error(got, expected))
+        tell(f"{str(dtype)[6:]}: {time.perf_counter() - started:.0f} s")
         for what, value in worst.items():
             check(f"{str(dtype)[6:]} {what}", value, limit)
     # the cache: a prompt, single tokens, a chunk, against one pass
@@ -169,6 +178,7 @@ def fp8(args, device) -> None:
                 torch.cuda.synchronize()
                 times[name] = 100 * (time.perf_counter() - started)
             tell(f"{tokens} x {columns} x {rows}, forward and backward, compiled: bf16 {times['bf16']:.2f} ms, {recipe} {times[recipe]:.2f} ms")
+    train_growing(args, "fp8", "1x128,2x128" if args.small else "2x256,2x512", "--grow-at=0.5", "--fp8")
 
 
 # -----------------------------------------------------------------------------
@@ -200,48 +210,45 @@ def records(tag: str) -> list[dict]:
     return read_run_log(Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", tag, "log.jsonl"))
 
 
-def growth(args, device) -> None:
+def train_growing(args, tag: str, path: str, *flags: str) -> None:
+    """base_train along a path of shapes: losses, and no recompilation once a stage is warm."""
     import torch._dynamo
 
     from scripts import base_train
     prepare_data()
-    path = "2x64,3x96,4x128" if args.small else "4x256,6x384,8x512"
-    warm = 2  # steps of a stage in which something may still be compiled
+    torch._dynamo.utils.counters.clear()
     train_step = base_train.Training.train_step
 
     def watched(self) -> None:
-        torch._dynamo.config.error_on_recompile = self.step - self.first_step >= warm
+        torch._dynamo.config.error_on_recompile = self.step - self.first_step >= 2
         train_step(self)
         torch._dynamo.config.error_on_recompile = False  # a growth may compile
 
     base_train.Training.train_step = watched
-    runs = [("grown", path, ["--grow-at=0.2,0.5"])]
-    if device.type == "cuda":
-        runs.append(("grown-fp8", "2x256,2x512", ["--grow-at=0.5", "--fp8", "--window-pattern=L"]))
-    for tag, shapes, more in runs:
-        started = time.perf_counter()
-        assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={shapes}", f"--model-tag={tag}", *more]) == 0
-        tell(f"{tag}: {time.perf_counter() - started:.0f} s")
-        log = records(tag)
-        growths = [record for record in log if record["kind"] == "grow"]
-        check(f"{tag}: growths missing", shapes.count(",") - len(growths), 0)
-        for record in growths:
-            check(f"{tag}: loss (bits per byte) added by the growth {record['label']}", abs(record["loss_after"] - record["loss_before"]), 0.02)
-        steps = [record for record in log if record["kind"] == "train"]
-        check(f"{tag}: last loss - first loss", steps[-1]["raw_loss"] - steps[0]["raw_loss"], 0.0)
-        grown_at = [0, *(record["step"] for record in growths)]
-        for start in grown_at:
-            times = [record["dt"] for record in steps if record["step"] >= start][:4]
-            tell(f"{tag}: steps after {start}: " + ", ".join(f"{seconds:.2f}" for seconds in times) + " s")
+    assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={path}", f"--model-tag={tag}", "--window-pattern=L", *flags]) == 0
+    log = records(tag)
+    growths = [record for record in log if record["kind"] == "grow"]
+    check(f"{tag}: growths missing", path.count(",") - len(growths), 0)
+    for record in growths:
+        check(f"{tag}: bits per byte added by {record['label']}", abs(record["loss_after"] - record["loss_before"]), 0.02)
+    steps = [record for record in log if record["kind"] == "train"]
+    check(f"{tag}: last loss - first loss", steps[-1]["raw_loss"] - steps[0]["raw_loss"], 0.0)
+    for start in (0, *(record["step"] for record in growths)):
+        tell(f"{tag}: the steps from {start} on take " + ", ".join(f"{record['dt']:.2f}" for record in steps if record["step"] >= start and record["step"] < start + 4) + " s")
     counters = torch._dynamo.utils.counters
-    tell(f"graphs: {counters['stats'].get('unique_graphs', 0)}, graph breaks: {sum(counters['graph_break'].values())}")
-    check("graph breaks", sum(counters["graph_break"].values()), 0)
+    tell(f"{tag}: {counters['stats'].get('unique_graphs', 0)} graphs")
+    check(f"{tag}: graph breaks", sum(counters["graph_break"].values()), 0)
+
+
+def growth(args, device) -> None:
+    train_growing(args, "grown", "2x64,3x64,3x96" if args.small else "4x256,6x256,6x512", "--grow-at=0.2,0.5")
 
 
 def ranks(args, device) -> None:
     prepare_data()
     steps = 8 if args.small else 40
-    flags = [*training_flags(args, steps), "--depth=2", "--aspect-ratio=32" if args.small else "--aspect-ratio=256", "--window-pattern=L", f"--save-every={steps // 2}"]
+    flags = [*training_flags(args, steps), "--depth=2", "--aspect-ratio=32" if args.small else "--aspect-ratio=256", "--window-pattern=L", f"--save-every={steps // 2}",
+             "--model-tag=ranks"]
 
     def run(*more: str) -> None:
         started = time.perf_counter()
@@ -252,16 +259,17 @@ def ranks(args, device) -> None:
             print(done.stdout[-2000:], done.stderr[-4000:])
             raise RuntimeError(f"torchrun ended with {done.returncode}")
 
-    run("--model-tag=whole")
-    run("--model-tag=resumed")
-    folder = Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", "resumed")
-    for path in folder.glob(f"*_{steps:06d}*"):
+    def losses() -> dict[int, float]:
+        return {record["step"]: record["raw_loss"] for record in records("ranks") if record["kind"] == "train"}
+
+    run()
+    whole = losses()
+    for path in Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", "ranks").glob(f"*_{steps:06d}*"):
         path.unlink()
-    run("--model-tag=resumed", "--resume")
-    whole, resumed = ({record["step"]: record["raw_loss"] for record in records(tag) if record["kind"] == "train"} for tag in ("whole", "resumed"))
+    run("--resume")
+    resumed = losses()
     check("steps missing", steps - len(resumed), 0)
-    check("largest difference of a loss, before the resume", max(abs(whole[step] - resumed[step]) for step in whole if step < steps // 2), 0.02)
-    check("largest difference of a loss, after the resume", max(abs(whole[step] - resumed[step]) for step in whole if step >= steps // 2), 0.02)
+    check("largest difference of a loss after the resume", max(abs(whole[step] - resumed[step]) for step in whole if step >= steps // 2), 0.02)
     check("last loss - first loss", resumed[steps - 1] - whole[0], 0.0)
 
 
@@ -274,7 +282,7 @@ def train(args, device) -> None:
     flags = ["--depths=2", "--head-dim=64", "--max-seq-len=64", "--rows=2", "--vocab-size=256", "--rounds=1", "--contestants", "stock-bf16", "ours"] if args.small else \
         ["--depths", str(args.depth), "--head-dim=128", "--max-seq-len=2048", f"--rows={args.rows}", "--vocab-size=32768", "--window-pattern=SSSL", "--rounds=5"]
     bench_args = bench_train.parse_args(flags)
-    results = bench_train.bench(bench_args, bench_args.depths[0])
+    results = bench_train.bench(bench_args, bench_args.depths[0], wait_for_turn)
     for name, result in results.items():
         memory = ", ".join(f"{key} {value / 2**20:.0f}" for key, value in result["memory"].items())
         tell(f"{name}: ready after {result['ready']:.0f} s; MiB: {memory}")
@@ -313,6 +321,30 @@ def serve(args, device) -> None:
         cache.last_logits_only = False
         stepwise = torch.cat([model(ids[:, :64], kv_cache=cache), *(model(ids[:, i:i + 1], kv_cache=cache) for i in range(64, len(answer)))], dim=1)
     check("logits with the cache against without", error(stepwise, whole), 0.02 if COMPUTE_DTYPE == torch.bfloat16 else 1e-3)
+
+    prepare_data()
+    from scripts import base_train
+    assert base_train.main([*training_flags(args, 4), "--depth=2", "--aspect-ratio=64", "--model-tag=d2", "--eval-every=-1"]) == 0
+    server = subprocess.Popen([sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", f"--device-type={args.device_type}"], cwd=ROOT,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = next((line.split(" at ")[1].split()[0] for line in server.stdout if "http://" in line), None)
+        if address is None:
+            raise RuntimeError(f"the server did not start: {server.stderr.read()[-2000:]}")
+        body = json.dumps(dict(model="base-d2", prompt="import os", max_tokens=16, temperature=0)).encode()
+        wait_for_turn()
+        for turn in ("first", "second"):
+            started = time.perf_counter()
+            request = urllib.request.Request(f"{address}/v1/completions", data=body, headers={"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                reply = json.load(response)
+            tell(f"{turn} answer of the server after {time.perf_counter() - started:.3f} s: {reply['choices'][0]['text'][:40]!r}")
+        check("answers without a token", 1 - min(1, reply["usage"]["completion_tokens"]), 0)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        server.kill()
     for rows in (1, 16):
         columns = engine.generate(prompt, num_samples=rows, max_tokens=steps, temperature=0)
         for _ in range(8):
@@ -321,35 +353,6 @@ def serve(args, device) -> None:
         tell(f"d{config.n_layer}, {rows} rows: {rows * count / (time.perf_counter() - started):,.0f} tokens/s")
     if device.type == "cuda":
         tell(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    del engine, model
-
-    # a checkpoint of this model, behind the server
-    prepare_data()
-    from scripts import base_train
-    assert base_train.main([*training_flags(args, 4), "--depth=2", "--aspect-ratio=64", "--model-tag=d2", "--eval-every=-1"]) == 0
-    server = subprocess.Popen([sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", f"--device-type={args.device_type}"], cwd=ROOT,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        address = ""
-        for line in server.stdout:
-            if "http://" in line:
-                address = line.split(" at ")[1].split()[0]
-                break
-        if not address:
-            raise RuntimeError(f"the server did not start: {server.stderr.read()[-2000:]}")
-        body = json.dumps(dict(model="base-d2", prompt="import os", max_tokens=16, temperature=0)).encode()
-        for turn in ("first", "second"):
-            started = time.perf_counter()
-            request = urllib.request.Request(f"{address}/v1/completions", data=body, headers={"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                reply = json.load(response)
-            tell(f"{turn} answer of the server after {time.perf_counter() - started:.3f} s: {reply['choices'][0]['text'][:40]!r}")
-        check("tokens missing in the answer", 1 - reply["usage"]["completion_tokens"], 0)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(20)
-        server.kill()
 
 
 SECTIONS = dict(attention=attention, fp8=fp8, growth=growth, ranks=ranks, train=train, serve=serve)
@@ -380,8 +383,8 @@ class Section:
 
     def __init__(self, name: str, flags: list[str], limit: int):
         self.name, self.output, self.started, self.limit = name, tempfile.TemporaryFile("w+"), time.perf_counter(), limit
-        # several compile at the same time
-        env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // len(TOGETHER)))} if name in TOGETHER else None
+        self.turn = tempfile.mktemp(prefix="gpu-check-")  # a file that is there when it may measure
+        env = {**os.environ, "GPU_CHECK_TURN": self.turn}
         self.process = subprocess.Popen([sys.executable, "-u", "-m", "dev.gpu_check", *flags, "--section", name], cwd=ROOT, stdout=self.output,
                                         stderr=subprocess.STDOUT, start_new_session=True, env=env)
         self.seconds = 0.0
@@ -397,6 +400,7 @@ class Section:
     def report(self) -> bool:
         """Prints what it said, all of it if it failed, and the verdict."""
         passed = self.process.returncode == 0
+        Path(self.turn).unlink(missing_ok=True)
         self.output.seek(0)
         lines = self.output.read().splitlines()
         print(f"=== {self.name}")
@@ -414,8 +418,8 @@ def main(argv=None) -> int:
     parser.add_argument("--device-type", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--depth", type=positive_int, default=12, help="of the model whose speed is measured")
-    parser.add_argument("--rows", type=positive_int, default=8, help="of 2048 tokens, a step of that model")
-    parser.add_argument("--limit", type=positive_int, default=240, help="seconds for a section")
+    parser.add_argument("--rows", type=positive_int, default=16, help="of 2048 tokens, a step of that model")
+    parser.add_argument("--limit", type=positive_int, default=400, help="seconds for a section")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", help="these sections")
     parser.add_argument("--section", choices=SECTIONS, help="run as this section's process")
     args = parser.parse_args(argv)
@@ -430,15 +434,16 @@ def main(argv=None) -> int:
               f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB\n", flush=True)
     flags = [f"--device-type={args.device_type}", f"--depth={args.depth}", f"--rows={args.rows}", *(["--small"] if args.small else [])]
     wanted = [name for name in SECTIONS if name in (args.only or SECTIONS)]
-    passed = {}
+    passed: dict[str, bool] = {}
     started = time.perf_counter()
-    for names in ([name for name in wanted if name in TOGETHER], *([name] for name in wanted if name in ALONE)):
-        running = [Section(name, flags, args.limit) for name in names]
-        while running:
-            time.sleep(0.2)
-            for section in [section for section in running if section.finished()]:
-                running.remove(section)
-                passed[section.name] = section.report()
+    running = [Section(name, flags, args.limit) for name in wanted]
+    while running:
+        time.sleep(0.2)
+        for section in [section for section in running if section.finished()]:
+            running.remove(section)
+            passed[section.name] = section.report()
+        if running and all(section.name in MEASURING for section in running):
+            Path(running[0].turn).touch()
     print(", ".join(f"{name} {'PASS' if good else 'FAIL'}" for name, good in passed.items()), f"({time.perf_counter() - started:.0f} s)")
     return 0 if all(passed.values()) else 1
 

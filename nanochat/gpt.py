@@ -263,9 +263,9 @@ class GPT(nn.Module):
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]
 
-    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
-        return rotary_rows(self.cos, start, length), rotary_rows(self.sin, start, length)
+    def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer the rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
+        return [(rotary_rows(self.cos, start, length), rotary_rows(self.sin, start, length))] * self.config.n_layer
 
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
@@ -283,9 +283,10 @@ class GPT(nn.Module):
         x = self.enter(self, idx, kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
-        for i, block in enumerate(self.transformer.h):
+        scalars = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
+        for i, (block, lambdas, cos_sin) in enumerate(zip(self.transformer.h, scalars, self.cos_sin(start, T))):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self.run_layer(block, x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, self.cos_sin(i, start, T), self.window_sizes[i], kv_cache)
+            x = self.run_layer(block, x, x0, *lambdas, ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x.view_as(x)  # likewise
         if getattr(kv_cache, "last_logits_only", False):

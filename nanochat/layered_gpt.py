@@ -226,9 +226,10 @@ class LayeredGPT(GPT):
                 setattr(self, f"{name}_{qk_dim}", table)
         self._cast_embeddings()
 
-    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        qk_dim = self.config.layers[layer_idx].qk_dim
-        return tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin"))  # type: ignore[return-value]
+    def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        widths = [layer.qk_dim for layer in self.config.layers]
+        tables = {qk_dim: tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin")) for qk_dim in set(widths)}
+        return [tables[qk_dim] for qk_dim in widths]  # type: ignore[misc]
 
     @torch.no_grad()
     def init_weights(self) -> None:

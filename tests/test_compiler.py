@@ -45,7 +45,8 @@ PARTS = ("enter", "run_layer", "leave")
 
 
 def parts(model: GPT, backend: str = "eager") -> compiler.CompiledParts:
-    """What CUDA compiles. A graph break would be an error."""
+    """What CUDA compiles, and nothing else (the loss is on its own). A graph break would be an error."""
+    compiler.why_not_compile = lambda device_type: "only these"
     return compiler.CompiledParts(model, PARTS, fullgraph=True, backend=backend)
 
 
@@ -56,14 +57,14 @@ def graphs() -> int:
 def parts_are_the_model():
     model = build_model(CONFIG, seed=1)
     check_same(parts(model, "aot_eager"), model)
-    assert graphs() == 6, graphs()  # before and behind the layers one each, and a layer for each window, with and without a value embedding
+    assert graphs() == 4, graphs()  # before and behind the layers one each, and the two kinds of layers
 
 
 def five_stages_of_growth():
     """Training and evaluation of each stage: all compiled, without a break, and where only the depth grows nothing anew."""
     idx, targets = batch(1, 2, 100, 50)
     model, counts, forgotten = build_model({**CONFIG, "n_layer": 2}, seed=1), [], []
-    for depth, width in ((2, 32), (4, 32), (4, 64), (6, 96), (8, 96)):
+    for depth, width in ((2, 32), (4, 32), (6, 32), (6, 64), (8, 64)):
         if (depth, width) != (2, 32):
             forgotten.append(weakref.ref(model))
             model, _ = grow(model, grown_config(model.config, depth, width))
@@ -72,7 +73,7 @@ def five_stages_of_growth():
         with torch.no_grad():
             torch.testing.assert_close(run(idx, targets, loss_reduction="none"), model(idx, targets, loss_reduction="none"))
         counts.append(graphs())
-    assert counts[1] == counts[0] and counts[4] == counts[3] and counts[0] < counts[2] < counts[3] <= 40, counts
+    assert counts[0] < counts[1] == counts[2] < counts[3] == counts[4] <= 30, counts  # the first growth makes a LayeredGPT of the stock model
     del run
     gc.collect()
     assert not any(old() for old in forgotten)  # what is compiled keeps no small model alive
@@ -119,6 +120,7 @@ def too_many_graphs_are_an_error():
 def layers_share_graphs():
     from torch._dynamo.utils import counters
     graphs = []
+    assert compiler.why_not_compile("cpu") == ""  # it compiles something itself
     for n_layer in (4, 8):
         torch._dynamo.reset()
         counters.clear()
