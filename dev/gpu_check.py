@@ -289,9 +289,8 @@ def train(args, device) -> None:
     print(f"MEMORY {json.dumps(dict(depth=bench_args.depths[0], rows=bench_args.rows, sequence_len=bench_args.max_seq_len, vocab=bench_args.vocab_size, contestants={name: result['memory'] for name, result in results.items()}))}")
     if device.type == "cuda" and not args.small:
         speed = {name: result["tokens_per_second"] for name, result in results.items()}
-        check("stock / ours, tokens per second", speed["stock-bf16"] / speed["ours"], 1.0)
-        check("whole model / parts compiled, tokens per second", speed["ours-whole"] / speed["ours"], 1.03)
-        check("eager / compiled, tokens per second", speed["ours-eager"] / speed["ours"], 0.95)
+        for other, most in (("stock-bf16", 1.02), ("ours-layers", 1.02), ("ours-eager", 0.9)):
+            check(f"tokens/s of {other} / ours", speed[other] / speed["ours"], most)
 
 
 def serve(args, device) -> None:
@@ -419,7 +418,7 @@ def main(argv=None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--depth", type=positive_int, default=12, help="of the model whose speed is measured")
     parser.add_argument("--rows", type=positive_int, default=16, help="of 2048 tokens, a step of that model")
-    parser.add_argument("--limit", type=positive_int, default=400, help="seconds for a section")
+    parser.add_argument("--limit", type=positive_int, default=480, help="seconds for a section")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", help="these sections")
     parser.add_argument("--section", choices=SECTIONS, help="run as this section's process")
     args = parser.parse_args(argv)

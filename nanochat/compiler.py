@@ -1,9 +1,9 @@
 """Where torch.compile can run, and where it pays.
 
-* Each block is compiled, and layers that look alike share its graphs: the wait does not grow with the depth, and a growth in depth
-  compiles nothing anew.
-* CUDA: so are what comes before the layers and what comes after them, where eager kernels would each pass over the whole batch.
-* CPU: the kernels that PyTorch has no fast CPU version of (attention, loss) are written by hand and stay outside.
+* CUDA: the whole model is one graph. Layers compiled one by one are 11 % slower on an H100, where a small model waits for its CPU
+  (d12, 16 rows; dev/LOG.md), so each growth compiles anew: half a minute for d12.
+* CPU: each block is compiled (all layers share one or two graphs, so the wait does not grow with depth); the kernels that
+  PyTorch has no fast CPU version of (attention, loss) are written by hand and stay outside.
 * No compiler, or one that cannot compile a function of one line, no Triton, MPS, or TORCHDYNAMO_DISABLE=1: eager, with one line that says so.
 * Nothing turns eager behind one's back: a function that needs more than `MOST_GRAPHS` graphs is an error.
 """
@@ -22,9 +22,8 @@ from torch import nn
 
 from nanochat.common import print0
 
-# Of one function. A block has two graphs, of training and of evaluation, for each shape of a layer in each stage of growth: 200 for five stages of
-# 20 layers whose ranks all differ. What earlier stages compiled stays; asked last, it costs nothing.
-# PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
+# Of one function. A model has two graphs in each stage of growth, of training and of evaluation, and so has a block for each shape of a layer: 200 for
+# five stages of 20 layers whose ranks all differ. PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
 MOST_GRAPHS = 1024
 torch._dynamo.config.recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
 torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
@@ -93,20 +92,20 @@ def jit(*device_types: str, dynamic: bool = False):
     return decorate
 
 
-class CompiledParts:
-    """Calls a model with its parts compiled one by one; the model itself stays eager for sampling and odd shapes."""
+class CompiledLayers:
+    """Calls a model with its layers compiled one at a time; the model itself stays eager for sampling and odd shapes."""
 
-    def __init__(self, model: Any, parts: tuple[str, ...], **options):
+    def __init__(self, model: Any, **options):
         self.model = model
-        self.eager = {part: getattr(model, part) for part in parts}
-        self.compiled = {part: torch.compile(function, dynamic=False, **options) for part, function in self.eager.items()}
+        self.eager_layer: Any = model.run_layer
+        self.compiled_layer: Any = torch.compile(self.eager_layer, dynamic=False, **options)
 
     def __call__(self, *args, **kwargs):
-        vars(self.model).update(self.compiled)
+        self.model.run_layer = self.compiled_layer
         try:
             return self.model(*args, **kwargs)
         finally:
-            vars(self.model).update(self.eager)
+            self.model.run_layer = self.eager_layer
 
     def get_device(self) -> torch.device:
         return self.model.get_device()
@@ -117,6 +116,4 @@ def compile_model(model: nn.Module, device_type: str) -> Any:
     if reason := why_not_compile(device_type):
         print0(f"Running eagerly, without torch.compile: {reason}")
         return model
-    parts = ("run_layer",) if device_type == "cpu" else ("enter", "run_layer", "leave")
-    from nanochat.flash_attention import USE_FA3
-    return CompiledParts(model, parts, fullgraph=not USE_FA3)  # how an outside kernel traces is not ours to promise
+    return torch.compile(model, dynamic=False) if device_type == "cuda" else CompiledLayers(model)

@@ -11,6 +11,7 @@
 No T x T mask is ever built for training or for a prompt; only a chunk appended to a non-empty cache has a mask.
 A window `w` lets query i see the keys j with i - w <= j <= i, so w + 1 of them; a negative one means no limit.
 """
+import contextlib
 import functools
 import os
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
 from nanochat.compiler import why_not_compile
@@ -42,6 +44,7 @@ def _load_fa3():
 BLOCK = 128  # queries per block, and keys per block of FlexAttention
 CPU_BYTES = 1 << 20  # score bytes per thread and piece: about an L2 cache
 GPU_BYTES = 1 << 28
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
@@ -304,8 +307,10 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     if k is not None:
         k_cache[:, start:end] = k
         v_cache[:, start:end] = v
-    y = _sdpa_attention(
-        q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2), window_size, q.size(2) != k_cache.size(2))
+    # on Hopper PyTorch prefers cuDNN's kernel, which is prepared for each length anew: tens of milliseconds for every token (dev/LOG.md)
+    with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():
+        y = _sdpa_attention(
+            q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2), window_size, q.size(2) != k_cache.size(2))
     return y.transpose(1, 2)
 
 

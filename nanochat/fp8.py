@@ -164,7 +164,7 @@ def convert_to_float8_training(module: nn.Module, *, config: Float8LinearConfig 
 
     converted = convert(module, "")
     if any(isinstance(layer, Float8Linear) and layer.weight.device.type == "cpu" for layer in converted.modules()):
-        print0("FP8 on a CPU is a simulation: the same rounding, but slower than without")
+        print0("FP8 on a CPU is a simulation, not compiled: the same rounding, but slower than without")
     return converted
 
 

@@ -145,25 +145,6 @@ def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, k
     return block(resid_lambda * x + x0_lambda * x0, ve, cos_sin, window_size, kv_cache)
 
 
-def enter(model, idx, kv_cache):
-    """What the layers work on, (B, T, C): the normed embeddings of idx (B, T), each with a share of the one before."""
-    return model._smear(model.norm(model.transformer.wte(idx).to(COMPUTE_DTYPE)), kv_cache)
-
-
-def leave(model, x, x_mid, targets, loss_reduction: str):
-    """From the stream after the last layer and after the middle one, (B, T, C), to logits or loss."""
-    B, T, _ = x.shape
-    x = model.norm(x - model._backout().to(x.dtype) * x_mid)
-    if targets is None:
-        return model._cap(model.lm_head(x))
-    x, head = model.head_input(x)
-    if type(head) is not Linear:  # an FP8 head computes its own logits
-        logits = model._cap(head(x)).view(B * T, -1)
-        return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
-    weight = model.head_scale(head.weight)[:model.config.vocab_size].to(x.dtype)
-    return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
-
-
 class GPT(nn.Module):
     """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`."""
 
@@ -178,8 +159,7 @@ class GPT(nn.Module):
         self.config = config
         self.window_sizes = self._compute_window_sizes(config)
         self.backout_layer = config.n_layer // 2
-        self.middle_is_last = self.backout_layer == config.n_layer - 1
-        self.enter, self.run_layer, self.leave = enter, run_layer, leave  # compiler.py puts compiled ones in their places
+        self.run_layer = run_layer  # compiler.py puts a compiled one in its place
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
         self.transformer = nn.ModuleDict({
@@ -280,7 +260,8 @@ class GPT(nn.Module):
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
 
-        x = self.enter(self, idx, kv_cache)
+        x = self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
+        x = self._smear(x, kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
         scalars = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
@@ -288,10 +269,20 @@ class GPT(nn.Module):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
             x = self.run_layer(block, x, x0, *lambdas, ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.backout_layer:
-                x_mid = x.view_as(x)  # likewise
+                x_mid = x
+        x = x - self._backout().to(x.dtype) * x_mid
         if getattr(kv_cache, "last_logits_only", False):
-            x, x_mid = x[:, -1:], x_mid[:, -1:]  # of a prompt only the last position is sampled from
-        return self.leave(self, x, x_mid, targets, loss_reduction)
+            x = x[:, -1:]  # of a prompt only the last position is sampled from
+        x = self.norm(x)
+
+        if targets is None:
+            return self._cap(self.lm_head(x))
+        x, head = self.head_input(x)
+        if type(head) is not Linear:  # an FP8 head computes its own logits
+            logits = self._cap(head(x)).view(B * T, -1)
+            return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=loss_reduction)
+        weight = self.head_scale(head.weight)[:self.config.vocab_size].to(x.dtype)
+        return softcap_cross_entropy(x.reshape(B * T, -1), weight, targets.reshape(-1), LOGIT_SOFTCAP, loss_reduction)
 
     def _cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the real vocabulary, within +-15."""
@@ -321,7 +312,7 @@ class GPT(nn.Module):
     def _backout(self) -> torch.Tensor:
         """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar. Its gradient is then
         pure rounding noise, which Adam would turn into full-size steps: give it an exact 0 instead."""
-        if not self.middle_is_last:
+        if self.backout_layer < self.config.n_layer - 1:
             return self.backout_lambda
         return self.backout_lambda.detach() + 0 * self.backout_lambda
 

@@ -21,8 +21,6 @@ from nanochat.gpt import (
     CausalSelfAttention,
     GPTConfig,
     Linear,
-    enter,
-    leave,
     norm,
     rotary_rows,
     run_layer,
@@ -181,8 +179,7 @@ class LayeredGPT(GPT):
         self.config = config
         self.window_sizes = [(layer.window, 0) for layer in config.layers]
         self.backout_layer = config.backout_layer
-        self.middle_is_last = config.backout_layer == config.n_layer - 1
-        self.enter, self.run_layer, self.leave = enter, run_layer, leave
+        self.run_layer = run_layer
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(padded_vocab, config.n_embd),

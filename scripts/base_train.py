@@ -479,7 +479,8 @@ class Training:
             convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.args.fp8_recipe), module_filter_fn=worth_converting)
         self.model, self.optimizer = model, optimizer
         self.flops_per_token = model.estimate_flops()
-        compiled = compile_model(model, self.device.type)
+        # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
+        compiled = model if self.args.fp8 and self.device.type == "cpu" else compile_model(model, self.device.type)
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
         self.evaluated = compiled if self.device.type == "cuda" else model
         self.accumulate = Accumulator(compiled, model, self.scaler)
