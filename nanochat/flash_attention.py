@@ -93,11 +93,14 @@ def _band(length: int, window: int, device: torch.device):
     query, key = blocks[:, None], blocks[None, :]
     touched = (key <= query) & ((query - key - 1) * BLOCK < window)  # the nearest pair of two blocks is that far apart, less one
     full = (key < query) & ((query - key + 1) * BLOCK <= window + 1)  # and the farthest pair
-    counts_and_indices = []
-    for chosen in (touched & ~full, full):
-        first = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()  # the chosen blocks, in order, come first
-        counts_and_indices += [chosen.sum(dim=-1, dtype=torch.int32)[None, None], first[None, None]]
-    return BlockMask.from_kv_blocks(*counts_and_indices, BLOCK_SIZE=BLOCK, mask_mod=_in_window(window), seq_lengths=(length, length))
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each block of queries how many blocks of keys are chosen, (1, 1, n), and a permutation, (1, 1, n, n), that has them first, in order."""
+        order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+        return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    (count, order), (full_count, full_order) = listed(touched & ~full), listed(full)
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=_in_window(window), seq_lengths=(length, length))
 
 
 _cached_band = functools.lru_cache(maxsize=8)(_band)
