@@ -171,7 +171,7 @@ class Layer:
 
     def forward(self) -> torch.Tensor:
         model = self.model
-        return self.run_layer(self.block, self.x, self.x0, model.resid_lambdas[0], model.x0_lambdas[0], None, model.cos_sin(0, 0, self.x.size(1)),
+        return self.run_layer(self.block, self.x, self.x0, model.resid_lambdas[0], model.x0_lambdas[0], None, model.cos_sin(0, self.x.size(1))[0],
                               model.window_sizes[0], None)
 
     def clear(self) -> None:

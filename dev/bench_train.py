@@ -11,6 +11,8 @@ Contestants take turns, a few steps at a time, so that a machine whose speed dri
 | stock-bf16 | the same after merely switching the dtype |
 | plain-bf16 | the same model and dtype in a plain PyTorch loop: nothing compiled |
 | ours | this project's defaults |
+| ours-eager | without torch.compile |
+| ours-layers | the layers compiled one by one, instead of the whole model (GPU) |
 | ours-fp8 | with --fp8 (GPU) |
 
 Each runs in a process of its own, since the dtype is fixed at import. `--worker` is how the bench calls itself.
@@ -23,11 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from nanochat.cli import command, positive_int
 
 CPU_CONTESTANTS = ("stock-fp32", "stock-bf16", "plain-bf16", "ours")
-GPU_CONTESTANTS = ("stock-bf16", "ours", "ours-fp8")
+GPU_CONTESTANTS = ("stock-bf16", "ours-eager", "ours-layers", "ours", "ours-fp8")
+AT_ONCE = 3  # contestants that compile, and fill a GPU's memory, at the same time; on a CPU they would only slow each other down
 
 
 def parse_args(argv):
@@ -43,7 +47,9 @@ def parse_args(argv):
     parser.add_argument("--contestants", nargs="+", choices=sorted({*CPU_CONTESTANTS, *GPU_CONTESTANTS}))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=positive_int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.flags = sys.argv[1:] if argv is None else list(argv)
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -74,7 +80,7 @@ def worker(args) -> None:
     import torch
 
     from nanochat.common import compute_init
-    from nanochat.compiler import compile_model
+    from nanochat.compiler import CompiledLayers, compile_model
     from nanochat.gpt import GPT
     from nanochat.recipe import gpt_config
     if not args.worker.startswith("ours"):
@@ -91,28 +97,54 @@ def worker(args) -> None:
     if args.worker.endswith("fp8"):
         from nanochat.fp8 import convert_to_float8_training, worth_converting
         convert_to_float8_training(model, module_filter_fn=worth_converting)
-    run = model
-    if not args.worker.startswith("plain"):
+    if args.worker in ("plain-bf16", "ours-eager"):
+        run = model
+    elif args.worker == "ours-layers":
+        run = CompiledLayers(model)
+    else:
         run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
     optimizer = model.setup_optimizer()
     idx = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     targets = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
+    memory: dict = {}
+
+    def peak() -> int:
+        bytes_ = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return bytes_
+
+    class Mark:
+        """A moment in the device's work; asking for it does not stop the work."""
+
+        def __init__(self):
+            self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+            if self.event is None:
+                self.time = time.perf_counter()
+            else:
+                self.event.record()
+
+        def until(self, later) -> float:
+            return self.event.elapsed_time(later.event) / 1000 if self.event else later.time - self.time
+
     def step(times):
+        peak()
         sync()
-        marks = [time.perf_counter()]
+        marks = [Mark()]
         loss = run(idx, targets)
-        sync()
-        marks.append(time.perf_counter())
+        marks.append(Mark())
         loss.backward()
-        sync()
-        marks.append(time.perf_counter())
+        marks.append(Mark())
+        memory["passes"] = peak()
+        memory["gradients"] = sum(p.grad.nbytes for p in model.parameters())
         optimizer.step()
         model.zero_grad(set_to_none=True)
+        marks.append(Mark())
         sync()
-        marks.append(time.perf_counter())
-        times.append([b - a for a, b in zip(marks, marks[1:])])
+        memory["optimizer_step"] = peak()
+        times.append([a.until(b) for a, b in zip(marks, marks[1:])])
 
     def profile() -> dict:
         """Where one step goes, in percent of its operators' own time."""
@@ -148,25 +180,34 @@ def worker(args) -> None:
             times: list = []
             for _ in range(int(line)):
                 step(times)
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-            print(json.dumps({"times": times, "flops": flops, "memory_gib": memory}), flush=True)
+            memory["weights"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            memory["optimizer"] = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+            memory["activations"] = memory["passes"] - memory["weights"] - memory["gradients"] - memory["optimizer"]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the others' turn
+            print(json.dumps({"times": times, "flops": flops, "memory": memory}), flush=True)
 
 
 # -----------------------------------------------------------------------------
 
 
 class Contestant:
-    def __init__(self, name: str, depth: int):
+    def __init__(self, name: str, depth: int, flags: list[str]):
         dtype = {"stock-fp32": "float32", "stock-bf16": "bfloat16", "plain-bf16": "bfloat16"}.get(name)
         env = {key: value for key, value in os.environ.items() if key != "NANOCHAT_DTYPE"} | ({"NANOCHAT_DTYPE": dtype} if dtype else {})
-        self.name, self.times, self.first_step = name, [], math.nan
-        self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *sys.argv[1:], "--worker", name, "--depth", str(depth)],
+        self.name, self.times = name, []
+        self.process = subprocess.Popen([sys.executable, "-m", "dev.bench_train", *flags, "--worker", name, "--depth", str(depth)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, question) -> dict:
-        assert self.process.stdin and self.process.stdout
+        self.write(question)
+        return self.read()
+
+    def write(self, question) -> None:
         self.process.stdin.write(f"{question}\n")
         self.process.stdin.flush()
+
+    def read(self) -> dict:
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
@@ -177,15 +218,26 @@ class Contestant:
         self.process.wait()
 
 
-def bench(args, depth: int) -> None:
+def bench(args, depth: int, all_ready: Callable[[], None] = lambda: None) -> dict:
+    """Prints the table; returns, for each contestant, tokens/s, MFU (None on a CPU), seconds until it was ready, and bytes of memory.
+
+    all_ready: is called between the compilation, which is not timed, and the turns, which are.
+    """
     import torch
     names = args.contestants or (GPU_CONTESTANTS if torch.cuda.is_available() else CPU_CONTESTANTS)
-    contestants = [Contestant(name, depth) for name in names]
-    for contestant in contestants:
+    contestants, ready = [], {}
+    at_once = AT_ONCE if torch.cuda.is_available() else 1
+    for first in range(0, len(names), at_once):
         started = time.perf_counter()
-        contestant.ask(1)  # compiles
-        contestant.first_step = time.perf_counter() - started
-        contestant.ask(2)
+        wave = [Contestant(name, depth, args.flags) for name in names[first:first + at_once]]
+        for contestant in wave:
+            contestant.write(1)  # compiles
+        for contestant in wave:
+            contestant.read()
+            ready[contestant.name] = time.perf_counter() - started
+            print(f"d{depth} {contestant.name}: ready after {ready[contestant.name]:.0f}s", file=sys.stderr)
+        contestants += wave
+    all_ready()
     answers, limits = {}, []
     for _ in range(args.rounds):
         for contestant in contestants:
@@ -195,31 +247,36 @@ def bench(args, depth: int) -> None:
         limits.append(contestants[-1].ask("matmul")["flops_per_second"])
     limit = statistics.median(limits)
     tokens = args.rows * args.max_seq_len
+    peak_flops = None
+    if torch.cuda.is_available():
+        from nanochat.common import get_peak_flops
+        peak_flops = get_peak_flops(torch.cuda.get_device_name())
     print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain bf16 matmul {limit / 1e9:,.0f} GFLOP/s\n")
-    print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | first step after s | GiB |")
+    print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | ready after s | GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    rates = {}
+    results = {}
     for contestant in contestants:
         medians = [statistics.median(column) for column in zip(*contestant.times)]
         seconds = statistics.median(sum(row) for row in contestant.times)
-        rates[contestant.name] = tokens / seconds
         # paired: each turn against the first contestant's turn of the same round
         per_turn = [statistics.mean(sum(row) for row in contestant.times[i:i + args.steps]) for i in range(0, len(contestant.times), args.steps)]
         first = [statistics.mean(sum(row) for row in contestants[0].times[i:i + args.steps]) for i in range(0, len(per_turn) * args.steps, args.steps)]
         ratio = statistics.median(b / a for a, b in zip(per_turn, first))
         rate = answers[contestant.name]["flops"] / seconds
-        memory = answers[contestant.name]["memory_gib"]
+        memory = answers[contestant.name]["memory"]
+        gib = max(memory["passes"], memory["optimizer_step"]) / 2 ** 30
+        results[contestant.name] = dict(tokens_per_second=tokens / seconds, mfu=peak_flops and rate / peak_flops, ready=ready[contestant.name], memory=memory,
+                                        ratio=ratio)
         print(f"| {contestant.name} | {tokens / seconds:,.0f} | {ratio:.2f} | " + " | ".join(f"{1000 * t:.0f}" for t in medians)
-              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {contestant.first_step:.0f} | {'-' if memory is None else f'{memory:.1f}'} |")
-    if torch.cuda.is_available():
-        from nanochat.common import get_peak_flops
-        peak = get_peak_flops(torch.cuda.get_device_name())
-        print("\nMFU: " + ", ".join(f"{c.name} {100 * answers[c.name]['flops'] * rates[c.name] / tokens / peak:.1f}%" for c in contestants))
+              + f" | {rate / 1e9:,.0f} | {rate / limit:.2f} | {ready[contestant.name]:.0f} | {f'{gib:.1f}' if gib else '-'} |", flush=True)
+    if peak_flops:
+        print("\nMFU: " + ", ".join(f"{name} {100 * result['mfu']:.1f}%" for name, result in results.items()))
     else:
         parts = contestants[-1].ask("profile")
         print(f"\n{contestants[-1].name}, share of a step: " + ", ".join(f"{key.replace('_', ' ')} {value:.0f}%" for key, value in parts.items()))
     for contestant in contestants:
         contestant.close()
+    return results
 
 
 @command

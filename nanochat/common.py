@@ -206,6 +206,44 @@ def is_ddp_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def share(tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
+    """The tensor, in place, as that rank has it."""
+    if is_ddp_initialized():
+        dist.broadcast(tensor, rank)
+    return tensor
+
+
+def share_weights(model: torch.nn.Module) -> None:
+    """Gives every rank the weights of rank 0: equal seeds give equal numbers only on equal devices, and not from every kernel."""
+    for p in model.parameters():
+        share(p.data)
+
+
+def agreed(value: Any) -> Any:
+    """What rank 0 has decided, on every rank. For what a rank by itself could see otherwise: files, the clock, sums in another order."""
+    if not is_ddp_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def check_agreement(what: str, value: Any, advice: str) -> None:
+    """Raises UsageError on every rank if they do not all have the same value, where one that differs would make all wait for ever."""
+    if not is_ddp_initialized():
+        return
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+    if different is None:
+        return
+    mine, theirs = values[0], values[different]
+    if isinstance(mine, dict) and isinstance(theirs, dict):  # only what differs
+        keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        mine, theirs = ({key: value.get(key) for key in keys} for value in (mine, theirs))
+    raise UsageError(f"the ranks do not agree on {what}: rank 0 has {mine}, rank {different} has {theirs}; {advice}")
+
+
 def get_dist_info() -> tuple[bool, int, int, int]:
     """(under torchrun, rank, local rank, world size)."""
     if is_ddp_requested():
@@ -213,7 +251,22 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     return False, 0, 0, 1
 
 
+def why_no_cuda() -> str:
+    """Why PyTorch cannot use an NVIDIA GPU that is there, empty if there is none or no build for one."""
+    if not torch.version.cuda or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "too old" in (reason := str(error).splitlines()[0]):
+            return reason.split(". ")[0]
+    return ""
+
+
 def autodetect_device_type() -> str:
+    """Raises UsageError where a GPU would be left unused because its driver is too old."""
+    if reason := why_no_cuda():
+        raise UsageError(f"{reason}; update it, install a PyTorch for it (this one is for CUDA {torch.version.cuda}), or give --device-type=cpu")
     if torch.cuda.is_available():
         device_type = "cuda"
     elif torch.backends.mps.is_available():
@@ -264,7 +317,9 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
     if device_type not in available:
         raise UsageError(f"unknown device type {device_type!r}: use cuda, mps or cpu, or leave it out to autodetect")
     if not available[device_type]():
-        raise UsageError(f"PyTorch {torch.__version__} sees no {device_type} device here: leave out --device-type to autodetect")
+        reason = why_no_cuda() if device_type == "cuda" else ""
+        raise UsageError(f"PyTorch {torch.__version__} sees no {device_type} device here{f' ({reason})' if reason else ''}: "
+                         "leave out --device-type to autodetect")
     ddp, rank, local_rank, world_size = get_dist_info()
     random.seed(42)
     torch.manual_seed(42)

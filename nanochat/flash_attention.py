@@ -2,8 +2,8 @@
 
 | where | what runs |
 |---|---|
-| Hopper and newer with the `kernels` package, bf16 | FlashAttention-3 |
-| other CUDA, sliding window | FlexAttention: blocks outside the band are never computed |
+| Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
+| other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, full causal | PyTorch's built-in causal kernel |
 | CPU | PyTorch's kernel, or blocks of queries by batched matmuls: what is faster there (kernel_choice.py), forward and backward apart |
 | anywhere else, full causal | PyTorch's built-in causal kernel |
@@ -12,14 +12,18 @@
 No T x T mask is ever built for training or for a prompt; only a chunk appended to a non-empty cache has a mask.
 A window `w` lets query i see the keys j with i - w <= j <= i, so w + 1 of them; a negative one means no limit.
 """
+import contextlib
 import functools
 import os
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.common import COMPUTE_DTYPE
+from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
+from nanochat.compiler import why_not_compile
 from nanochat.kernel_choice import chosen, chosen_backward
 
 
@@ -27,23 +31,32 @@ def _load_fa3():
     """FlashAttention-3's interface from the `kernels` package, or None where there is none for this machine; and why not."""
     if not torch.cuda.is_available():
         return None, "no CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    if not 8 <= major < 10:  # the kernels are compiled for 8.0 and 9.0a; the latter runs on no later GPU
+        return None, f"built for compute capability 8 and 9, and this GPU has {major}.{minor}"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import kernels
-        # Ampere to Hopper, any torch from 2.9 on; from a publisher that `kernels` trusts by itself
+        # any torch from 2.9 on; from a publisher that `kernels` trusts by itself
         return kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_interface, ""
     except Exception as error:  # no package, no network, no build for this GPU and torch: the fallbacks below serve
         return None, f"{type(error).__name__}: {(str(error) or 'kernels-community/flash-attn3').splitlines()[0]}"
 
 
-BLOCK = 128  # queries per block
+BLOCK = 128  # queries per block, and keys per block of FlexAttention
 _cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
 CPU_BYTES = _cpu.get("l2_cache_size") or 1 << 20  # score bytes per thread and piece: an L2 cache
 GPU_BYTES = 1 << 28
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _fa3, WHY_NOT_FA3 = _load_fa3()
 HAS_FA3 = _fa3 is not None
 _override_impl: str | None = None  # tests set "fa3" or "sdpa" and resolve again
+
+
+def describe() -> str:
+    """What CUDA computes attention with."""
+    return "FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"
 
 
 def _resolve_use_fa3() -> bool:
@@ -58,16 +71,42 @@ def _resolve_use_fa3() -> bool:
 USE_FA3 = _resolve_use_fa3()
 
 
+def agree_on_kernels() -> None:
+    """With several ranks: FlashAttention-3 on all of them or on none, so that none waits for a slower one and all round alike."""
+    global USE_FA3, WHY_NOT_FA3
+    if not is_ddp_initialized():
+        return
+    reasons: list = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, "" if USE_FA3 else WHY_NOT_FA3 or str(COMPUTE_DTYPE))
+    without = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    if USE_FA3 and without:
+        USE_FA3, WHY_NOT_FA3 = False, without[0]
+
+
 def _in_window(window: int):
     def mask(batch, head, query, key):
         return (key <= query) & (query - key <= window)
     return mask
 
 
-@functools.lru_cache(maxsize=8)
-def _block_mask(length: int, window: int, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(_in_window(window), None, None, length, length, device=device)
+def _band(length: int, window: int, device: torch.device):
+    """FlexAttention's mask of a causal band, written down block by block: PyTorch's `create_block_mask` evaluates it at all T x T pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+    blocks = torch.arange(-(-length // BLOCK), dtype=torch.int32, device=device)
+    query, key = blocks[:, None], blocks[None, :]
+    touched = (key <= query) & ((query - key - 1) * BLOCK < window)  # the nearest pair of two blocks is that far apart, less one
+    full = (key < query) & ((query - key + 1) * BLOCK <= window + 1)  # and the farthest pair
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each block of queries how many blocks of keys are chosen, (1, 1, n), and a permutation, (1, 1, n, n), that has them first, in order."""
+        order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+        return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    (count, order), (full_count, full_order) = listed(touched & ~full), listed(full)
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=_in_window(window), seq_lengths=(length, length))
+
+
+_cached_band = functools.lru_cache(maxsize=8)(_band)
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,16 +117,18 @@ def _compiled_flex():
 
 def _flex_attention(q, k, v, window: int, enable_gqa: bool):
     """Sliding window on CUDA. q (B, H, T, D), k and v (B, Hkv, T, D)."""
-    if torch.compiler.is_compiling():  # one graph with the model around it; equal masks are computed once
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        mask = create_block_mask(_in_window(window), None, None, q.size(2), q.size(2), device=q.device)
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
-    return _compiled_flex()(q, k, v, block_mask=_block_mask(q.size(2), window, q.device), enable_gqa=enable_gqa)
+    if torch.compiler.is_compiling():  # one graph with the layer around it
+        from torch.nn.attention.flex_attention import flex_attention
+        return flex_attention(q, k, v, block_mask=_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
+    return _compiled_flex()(q, k, v, block_mask=_cached_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
+
+
+FLEX_DEVICES = ("cuda",)
 
 
 def _can_use_flex(q: torch.Tensor) -> bool:
-    from torch.utils._triton import has_triton
-    return q.is_cuda and q.size(-1) >= 16 and has_triton()
+    """Only compiled: run eagerly FlexAttention computes all T x T scores. While tracing nothing has to be asked, and asking would break the graph."""
+    return q.device.type in FLEX_DEVICES and q.size(-1) >= 16 and (torch.compiler.is_compiling() or not why_not_compile(q.device.type))
 
 
 @functools.lru_cache(maxsize=64)
@@ -261,12 +302,16 @@ def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
+def _takes_fa3(q: torch.Tensor, v: torch.Tensor) -> bool:
+    return USE_FA3 and q.is_cuda and q.size(-1) == v.size(-1)
+
+
 def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] = (-1, -1)):
     """Self-attention without a cache: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
 
     Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). The fallbacks are causal whatever `causal` says.
     """
-    if USE_FA3 and q.is_cuda and q.size(-1) == v.size(-1):
+    if _takes_fa3(q, v):
         return _fa3.flash_attn_func(q, k, v, causal=causal, window_size=window_size)
     y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2))
     return y.transpose(1, 2)
@@ -279,7 +324,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     filled, for each row; the caller advances it. Rows at different positions take one new one each. Returns (B, Tn, H, D).
     Raises ValueError when the cache is full.
     """
-    if USE_FA3 and q.is_cuda and q.size(-1) == v_cache.size(-1):
+    if _takes_fa3(q, v_cache):
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
     starts = cache_seqlens.tolist()
     start, end = starts[0], max(starts) + q.size(1)
@@ -290,8 +335,10 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     if k is not None:
         k_cache[:, start:end] = k
         v_cache[:, start:end] = v
-    y = _sdpa_attention(
-        q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2), window_size, q.size(2) != k_cache.size(2))
+    # on Hopper PyTorch prefers cuDNN's kernel, which is prepared for each length anew: tens of milliseconds for every token (dev/LOG.md)
+    with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():
+        y = _sdpa_attention(
+            q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2), window_size, q.size(2) != k_cache.size(2))
     return y.transpose(1, 2)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE
+from nanochat.common import COMPUTE_DTYPE, print0
 from nanochat.gpt import Linear
 
 EPS = 1e-12  # a tensor of zeros gets a finite scale
@@ -167,7 +167,10 @@ def convert_to_float8_training(module: nn.Module, *, config: Float8LinearConfig 
         check_fp8_device(module.weight.device, config.recipe)
         return Float8Linear.from_float(module, config.recipe)
 
-    return convert(module, "")
+    converted = convert(module, "")
+    if any(isinstance(layer, Float8Linear) and layer.weight.device.type == "cpu" for layer in converted.modules()):
+        print0("FP8 on a CPU is a simulation, not compiled: the same rounding, but slower than without")
+    return converted
 
 
 @contextlib.contextmanager

@@ -269,9 +269,9 @@ class GPT(nn.Module):
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
         return [sizes[letter] for letter in letters]
 
-    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
-        return rotary_rows(self.cos, start, length), rotary_rows(self.sin, start, length)
+    def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer the rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
+        return [(rotary_rows(self.cos, start, length), rotary_rows(self.sin, start, length))] * self.config.n_layer
 
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
@@ -290,9 +290,9 @@ class GPT(nn.Module):
         x = self._smear(x, kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
-        for i, block in enumerate(self.transformer.h):
+        for i, (block, mix, cos_sin) in enumerate(zip(self.transformer.h, self._mixes(), self.cos_sin(start, T))):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self.run_layer(block, x, x0, *self._mix(i), ve, self.cos_sin(i, start, T), self.window_sizes[i], kv_cache)
+            x = self.run_layer(block, x, x0, *mix, ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x
         x = x - self._backout().to(x.dtype) * x_mid
@@ -334,9 +334,9 @@ class GPT(nn.Module):
             return torch.cat((x[:, :1], x[:, 1:] + gate[:, 1:] * x[:, :-1]), dim=1)
         return x + gate * torch.cat((previous, x[:, :-1]), dim=1)
 
-    def _mix(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scalars of the stream and of the first embedding, whose sum enters the layer."""
-        return self.resid_lambdas[layer_idx], self.x0_lambdas[layer_idx]
+    def _mixes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer the scalars of the stream and of the first embedding, whose sum enters it."""
+        return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
 
     def _backout(self) -> torch.Tensor:
         """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar."""

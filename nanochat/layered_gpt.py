@@ -14,7 +14,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, rotary_rows, run_layer
+from nanochat.gpt import (
+    GPT,
+    SMEAR_GATE_CHANNELS,
+    VE_GATE_CHANNELS,
+    CausalSelfAttention,
+    GPTConfig,
+    Linear,
+    norm,
+    rotary_rows,
+    run_layer,
+)
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
 from nanochat.optim import MuonAdamW, inert
@@ -213,9 +223,10 @@ class LayeredGPT(GPT):
                 setattr(self, f"{name}_{qk_dim}", table)
         self._cast_embeddings()
 
-    def cos_sin(self, layer_idx: int, start: int | torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        qk_dim = self.config.layers[layer_idx].qk_dim
-        return tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin"))  # type: ignore[return-value]
+    def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        widths = [layer.qk_dim for layer in self.config.layers]
+        tables = {qk_dim: tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin")) for qk_dim in set(widths)}
+        return [tables[qk_dim] for qk_dim in widths]  # type: ignore[misc]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -247,10 +258,12 @@ class LayeredGPT(GPT):
     def _scalars(self) -> list[torch.Tensor]:
         return super()._scalars() + ([] if self.s_z is None else [self.s_z])
 
-    def _mix(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mixes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Stream and first embedding are one vector before the first layer, and a normalized layer takes only its direction."""
-        resid, x0 = super()._mix(layer_idx)
-        return (inert(resid), inert(x0)) if self.config.normalized and layer_idx == 0 else (resid, x0)
+        mixes = super()._mixes()
+        if self.config.normalized:
+            mixes[0] = (inert(mixes[0][0]), inert(mixes[0][1]))
+        return mixes
 
     def _cap(self, logits: torch.Tensor) -> torch.Tensor:
         return super()._cap(logits if self.s_z is None else logits * self.s_z)

@@ -5,9 +5,10 @@ Notable:
   Frobenius renormalization after the orthogonalization, NorMuon's variance reduction (2510.05491) and cautious
   weight decay: only where update and weight agree in sign (2510.12402)
 * one Muon group is one stack (K, r, c): all its matrices go through the same batched matmuls
-* no DDP wrapper: gradients are averaged here, each rank updates its share and the results are gathered. The
-  collectives need neither futures nor averaging in the back end, so gloo (CPU) works as NCCL does
-* hyper-parameters enter the Muon kernel as 0-dim tensors, so changing them does not recompile
+* no DDP wrapper: gradients are averaged here, each rank updates its share and the results are gathered. NCCL averages
+  while it reduces; gloo (CPU) cannot, there the gradients are divided first
+* hyper-parameters enter the Muon kernel as 0-dim tensors, and one graph serves all shapes: neither schedules nor growth nor a
+  rank of its own for each layer compiles it anew
 """
 from collections.abc import Iterable
 
@@ -57,7 +58,7 @@ def orthogonalize(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
     return X
 
 
-@jit("cuda")  # on a CPU the matmuls dominate: compiling would take longer than it saves in a short run
+@jit("cuda", dynamic=True)  # on a CPU the matmuls dominate: compiling would take longer than it saves in a short run
 def muon_step_fused(stacked_grads, stacked_params, momentum_buffer, second_momentum_buffer,
                     momentum_t, lr_t, wd_t, beta2_t, ns_steps: int, red_dim: int) -> None:
     """One Muon step of a stack (K, r, c). Parameters, buffers and gradients change in place.
@@ -137,6 +138,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         distributed = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.averages = distributed and dist.get_backend() == "nccl"
         # three phases keep the network busy: start all reductions, update as they arrive, collect the gathers
         groups = [group for group in self.param_groups if group["params"]]
         reduced = [self._reduce_adamw(group, rank, world) if group["kind"] == "adamw" else self._reduce_muon(group, rank, world)
@@ -150,6 +152,13 @@ class MuonAdamW(torch.optim.Optimizer):
             if finish is not None:
                 finish()
 
+    def _mean(self, collective, *tensors: torch.Tensor, world: int):
+        """Starts an all_reduce or reduce_scatter of the last of the tensors, which it may change, to the mean over the ranks."""
+        if self.averages:
+            return collective(*tensors, op=dist.ReduceOp.AVG, async_op=True)
+        tensors[-1].div_(world)
+        return collective(*tensors, async_op=True)
+
     # -- AdamW: one job per parameter: (parameter, gradient of this rank's part, work to wait for)
 
     def _reduce_adamw(self, group, rank, world):
@@ -158,12 +167,10 @@ class MuonAdamW(torch.optim.Optimizer):
             if world == 1:
                 jobs.append((p, p.grad, None))
             elif p.numel() < SMALL or p.size(0) % world:
-                p.grad.div_(world)
-                jobs.append((p, p.grad, dist.all_reduce(p.grad, async_op=True)))
+                jobs.append((p, p.grad, self._mean(dist.all_reduce, p.grad, world=world)))
             else:
                 part = torch.empty_like(p.grad[:p.size(0) // world])
-                p.grad.div_(world)
-                jobs.append((p, part, reduce_scatter(part, p.grad, async_op=True)))
+                jobs.append((p, part, self._mean(reduce_scatter, part, p.grad, world=world)))
         return jobs
 
     def _update_adamw(self, group, jobs, rank, world):
@@ -191,11 +198,11 @@ class MuonAdamW(torch.optim.Optimizer):
         if world == 1:
             return torch.stack([p.grad for p in params]), None, None
         chunk = -(-len(params) // world)
-        everything = torch.zeros(chunk * world, *params[0].shape, dtype=params[0].dtype, device=params[0].device)
+        everything = params[0].new_empty(chunk * world, *params[0].shape)
         torch.stack([p.grad for p in params], out=everything[:len(params)])
-        everything.div_(world)
+        everything[len(params):].zero_()  # the places of no matrix
         part = torch.empty_like(everything[:chunk])
-        return part, everything, reduce_scatter(part, everything, async_op=True)
+        return part, everything, self._mean(reduce_scatter, part, everything, world=world)
 
     def _update_muon(self, group, job, rank, world):
         grads, everything, work = job
@@ -210,18 +217,16 @@ class MuonAdamW(torch.optim.Optimizer):
             state["second_momentum_buffer"] = torch.zeros_like(grads[..., :1] if red_dim == -1 else grads[:, :1])
         if work is not None:
             work.wait()
+        updated = torch.empty_like(grads)  # its last places stay unfilled where there are fewer matrices than places
         if mine:
-            stacked = torch.stack(list(mine))
+            stacked = torch.stack(list(mine), out=updated[:len(mine)])
             muon_step_fused(
                 grads[:len(mine)], stacked, state["momentum_buffer"][:len(mine)], state["second_momentum_buffer"][:len(mine)],
                 *(_scalar(value, stacked.device) for value in (
                     group["momentum"], group["lr"] * max(1.0, rows / columns) ** 0.5, group["weight_decay"], group["beta2"])),
                 group["ns_steps"], red_dim)
         if world == 1:
-            torch._foreach_copy_(params, list(stacked.unbind()))
+            torch._foreach_copy_(params, list(updated.unbind()))
             return []
-        send = torch.zeros_like(grads)
-        if mine:
-            send[:len(mine)] = stacked
-        gather = all_gather(everything, send, async_op=True)
+        gather = all_gather(everything, updated, async_op=True)
         return [(gather, lambda: torch._foreach_copy_(params, list(everything[:len(params)].unbind())))]

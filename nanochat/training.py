@@ -9,7 +9,7 @@ import itertools
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from nanochat import kernel_choice
 from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import ArgumentParser, UsageError, step_or_off
-from nanochat.common import DummyWandb, is_ddp_initialized, print0
+from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, is_ddp_initialized, print0
+from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 
@@ -51,8 +52,16 @@ def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
         return DummyWandb()
 
 
-def check_output(folder: Path, model: GPT, master: bool) -> None:
-    """Fails before the training instead of after it. Raises UsageError if no checkpoint can be written to `folder`."""
+def check_ranks(args) -> None:
+    """Several ranks must be of one mind, or one would wait for ever for what the others never send. Raises UsageError where they are not."""
+    flags = {key: value for key, value in vars(args).items() if key != "run"}  # its default is a variable that rank 0's node alone may have
+    check_agreement("the flags", flags, "start all nodes with the same command")
+    check_agreement("the software", {"torch": torch.__version__, "dtype": str(COMPUTE_DTYPE)}, "install the same on all nodes, or set NANOCHAT_DTYPE on all")
+    agree_on_kernels()
+
+
+def check_output(folder: Path, models: Sequence[GPT], master: bool) -> None:
+    """Fails before the training instead of after it. Raises UsageError if a checkpoint of each of these models cannot be written to `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
@@ -62,10 +71,11 @@ def check_output(folder: Path, model: GPT, master: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
-    needed = sum(3 * p.numel() * p.element_size() for p in model.parameters())  # weights and at most two moments
+    needed = sum(3 * p.numel() * p.element_size() for model in models for p in model.parameters())  # weights and at most two moments
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UsageError(f"a checkpoint needs {needed / 2**20:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free; make room or move NANOCHAT_BASE_DIR")
+        raise UsageError(f"{'a checkpoint needs' if len(models) == 1 else f'{len(models)} checkpoints, one before each growth and the last, need'} "
+                         f"{needed / 2**20:,.0f} MiB, {folder} has {free / 2**20:,.0f} MiB free; make room or move NANOCHAT_BASE_DIR")
 
 
 def collect_garbage_rarely(step: int, first_step: int) -> None:
@@ -84,10 +94,11 @@ def collect_garbage_rarely(step: int, first_step: int) -> None:
 
 
 def find_resume_step(args, folder: Path) -> int | None:
-    """The step to continue from, or None for a new run."""
+    """The step to continue from, or None for a new run. Raises UsageError if the ranks do not see the same checkpoints."""
     if args.resume_from_step >= 0:
         return args.resume_from_step
     steps = list_steps(folder)
+    check_agreement(f"the checkpoints in {folder}", steps if args.resume else None, "all nodes need the same NANOCHAT_BASE_DIR, on a file system that they share")
     if args.resume and steps:
         return steps[-1]
     if args.resume:
@@ -132,6 +143,12 @@ def load_optimizer(optimizer: MuonAdamW, state: dict) -> None:
 # One optimizer step, in passes that fit into memory
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; MPS, cuBLAS and the CPU's allocator raise a plain RuntimeError."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -155,7 +172,9 @@ def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
             tokens = torch.zeros(n, sequence_len, dtype=torch.long, device=device)
             model(tokens, tokens).backward()
             fits = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
         finally:
             reserve = tokens = torch.empty(0)  # noqa: F841 (frees the memory)
@@ -198,7 +217,9 @@ class Accumulator:
                 for x, y in itertools.chain(tuple(drawn), rest):
                     loss = self._one(x, y, count)
                 return loss
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 rows = self.rows or x.size(0)
                 if rows == 1:
                     raise UsageError("out of memory with one row per pass; lower --depth or --max-seq-len") from None
@@ -220,6 +241,17 @@ class Accumulator:
 
 
 def optimizer_step(optimizer: MuonAdamW, scaler) -> None:
+    """Raises UsageError when memory runs out: the activations are gone by now, so fewer rows per pass would not help."""
+    try:
+        _optimizer_step(optimizer, scaler)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError("out of memory in the optimizer's step: this device is too small for the weights, their gradients and the optimizer's state; "
+                         "lower --depth, or share the state among more ranks") from None
+
+
+def _optimizer_step(optimizer: MuonAdamW, scaler) -> None:
     if scaler is None:
         optimizer.step()
         return

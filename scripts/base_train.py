@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
+import copy
 import gc
 import itertools
 import json
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import flash_attention
 from nanochat.cli import (
     ArgumentParser,
     UsageError,
@@ -40,24 +42,26 @@ from nanochat.cli import (
 from nanochat.common import (
     COMPUTE_DTYPE,
     COMPUTE_DTYPE_REASON,
+    agreed,
     autodetect_device_type,
+    check_agreement,
     compute_cleanup,
     compute_init,
     get_base_dir,
     get_peak_flops,
     print0,
     print_banner,
+    share_weights,
 )
 from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
-from nanochat.flash_attention import USE_FA3, WHY_NOT_FA3
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import grow
 from nanochat.growth.kappa import GrowthTrigger, Prediction, final_loss_of_earlier_run
-from nanochat.growth.model import OPTIMIZER_MODES
+from nanochat.growth.model import OPTIMIZER_MODES, empty_model
 from nanochat.growth.model_maps import model_maps
 from nanochat.growth.modes import MODES, width_mode
 from nanochat.growth.optimizer import leave_out_frozen
@@ -84,6 +88,7 @@ from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import (
     Accumulator,
     check_output,
+    check_ranks,
     collect_garbage_rarely,
     find_resume_step,
     fit_device_batch,
@@ -208,8 +213,6 @@ def growth_path(args) -> list[Shape]:
         raise UsageError("--kappa and --grow-at both decide when to grow; give one of them")
     if args.kappa is None and not args.grow_at:
         raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
-    if args.fp8:
-        raise UsageError("--fp8 does not go with growth yet; leave it out")
     if args.kappa is not None and args.eval_every < 1:
         raise UsageError("kappa is decided by validations; give --eval-every a positive number")
     if args.grow_path:
@@ -277,10 +280,12 @@ class Training:
     def __init__(self, args, user_config: dict, rank: int, world_size: int, device: torch.device):
         self.args, self.user_config, self.rank, self.world_size, self.device = args, user_config, rank, world_size, device
         print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
+        check_ranks(args)
         if device.type == "cuda":
-            print0("Attention: " + ("FlashAttention-3" if USE_FA3 else f"PyTorch's kernels, slower than FlashAttention-3 ({WHY_NOT_FA3 or COMPUTE_DTYPE})"))
+            print0(f"Attention: {flash_attention.describe()}")
         self.gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
         self.tokenizer = get_tokenizer()
+        check_agreement("the tokenizer", self.tokenizer.checksum(), "all nodes need the same files below NANOCHAT_BASE_DIR")
         self.token_bytes = get_token_bytes(device=device)
         self.streams = world_size if args.data_streams == -1 else args.data_streams
         if self.streams % world_size:
@@ -292,7 +297,8 @@ class Training:
             return
         depth = self.stages[-1].shape.depth if self.stages else args.depth
         self.folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{depth}")
-        check_output(self.folder, model, rank == 0)
+        with torch.device("meta"):  # a growing run writes one of each stage at least
+            check_output(self.folder, [build_gpt(stage.config) for stage in self.stages] or [model], rank == 0)
         self.resume_step = find_resume_step(args, self.folder)
         self.start(model)
 
@@ -343,6 +349,8 @@ class Training:
             if rest:
                 raise UsageError(f"--total-batch-size={total} is no multiple of {T * streams} (context * streams)")
             B = fit_device_batch(model, rows, T)
+            for stage in self.stages[1:]:  # all of them must fit
+                B = min(B, fit_device_batch(empty_model(stage.config, padded_vocab, self.device), rows, T))
             print0(f"Device batch size: {B} rows per pass")
         self.accumulation, rest = divmod(total, B * T * self.world_size)
         if rest or self.accumulation % len(self.my_streams):
@@ -368,8 +376,7 @@ class Training:
         self.growth_history: list[dict] = []
         if self.resume_step is not None:
             model, meta, train_state, optimizer_data = self.load(model)
-        if args.fp8:
-            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(args.fp8_recipe), module_filter_fn=worth_converting)
+        share_weights(model)
         self.core_every = args.core_metric_every
         if self.core_every > 0:
             try:
@@ -403,6 +410,7 @@ class Training:
         self.train_loader = self.loader("train", self.positions)
 
         # What the loop carries from step to step
+        self.saved_step = self.resume_step
         self.step = 0
         self.val_bpb: float | None = None
         self.core_metric: float | None = None
@@ -466,10 +474,13 @@ class Training:
         return model, meta, train_state, optimizer_data
 
     def adopt(self, model: GPT, optimizer: MuonAdamW) -> None:
-        """Goes on with this model."""
+        """Goes on with this model, whose layers are still plain ones: FP8 is put on here."""
+        if self.args.fp8:
+            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.args.fp8_recipe), module_filter_fn=worth_converting)
         self.model, self.optimizer = model, optimizer
         self.flops_per_token = model.estimate_flops()
-        compiled = compile_model(model, self.device.type)
+        # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
+        compiled = model if self.args.fp8 and self.device.type == "cpu" else compile_model(model, self.device.type)
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
         self.evaluated = compiled if self.device.type == "cuda" else model
         self.accumulate = Accumulator(compiled, model, self.scaler)
@@ -549,6 +560,7 @@ class Training:
             meta_data["loop_state"] |= dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
             meta_data["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         # the positions are those after the last batch trained on: the one in hand is read again after a resume
+        self.saved_step = self.step
         exact = dict(loader_states=self.positions, **get_exact_state(self.device, self.scaler))
         checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta_data, rank=self.rank, train_state=exact)
 
@@ -562,22 +574,27 @@ class Training:
         final = None
         if args.kappa is not None:
             final = Prediction(args.kappa_final_loss, "--kappa-final-loss") if args.kappa_final_loss else \
-                final_loss_of_earlier_run(self.folder.parent, self.stages[stage].config)
+                agreed(final_loss_of_earlier_run(self.folder.parent, self.stages[stage].config))
         return GrowthTrigger(args.kappa, cap=self.growths_at[stage] * self.budget, horizon=self.budget, final=final)
 
     def maybe_grow(self) -> None:
         """Grows if the trigger says so; the latest validation must be of this step. Checkpoints of the step are of the model before."""
         assert self.trigger is not None and self.val_bpb is not None
-        decision = self.trigger.observe(self.flops, self.val_bpb)
+        before_it = copy.deepcopy(self.trigger)
+        decision = agreed(self.trigger.observe(self.flops, self.val_bpb))
         if not decision.grow:
             return
+        if self.saved_step != self.step:  # nothing is lost if the larger model does not fit
+            self.trigger = before_it
+            self.save()
         args, number = self.args, len(self.growth_history) + 1
         source, target = self.model.config, self.stages[number]
         before, history = self.val_bpb, self.growth_history
-        model, optimizer = grow(
-            self.model, target.config, self.optimizer, mode=args.grow_mode, depth_mode=args.grow_depth_mode, layers=target.layers,
-            optimizer_mode=args.grow_optimizer, setup=self.optimizer_setup, freeze=args.grow_freeze,
-            generator=torch.Generator().manual_seed(args.seed + number), **self.growth_parameters)
+        with disable_fp8(self.model):
+            model, optimizer = grow(
+                self.model, target.config, self.optimizer, mode=args.grow_mode, depth_mode=args.grow_depth_mode, layers=target.layers,
+                optimizer_mode=args.grow_optimizer, setup=self.optimizer_setup, freeze=args.grow_freeze,
+                generator=torch.Generator().manual_seed(args.seed + number), **self.growth_parameters)
         assert optimizer is not None
         self.adopt(model, optimizer)
         gc.unfreeze()  # the small model is to be forgotten
@@ -667,7 +684,7 @@ class Training:
                 self.measure_core()
             if args.sample_every > 0 and self.rank == 0 and due(args.sample_every):
                 self.sample()
-            if step != self.resume_step and (last or (args.save_every > 0 and due(args.save_every))):
+            if step != self.saved_step and (last or (args.save_every > 0 and due(args.save_every))):
                 self.save()
             if last:
                 break

@@ -41,12 +41,14 @@ from nanochat.common import (
     get_dist_info,
     is_ddp_initialized,
     print0,
+    share_weights,
 )
 from nanochat.engine import Engine
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
 from nanochat.training import (
     check_output,
+    check_ranks,
     find_resume_step,
     get_exact_state,
     init_wandb,
@@ -165,6 +167,7 @@ def main(argv=None) -> None:
 def train(args, user_config: dict, rank: int, world_size: int, device: torch.device) -> None:
     master = rank == 0
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
+    check_ranks(args)
     if args.examples_per_step % world_size:
         raise UsageError(f"--examples-per-step={args.examples_per_step} cannot be shared by {world_size} ranks; use a multiple")
     if args.num_samples % args.device_batch_size:
@@ -197,7 +200,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         if differing := [f"{key} {then[key]} -> {now[key]}" for key in (*names, "world_size") if then[key] != now[key]]:
             raise UsageError(f"the checkpoint was written with other settings: {', '.join(differing)}; give those of then, or start a new run")
         first_step = resume_step + 1
-    check_output(folder, model, master)
+    share_weights(model)
+    check_output(folder, [model], master)
     engine = Engine(model, tokenizer)
 
     optimizer = model.setup_optimizer(unembedding_lr=args.unembedding_lr, embedding_lr=args.embedding_lr, matrix_lr=args.matrix_lr,

@@ -46,6 +46,7 @@ from nanochat.common import (
     get_peak_flops,
     is_ddp_initialized,
     print0,
+    share_weights,
 )
 from nanochat.compiler import compile_model
 from nanochat.engine import Engine
@@ -57,6 +58,7 @@ from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import (
     Accumulator,
     check_output,
+    check_ranks,
     collect_garbage_rarely,
     find_resume_step,
     get_exact_state,
@@ -299,6 +301,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     master = rank == 0
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
+    check_ranks(args)
     gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
     base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), args.model_tag, args.model_step)
     train_data, val_data = build_mixture(args.mixture, args.mmlu_epochs, args.gsm8k_epochs)
@@ -328,7 +331,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             raise UsageError(f"the checkpoint was written with other settings: {', '.join(differing)}; give those of then, or start a new run")
     B, T, total_batch_size = args.device_batch_size, args.max_seq_len, args.total_batch_size
     model = with_context(model, T)
-    check_output(folder, model, master)
+    share_weights(model)
+    check_output(folder, [model], master)
     accumulation, rest = divmod(total_batch_size, B * T * world_size)
     if rest or accumulation == 0:
         raise UsageError(f"a total batch of {total_batch_size} tokens cannot be made of passes of {B} rows * {T} tokens * {world_size} ranks; "

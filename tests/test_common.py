@@ -145,3 +145,23 @@ def test_colors():
 def test_dummy_wandb():
     common.DummyWandb().log({"a": 1}, step=3)
     common.DummyWandb().finish()
+
+
+def test_a_driver_that_is_too_old_does_not_mean_the_cpu(monkeypatch):
+    """An hour of a cluster could pass before anyone looks."""
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading it.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UsageError, match=r"too old \(found version 11040\); update it, install a PyTorch for it .*CUDA 13.0.* or give --device-type=cpu"):
+        common.autodetect_device_type()
+    with pytest.raises(UsageError, match="sees no cuda device here .*too old"):
+        common.compute_init("cuda")
+
+    def no_driver():
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    assert common.autodetect_device_type() != "cuda"

@@ -1,13 +1,22 @@
-"""Compilation changes no result, traces without breaks, and is left out where it cannot work."""
+"""Compilation changes no result, traces without breaks, and is left out where it cannot work.
+
+What CUDA compiles is traced here without generating code (the backends `eager` and `aot_eager`): graphs and breaks are the same.
+"""
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from nanochat import compiler, flash_attention
+from nanochat import compiler, flash_attention, optim
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.growth import grow
+from nanochat.growth.target import grown_config
+from nanochat.layered_gpt import build_gpt
+from nanochat.recipe import LayerDials
 from tests.golden.fixtures import batch, build_model
 
 CONFIG = dict(sequence_len=512, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
@@ -32,15 +41,97 @@ def check_same(call, model: GPT) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+def whole(model: GPT):
+    """What CUDA compiles, and nothing else (the loss is on its own). A graph break would be an error."""
+    compiler.why_not_compile = lambda device_type: "only this"
+    return torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def whole_model_is_one_graph():
-    """What CUDA compiles; traced here without generating code."""
     model = build_model(CONFIG, seed=1)
     check_same(torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager"), model)
+
+
+def five_stages_of_growth():
+    """Training and evaluation of each stage are one graph each, without a break: ten in all, where PyTorch by default stops compiling after eight."""
+    idx, targets = batch(1, 2, 100, 50)
+    model, forgotten = build_model({**CONFIG, "n_layer": 2}, seed=1), []
+    for stage, (depth, width) in enumerate(((2, 32), (4, 32), (6, 32), (6, 64), (8, 64)), 1):
+        if stage > 1:
+            forgotten.append(weakref.ref(model))
+            model, _ = grow(model, grown_config(model.config, depth, width))
+        run = whole(model)
+        for _ in range(2):  # the second time nothing is compiled
+            check_same(run, model)
+            with torch.no_grad():
+                torch.testing.assert_close(run(idx, targets, loss_reduction="none"), model(idx, targets, loss_reduction="none"))
+            assert graphs() == 2 * stage, (graphs(), stage)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    del run
+    gc.collect()
+    assert not any(old() for old in forgotten)  # what is compiled keeps no small model alive
+
+
+def layers_grow_in_depth_for_nothing():
+    """On a CPU only new widths are compiled."""
+    model, counts = build_model({**CONFIG, "n_layer": 2}, seed=1), []
+    compiler.why_not_compile = lambda device_type: "only this"
+    for depth, width in ((2, 32), (4, 32), (6, 32), (6, 64), (8, 64)):
+        if depth > 2:
+            model, _ = grow(model, grown_config(model.config, depth, width))
+        check_same(compiler.CompiledLayers(model, fullgraph=True, backend="eager"), model)
+        counts.append(graphs())
+    assert counts[0] < counts[1] == counts[2] < counts[3] == counts[4], counts  # the first growth makes a LayeredGPT of the stock model
+
+
+def ranks_of_their_own():
+    """--depth=20 --rank=8 --rank-schedule=linear: 20 kinds of layers, more than PyTorch compiles by default, and 81 groups of Muon."""
+    config = GPTConfig(**{**CONFIG, "n_layer": 20, "window_pattern": "L"})
+    model = build_gpt(LayerDials(attn_rank=8, mlp_rank=8, rank_schedule="linear").apply(config))
+    model.init_weights()
+    idx, targets = batch(1, 2, 100, 50)
+    check_same(whole(model), model)
+    assert graphs() == 1
+    layers = compiler.CompiledLayers(model, fullgraph=True, backend="eager")  # on a CPU
+    check_same(layers, model)
+    with torch.no_grad():
+        layers(idx, targets)
+    assert len({layer.attn_rank for layer in model.config.layers}) > 8 and graphs() <= 1 + 2 * 20, graphs()
+
+    shapes = {(len(group["params"]), *group["params"][0].shape) for group in model.setup_optimizer().param_groups if group["kind"] == "muon"}
+    assert len(shapes) > 30, len(shapes)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=True, fullgraph=True, backend="eager")
+    for count, rows, columns in sorted(shapes):
+        stacks = [torch.randn(count, rows, columns) for _ in range(3)]
+        second = torch.rand(count, rows, 1) if rows >= columns else torch.rand(count, 1, columns)
+        arguments = *stacks, second, *(torch.tensor(x) for x in (0.9, 0.02, 0.1, 0.9)), 5, -1 if rows >= columns else -2
+        plain = [x.clone() if torch.is_tensor(x) else x for x in arguments]
+        compiled(*arguments)
+        optim.muon_step_fused(*plain)
+        torch.testing.assert_close(arguments[1], plain[1])
+    assert graphs() <= 6, graphs()  # square, tall and wide ones, one or many of them
+
+
+def too_many_graphs_are_an_error():
+    compiled = torch.compile(lambda x: x + 1, dynamic=False, backend="eager")
+    torch._dynamo.config.recompile_limit = 3
+    try:
+        for n in range(2, 7):
+            compiled(torch.ones(n))
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return
+    raise AssertionError("it went on eagerly")
 
 
 def layers_share_graphs():
     from torch._dynamo.utils import counters
     graphs = []
+    assert compiler.why_not_compile("cpu") == ""  # it compiles something itself
     for n_layer in (4, 8):
         torch._dynamo.reset()
         counters.clear()
@@ -51,19 +142,21 @@ def layers_share_graphs():
 
 
 def flex_attention_inside_the_model():
-    """The route of CUDA without FlashAttention-3; on a CPU FlexAttention compiles too, forward only."""
+    """The route of CUDA without FlashAttention-3, untouched but for the device; on a CPU FlexAttention compiles too, forward only."""
     model = build_model({**CONFIG, "n_embd": 64}, seed=1)
     idx, _ = batch(1, 2, 400, 50)
     with torch.no_grad():
         want = model(idx)
-        flash_attention._can_use_flex = lambda q: True
-        torch.testing.assert_close(torch.compile(model, dynamic=False)(idx), want, rtol=0, atol=1e-4)
+        flash_attention.FLEX_DEVICES = ("cpu",)
+        torch.testing.assert_close(torch.compile(model, dynamic=False, fullgraph=True)(idx), want, rtol=0, atol=1e-4)
         for length in (300, 260):  # prompts, eagerly
             torch.testing.assert_close(model(idx[:, :length]), want[:, :length], rtol=0, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [whole_model_is_one_graph, layers_share_graphs, flex_attention_inside_the_model], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [
+    whole_model_is_one_graph, layers_share_graphs, five_stages_of_growth, layers_grow_in_depth_for_nothing, ranks_of_their_own, too_many_graphs_are_an_error, flex_attention_inside_the_model], ids=lambda f: f.__name__)
 def test_compiled(function):
     if function is flex_attention_inside_the_model and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("PyTorch compiles FlexAttention for CPUs with AVX2 or newer")
@@ -84,3 +177,44 @@ def test_eager_without_a_compiler(tmp_path):
     result = subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True)
     cpu, mps = result.stdout.splitlines()
     assert cpu.startswith("no C++ compiler") and mps == "torch.compile is not reliable on mps"
+
+
+def why_not_on_a_cpu(tmp_path, **env: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"} | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), **env}
+    program = "from nanochat.compiler import why_not_compile as why; print('why:', why('cpu'))"
+    result = subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True)
+    return next(line for line in result.stdout.splitlines() if line.startswith("why:"))[5:]
+
+
+@pytest.mark.slow
+def test_eager_with_a_compiler_that_cannot_compile(tmp_path):
+    """It answers to --version like any other, but lacks OpenMP's header."""
+    compiler_ = tmp_path / "c++"
+    compiler_.write_text(f"#!{sys.executable}\nimport sys\nif '--version' in sys.argv:\n    print('g++ (Debian) 12.2.0')\nelse:\n"
+                         "    sys.exit('kernel.cpp:3:10: fatal error: omp.h: No such file or directory')\n")
+    compiler_.chmod(0o755)
+    why = why_not_on_a_cpu(tmp_path, CXX=str(compiler_))
+    assert why.startswith("the compiler is there, but a test failed") and "omp.h: No such file" in why
+
+
+@pytest.mark.slow
+def test_eager_where_nothing_can_be_cached(tmp_path):
+    (tmp_path / "file").write_text("")
+    why = why_not_on_a_cpu(tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert "a test failed" in why and "file" in why
+
+
+def test_what_triton_needs(monkeypatch, tmp_path):
+    """On CUDA too a compiler and Python's headers are missed by name, not by a traceback."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C compiler, which Triton needs" in compiler._missing("cuda")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert "no Python headers" in compiler._missing("cuda")
+    (tmp_path / "Python.h").write_text("")
+    assert compiler._missing("cuda") == ""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert "no working Triton" in compiler._missing("cuda")

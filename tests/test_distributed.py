@@ -1,10 +1,16 @@
-"""Training under torchrun on the CPU (gloo): as many ranks as you like, the same model."""
+"""Training under torchrun on the CPU (gloo): as many ranks as you like, the same model, and no rank that goes its own way."""
 import json
 import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.distributed.run import get_args_parser
 
+from nanochat import common, flash_attention
+from nanochat.cli import UsageError
+from nanochat.optim import MuonAdamW
 from scripts.base_train import build_parser
 from tests import tiny
 
@@ -88,3 +94,133 @@ def test_torchruns_own_parser_leaves_our_flags_alone():
                 for ours in ([flag], [flag, "1"], [f"{flag}=1"]):
                     parsed = get_args_parser().parse_args(["--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", *ours, "--depth=3"])
                     assert parsed.training_script_args == [*ours, "--depth=3"]
+
+
+# -----------------------------------------------------------------------------
+# Ranks that differ
+
+
+def on_two_ranks(work, tmp_path) -> None:
+    """Runs `work(rank)`, a function of this file, on two ranks."""
+    mp.spawn(_on_a_rank, args=(work, f"file://{tmp_path}/rendezvous"), nprocs=2)
+
+
+def _on_a_rank(rank: int, work, address: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    work(rank)
+    dist.destroy_process_group()
+
+
+def of_two_minds(rank: int) -> None:
+    assert common.agreed({"grow": rank == 0}) == {"grow": True}
+    common.check_agreement("nothing", {"a": 1}, "")
+    with pytest.raises(UsageError, match=r"do not agree on the flags: rank 0 has \{'seed': 0\}, rank 1 has \{'seed': 1\}; start all nodes alike"):
+        common.check_agreement("the flags", {"depth": 4, "seed": rank}, "start all nodes alike")
+    model = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(model.weight, rank)
+    common.share_weights(model)
+    assert not model.weight.any()
+    # one rank without FlashAttention-3: no rank uses it
+    flash_attention.USE_FA3, flash_attention.WHY_NOT_FA3 = rank == 0, "" if rank == 0 else "no package"
+    flash_attention.agree_on_kernels()
+    assert not flash_attention.USE_FA3 and flash_attention.WHY_NOT_FA3 == ("rank 1: no package" if rank == 0 else "no package")
+
+
+@pytest.mark.slow
+def test_rank_0_decides(tmp_path):
+    on_two_ranks(of_two_minds, tmp_path)
+
+
+# What a rank might see otherwise than rank 0, each put into rank 1 of a growing run that decides by kappa
+DIVERGENT = """
+import os, sys, torch
+from nanochat import common, loss_eval
+from scripts import base_train
+if os.environ["RANK"] == "1":
+    build, evaluate = base_train.build_initialized, base_train.evaluate_bpb
+    def other_weights(*args):
+        model = build(*args)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01)
+        return model
+    base_train.build_initialized = other_weights
+    base_train.evaluate_bpb = lambda *args: evaluate(*args) + 5  # it would never reach the target
+    base_train.final_loss_of_earlier_run = lambda *args: base_train.Prediction(0.01, "a file that only rank 1 has")
+finish = base_train.Training.finish
+def compare(self):
+    weights = {name: p.double().sum().item() for name, p in self.model.named_parameters()}
+    common.check_agreement("the weights", weights, "")
+    finish(self)
+base_train.Training.finish = compare
+sys.exit(base_train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_divergent_rank_follows_rank_0(base, tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "divergent.py"
+    script.write_text(DIVERGENT)
+    done = tiny.run(base, "--data-streams=2", "--grow-path=2x64,3x96", "--head-dim=32", "--eval-every=2", "--kappa=0.999", "--kappa-final-loss=0.1", ranks=2,
+                    script=[str(script)], PYTHONPATH=str(tiny.ROOT))
+    assert_ok(done)
+    assert done.stdout.count("| Growth 2x64 -> 3x96 |") == 1
+
+
+@pytest.mark.slow
+def test_flags_of_one_rank_alone_are_an_error_not_a_hang(base, tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "flags.py"
+    script.write_text("import os, sys\nfrom scripts import base_train\nsys.exit(base_train.main([*sys.argv[1:], f'--seed={os.environ[\"RANK\"]}']))\n")
+    done = tiny.run(base, "--data-streams=2", ranks=2, script=[str(script)], PYTHONPATH=str(tiny.ROOT))
+    assert done.returncode != 0
+    assert "error: the ranks do not agree on the flags: rank 0 has {'seed': 0}, rank 1 has {'seed': 1}; start all nodes with the same command" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Collectives
+
+
+def padded_groups(rank: int) -> None:
+    """Three matrices for two ranks leave a place empty, whose content must not matter."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 6, 4), torch.randn(2, 3, 6, 4)
+    group = dict(kind="muon", lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.1)
+    ours, alone = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizer, reference = (MuonAdamW([dict(params=params, **group)]) for params in (ours, alone))
+    real_empty = torch.Tensor.new_empty
+    torch.Tensor.new_empty = lambda self, *size, **options: real_empty(self, *size, **options).fill_(float("nan"))
+    for _ in range(3):
+        for i, (p, q) in enumerate(zip(ours, alone)):
+            p.grad, q.grad = gradients[rank][i].clone(), gradients.mean(dim=0)[i].clone()
+        optimizer.step()
+        reference_step(reference)
+        for p, q in zip(ours, alone):
+            torch.testing.assert_close(p, q)
+
+
+def reference_step(optimizer: MuonAdamW) -> None:
+    """As on one rank alone."""
+    initialized, dist.is_initialized = dist.is_initialized, lambda: False
+    try:
+        optimizer.step()
+    finally:
+        dist.is_initialized = initialized
+
+
+@pytest.mark.slow
+def test_muon_groups_with_an_empty_place(tmp_path):
+    on_two_ranks(padded_groups, tmp_path)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_gradients_are_averaged_by_the_collective_that_can(averages):
+    """NCCL takes the mean on the way; for gloo the gradients are divided first."""
+    optimizer = MuonAdamW([dict(kind="adamw", params=[torch.nn.Parameter(torch.ones(2))], lr=0.1, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0)])
+    optimizer.averages, calls = averages, []
+    gradient = torch.full((4,), 6.0)
+    optimizer._mean(lambda *tensors, **options: calls.append(options), gradient, world=3)
+    if averages:
+        assert calls == [dict(op=dist.ReduceOp.AVG, async_op=True)] and gradient.eq(6).all()
+    else:
+        assert calls == [dict(async_op=True)] and gradient.eq(2).all()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import flash_attention as fa
 from nanochat import kernel_choice
+from nanochat.engine import Engine
+from tests.golden.fixtures import build_model
 
 
 def by_definition(q, k, v, window: int):
@@ -125,15 +128,50 @@ def test_no_mask_of_the_whole_context(monkeypatch, kernel):
     assert sizes and max(sizes) <= fa.BLOCK * (fa.BLOCK + 256)
 
 
-@pytest.mark.parametrize("window", [0, 5, 300])
-def test_flex_attention_mask_is_the_same_window(window):
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            self.elements = max(self.elements, tensor.numel() if torch.is_tensor(tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("length", [100, 128, 257, 1000])
+@pytest.mark.parametrize("window", [0, 5, 127, 128, 129, 300, 5000])
+def test_flex_attention_mask_is_the_same_window(length, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+    band = fa._band(length, window, torch.device("cpu"))
+    want = create_block_mask(fa._in_window(window), None, None, length, length, device="cpu")
+    assert torch.equal(band.to_dense(), want.to_dense()) and band.shape == want.shape
+
+
+def test_flex_attention_with_it(window=70):
     """FlexAttention itself runs compiled on CUDA; its eager form shows on any machine that the band is right."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
     q, k, v = (x.detach().transpose(1, 2) for x in qkv(6, 1, 257, 4, 2, 16))
-    mask = create_block_mask(fa._in_window(window), None, None, 257, 257, device="cpu")
-    y = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    y = flex_attention(q, k, v, block_mask=fa._band(257, window, q.device), enable_gqa=True)
     want = by_definition(*(x.transpose(1, 2) for x in (q, k, v)), window)
     torch.testing.assert_close(y.transpose(1, 2).double(), want, rtol=0, atol=2e-6)
+
+
+def test_flex_attention_mask_is_never_the_whole_context():
+    with LargestTensor() as largest:
+        fa._band(8192, 2048, torch.device("cpu"))
+    assert 0 < largest.elements <= 4 * (8192 // fa.BLOCK) ** 2
+
+
+def test_flex_attention_only_where_it_is_compiled(monkeypatch):
+    """Run eagerly it would compute T x T scores; the blocks below serve instead."""
+    monkeypatch.setattr(fa, "FLEX_DEVICES", ("cpu",))
+    q = torch.zeros(1, 2, 300, 16)
+    monkeypatch.setattr(fa, "why_not_compile", lambda device_type: "no working Triton")
+    assert not fa._can_use_flex(q)
+    monkeypatch.setattr(fa, "why_not_compile", lambda device_type: "")
+    assert fa._can_use_flex(q) and not fa._can_use_flex(q[..., :8])
 
 
 def test_override(monkeypatch):
@@ -143,6 +181,59 @@ def test_override(monkeypatch):
     monkeypatch.setattr(fa, "HAS_FA3", False)
     with pytest.raises(AssertionError):
         fa._resolve_use_fa3()
+
+
+@pytest.mark.parametrize("capability, built", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_flash_attention_3_where_it_was_built_for(monkeypatch, capability, built):
+    """On a Blackwell the kernels load, and the first attention crashes."""
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *args, **kwargs: SimpleNamespace(flash_attn_interface="interface")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found, why_not = fa._load_fa3()
+    assert (found == "interface") == built and (why_not == "" or "compute capability" in why_not)
+
+
+class StandIn:
+    """FlashAttention-3's two functions with its signatures and its demands, computed by definition."""
+
+    @staticmethod
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1)):
+        assert causal and window_size[1] in (0, -1) and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        assert q.size(2) % k.size(2) == 0 and q.size(-1) == k.size(-1) == v.size(-1)
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        return by_definition(q, k, v, window_size[0]).to(q.dtype)
+
+    @staticmethod
+    def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+                                cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None,
+                                q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert causal and cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (q.size(0),) and k.shape[:2] == q.shape[:2]
+        rows = []
+        for row, filled in enumerate(cache_seqlens.tolist()):
+            end = filled + q.size(1)
+            k_cache[row, filled:end], v_cache[row, filled:end] = k[row], v[row]
+            rows.append(by_definition(q[row:row + 1], k_cache[row:row + 1, :end], v_cache[row:row + 1, :end], window_size[0]))
+        return torch.cat(rows).to(q.dtype)
+
+
+def test_a_model_calls_flash_attention_3_as_it_wants_to_be_called(monkeypatch):
+    """Training pass, prompt, decoding step and chunk, with windows and grouped queries; the answers are those of the fallback."""
+    model = build_model(dict(sequence_len=512, vocab_size=50, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL"), seed=1)
+    idx = torch.randint(0, 50, (2, 300), generator=torch.Generator().manual_seed(0))
+
+    def answers():
+        engine = Engine(model, SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=lambda name: -1))
+        cache = engine._new_cache(2, 300)
+        cache.last_logits_only = False
+        with torch.no_grad():
+            return [model(idx), *(model(idx[:, part], kv_cache=cache) for part in (slice(0, 200), slice(200, 201), slice(201, 300)))]
+
+    want = answers()
+    monkeypatch.setattr(fa, "_fa3", StandIn)
+    monkeypatch.setattr(fa, "USE_FA3", True)
+    monkeypatch.setattr(fa, "_takes_fa3", lambda q, v: True)
+    for got, expected in zip(answers(), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("available", [True, False])
@@ -157,6 +248,7 @@ def test_finding_flash_attention_3(monkeypatch, available):
 
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     want = ("interface", "") if available else (None, "RuntimeError: no build of kernels-community/flash-attn3")
     assert fa._load_fa3() == want
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.fp8 import Float8Linear
 from nanochat.run_log import read_run_log
+from scripts import base_train
 from tests import tiny
 
 # 2x64 to 3x96, so early that eight steps of the final model's budget see it
@@ -71,6 +73,46 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(base, flags):
         assert tiny.train(*flags, "--model-tag=part", "--resume") == 0
         assert tiny.losses(base, "part") == expected
         assert tiny.identical(torch.load(tiny.folder(base, "part") / f"model_{steps[-1]:06d}.pt", weights_only=True), weights)
+
+
+def test_nothing_is_lost_when_the_larger_model_does_not_fit(base, monkeypatch, capsys):
+    """The state is saved before each growth, whatever --save-every says; a resumed run grows at the same place and ends with the same bits."""
+    flags = [*AT, "--save-every=-1"]
+    assert tiny.train(*flags, "--model-tag=whole") == 0
+    (grow,) = grows(base, "whole")
+    assert checkpoints.list_steps(tiny.folder(base, "whole"))[0] == grow["step"]
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.base_train.grow", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            tiny.train(*flags, "--model-tag=part")
+    assert checkpoints.list_steps(tiny.folder(base, "part")) == [grow["step"]]
+    assert checkpoints.load_meta(tiny.folder(base, "part"), grow["step"])["model_config"]["n_embd"] == 64
+    assert tiny.train(*flags, "--model-tag=part", "--resume") == 0
+    assert tiny.losses(base, "part") == tiny.losses(base, "whole")
+
+
+@pytest.mark.slow
+def test_fp8_grows(base, capsys):
+    """What grows are the plain layers; both models train in FP8, and on a CPU it is said that this is a simulation."""
+    converted = []
+
+    class Watched(base_train.Training):
+        def adopt(self, model, optimizer):
+            super().adopt(model, optimizer)
+            converted.append([name for name, layer in model.named_modules() if isinstance(layer, Float8Linear)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_train, "Training", Watched)
+        assert tiny.train(*AT, "--grow-path=1x128,2x256", "--fp8") == 0
+    small, large = converted
+    assert "transformer.h.0.mlp.c_fc" in small and "transformer.h.1.attn.c_q" in large
+    (grow,) = grows(base)
+    assert grow["loss_after"] == pytest.approx(grow["loss_before"], abs=1e-5)
+    assert "FP8 on a CPU is a simulation" in capsys.readouterr().out
 
 
 def test_a_growing_run_does_not_claim_a_number_of_steps(base):

@@ -107,7 +107,7 @@ def test_an_alpha_of_0_makes_the_layer_an_identity_and_still_learns():
         block.alpha_mlp.zero_()
     h = unit(torch.randn(1, 5, 48))
     with torch.no_grad():
-        torch.testing.assert_close(block(h, None, model.cos_sin(1, 0, 5), (-1, 0), None), h, rtol=0, atol=1e-6)
+        torch.testing.assert_close(block(h, None, model.cos_sin(0, 5)[1], (-1, 0), None), h, rtol=0, atol=1e-6)
     train(model, 3)
     assert block.alpha_attn.abs().min() > 0 and block.alpha_mlp.abs().min() > 0
 

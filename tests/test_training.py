@@ -9,7 +9,8 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.gpt import GPT
-from nanochat.training import Accumulator, fit_device_batch
+from nanochat.training import Accumulator, fit_device_batch, is_out_of_memory
+from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import batch, build_model
 
@@ -100,6 +101,57 @@ def test_not_even_one_row_fits(base, memory, capsys):
     memory(0)
     assert tiny.train() == 2
     assert "out of memory with one row" in capsys.readouterr().err
+
+
+MPS = "MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 432 KB, max allowed: 18.1 GB)"
+
+
+@pytest.mark.parametrize("error, memory_is_full", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError(MPS), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True), (RuntimeError("shapes do not fit"), False),
+    (ValueError("out of memory of the past"), False)])
+def test_full_memory_by_all_its_names(error, memory_is_full):
+    assert is_out_of_memory(error) == memory_is_full
+    rows = []
+
+    def model(x, y, loss_reduction):
+        rows.append(x.size(0))
+        if x.size(0) > 1:
+            raise error
+        return torch.zeros((), requires_grad=True)
+
+    raw_model = types.SimpleNamespace(zero_grad=lambda set_to_none: None, get_device=lambda: torch.device("cpu"))
+    batches = iter([(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.long))])
+    if memory_is_full:
+        Accumulator(model, raw_model, None)(batches, 1)
+        assert rows == [4, 2, 1, 1, 1, 1]
+    else:
+        with pytest.raises(type(error), match="fit|past"):
+            Accumulator(model, raw_model, None)(batches, 1)
+
+
+def test_full_memory_in_the_optimizers_step(base, monkeypatch, capsys):
+    """Fewer rows would not help there, and half of the weights may have moved already."""
+    def step(self):
+        raise RuntimeError(MPS)
+
+    monkeypatch.setattr("nanochat.optim.MuonAdamW.step", step)
+    assert tiny.train("--eval-every=-1") == 2
+    assert "out of memory in the optimizer's step" in capsys.readouterr().err
+
+
+def test_every_stage_of_a_growing_run_must_fit(base, monkeypatch, capsys):
+    """In memory, by the device batch; and on the disk, with a checkpoint before each growth."""
+    monkeypatch.setattr(base_train, "fit_device_batch", lambda model, rows, sequence_len: {1: 4, 2: 2, 3: 4}[model.config.n_layer])
+    flags = ("--grow-path=1x64,2x64,3x96", "--head-dim=32", "--grow-at=0.2,0.4", "--device-batch-size=-1", "--eval-every=-1", "--eval-tokens=512")
+    assert tiny.train(*flags) == 0
+    assert "Device batch size: 2 rows" in capsys.readouterr().out
+    config = json.loads(next(tiny.folder(base).glob("meta_*.json")).read_text())["model_config"]
+    assert config["n_layer"] in (1, 2, 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=2 << 20))
+    assert tiny.train("--head-dim=32", "--depth=1", "--aspect-ratio=32", "--num-iterations=1") == 0  # the first stage alone would fit
+    assert tiny.train(*flags) == 2
+    assert "3 checkpoints, one before each growth and the last, need" in capsys.readouterr().err
 
 
 def test_device_batch_size_is_found(base, capsys):

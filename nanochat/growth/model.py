@@ -1,12 +1,13 @@
 """grow: a larger model that goes on where a smaller one stands."""
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nanochat.cli import UsageError
+from nanochat.common import share_weights
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import optimizer as states
 from nanochat.growth.axes import Write, parameter_axes
@@ -50,9 +51,12 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     if `model` is one and the grown layers are those of a stock model, else a LayeredGPT: windows, value embeddings and the backout
     layer stay with their layers.
     optimizer, optimizer_mode: "transport" carries its moments over, "reset" starts them anew. Groups and hyper-parameters are
-    those of `setup_optimizer(**setup)` of the grown model. With several ranks all must call; each gets its shard of the same bits.
+    those of `setup_optimizer(**setup)` of the grown model. With several ranks all must call; each gets its shard of rank 0's bits.
     freeze: layers that continue one of `model` want no gradient from now on and have no optimizer state (a second copy of a layer does).
     generator: of all random numbers, by default seeded with 0. From equal states of a CPU generator every rank and device gets the same model.
+
+    Memory: at the peak a device holds both models, with each rank's shards of both optimizer states, and one parameter of the grown model
+    some four times in float64 (weights, moments and intermediate results are handled one by one).
 
     Raises UsageError for a target that cannot be. `model` and `optimizer` are left as they are.
     """
@@ -87,17 +91,34 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     grown.resid_lambdas[new], grown.x0_lambdas[new] = 1.0, 0.0
     if source.normalized and not isinstance(width, Lossless):
         NormalizedWeights(grown)()
+    share_weights(grown)
     grown.train(model.training)
     if optimizer is None:
         return grown, None
 
     grown_optimizer = states.leave_out_frozen(grown.setup_optimizer(**(setup or {})))
     if optimizer_mode == "transport":
-        state = states.full_state(model, optimizer)
-        states.load_full_state(grown, grown_optimizer, {
-            name: states.transport(state[old_name], maps_of(name), parameter.shape)
-            for name, parameter in grown.named_parameters() if (old_name := origin[name]) is not None and old_name in state})
+        states.load_full_state(grown, grown_optimizer, Transported(states.Moments(model, optimizer), grown, origin, maps_of))
     return grown, grown_optimizer
+
+
+class Transported(Mapping):
+    """The moments of the grown model's parameters, each made when it is asked for."""
+
+    def __init__(self, moments: states.Moments, grown: GPT, origin: Mapping[str, str | None], maps_of: Callable[[str], Maps]):
+        self.moments, self.maps_of = moments, maps_of
+        self.shapes = {name: p.shape for name, p in grown.named_parameters() if origin[name] in moments}
+        self.origin = origin
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> dict:
+        shape = self.shapes[name]
+        return states.transport(self.moments[self.origin[name]], self.maps_of(name), shape)  # type: ignore[index]
 
 
 def layer_of(name: str) -> int | None:

@@ -9,20 +9,21 @@ Exact, in the sense that the moments are those of the large model trained along 
 no key head serves queries of different shares and no channel that a gate reads has a copy. Noise lets through parts of
 the gradient that the small model has no notion of; what is transported is then the share that it knows.
 
-Shards: with several ranks every rank gathers the whole state, transforms it, and keeps its shard of the result.
+Shards: with several ranks all of them go through the parameters of the grown model together. Each parameter's state is gathered, transformed,
+cut to the shard that this rank keeps, and forgotten, so that no rank ever holds more than one unsharded.
 """
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import is_ddp_initialized
+from nanochat.common import is_ddp_initialized, share
 from nanochat.gpt import GPT
 from nanochat.growth.expand import apply, wide
 from nanochat.growth.maps import Map, Maps, along, mapped
 from nanochat.optim import SMALL, MuonAdamW, all_gather
 
-State = dict[str, dict]  # parameter name -> its moments, unsharded and unstacked
+State = Mapping[str, dict]  # parameter name -> its moments, unsharded and unstacked
 
 
 def leave_out_frozen(optimizer: MuonAdamW) -> MuonAdamW:
@@ -32,35 +33,50 @@ def leave_out_frozen(optimizer: MuonAdamW) -> MuonAdamW:
     return optimizer
 
 
-def gather(shard: torch.Tensor) -> torch.Tensor:
+class Moments(Mapping):
+    """The moments of every parameter that has any, by name, unsharded: each is gathered when it is asked for, so all ranks must ask alike."""
+
+    def __init__(self, model: GPT, optimizer: MuonAdamW):
+        names = {p: name for name, p in model.named_parameters()}
+        self.optimizer = optimizer
+        self.places = {names[p]: (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])
+                       if optimizer.state.get(p if group["kind"] == "adamw" else group["params"][0])}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> dict:
+        group, i = self.places[name]
+        if group["kind"] == "adamw":
+            p = group["params"][i]
+            return {key: gathered(value) if torch.is_tensor(value) and value.shape != p.shape else value for key, value in self.optimizer.state[p].items()}
+        return {key: from_owner(stack, i) for key, stack in self.optimizer.state[group["params"][0]].items()}  # the group's state is kept with its first parameter
+
+
+def gathered(shard: torch.Tensor) -> torch.Tensor:
     """The shards of all ranks one after another, along the first dimension."""
-    if not is_ddp_initialized() or dist.get_world_size() == 1:
-        return shard
     whole = shard.new_empty(dist.get_world_size() * shard.size(0), *shard.shape[1:])
     all_gather(whole, shard.contiguous())
     return whole
 
 
-def full_state(model: GPT, optimizer: MuonAdamW, gather: Callable[[torch.Tensor], torch.Tensor] = gather) -> State:
-    """The moments of every parameter that has any. All ranks must call it."""
-    names = {p: name for name, p in model.named_parameters()}
-    whole: State = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if not state:
-                continue
-            if group["kind"] == "adamw":
-                whole[names[p]] = {key: gather(value) if torch.is_tensor(value) and value.shape != p.shape else value for key, value in state.items()}
-            else:  # the state of the whole group is kept with its first parameter
-                stacks = {key: gather(value) for key, value in state.items()}
-                for i, matrix in enumerate(group["params"]):
-                    whole[names[matrix]] = {key: stack[i] for key, stack in stacks.items()}
-    return whole
+def from_owner(stack: torch.Tensor, i: int) -> torch.Tensor:
+    """The matrix i of a Muon group, of which every rank holds a stack of equally many."""
+    owner, slot = divmod(i, stack.size(0))
+    return share(stack[slot].clone() if is_ddp_initialized() else stack[slot], owner)
+
+
+def full_state(model: GPT, optimizer: MuonAdamW) -> dict[str, dict]:
+    """The moments of every parameter that has any, all at once. All ranks must call it."""
+    return dict(Moments(model, optimizer))
 
 
 def load_full_state(model: GPT, optimizer: MuonAdamW, whole: State, rank: int | None = None, world: int | None = None) -> None:
     """Gives `optimizer` one rank's shard, by default this one's. Parameters without an entry start fresh."""
+    ours = rank is None or world is None
     if rank is None or world is None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
     names = {p: name for name, p in model.named_parameters()}
@@ -69,17 +85,21 @@ def load_full_state(model: GPT, optimizer: MuonAdamW, whole: State, rank: int | 
         if group["kind"] == "adamw":
             for p in params:
                 if "exp_avg" in (state := whole.get(names[p], {})):
-                    sharded = world > 1 and p.numel() >= SMALL and p.size(0) % world == 0  # as in MuonAdamW
-                    part = lambda value: value.chunk(world)[rank] if sharded else value
-                    optimizer.state[p] = {key: part(value).clone() if torch.is_tensor(value) else value for key, value in state.items()}
-        elif any("momentum_buffer" in whole.get(names[p], {}) for p in params):
+                    if world > 1 and p.numel() >= SMALL and p.size(0) % world == 0:  # sharded, as in MuonAdamW
+                        part = lambda value: value.chunk(world)[rank].clone()
+                    else:  # every rank has it all, and all must have the same
+                        part = lambda value: share(value.clone()) if ours else value.clone()
+                    optimizer.state[p] = {key: part(value) if torch.is_tensor(value) else value for key, value in state.items()}
+        elif any(names[p] in whole for p in params):
             chunk = -(-len(params) // world)
             rows, columns = params[0].shape
             shapes = {"momentum_buffer": (rows, columns), "second_momentum_buffer": (rows, 1) if rows >= columns else (1, columns)}
             stacks = {key: params[0].new_zeros(chunk, *shape) for key, shape in shapes.items()}
-            for slot, p in enumerate(params[rank * chunk:(rank + 1) * chunk]):
-                for key, value in whole.get(names[p], {}).items():
-                    stacks[key][slot] = value
+            for i, p in enumerate(params):
+                state = whole.get(names[p], {})  # also where it is another rank's: they are gathered together
+                if i // chunk == rank:
+                    for key, value in state.items():
+                        stacks[key][i % chunk] = value
             optimizer.state[params[0]] = stacks
 
 
