@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from nanochat import cross_entropy, flash_attention
@@ -93,7 +94,16 @@ INSIDE: dict[Any, Callable] = {torch.ops.nanochat.softcap_cross_entropy.default:
 
 
 # -----------------------------------------------------------------------------
-# The attention kernels
+# Kernels of devices
+
+@torch.library.custom_op("nanochat::any_rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """CUDA's kernel keeps one number a row; elsewhere, and on the meta device, PyTorch computes with a float32 copy and keeps that."""
+    return torch.empty_like(x), torch.empty_like(x[..., :1], dtype=torch.float32)
+
+
+_rms_norm.register_fake(_rms_norm._init_fn)
+_rms_norm.register_autograd(lambda ctx, grad, _: torch.empty_like(grad), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
 
 
 @torch.library.custom_op("nanochat::any_flash_attention", mutates_args=())
@@ -183,19 +193,13 @@ def _extra(graph: torch.fx.Graph) -> int:
 
 def _divide(layer: Callable, arguments: list) -> tuple[int, int]:
     """(bytes that a compiled layer keeps for its backward pass besides its inputs, bytes that the backward pass needs on top)."""
-    from torch._functorch.aot_autograd import aot_function
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
     graphs: list[torch.fx.Graph] = []
 
-    def keep(module, example_inputs):
-        graphs.append(module.graph)
-        return lambda inputs: module(*inputs)
-
     def compiler(module, example_inputs):
-        run = keep(module, example_inputs)
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
 
     out = aot_function(layer, compiler, compiler, partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())(*arguments)
     out.backward(torch.empty_like(out))
@@ -231,12 +235,12 @@ def _compiled(layer: Callable) -> Callable:
         tensors = [x, x0, resid_lambda, x0_lambda, *cos_sin, *([] if ve is None else [ve]), *parameters]
 
         def call(x, x0, resid_lambda, x0_lambda, cos, sin, *rest):
-            with torch.nn.utils.stateless._reparametrize_module(block, dict(zip(names, rest[-len(names):]))):
+            with _reparametrize_module(block, dict(zip(names, rest[-len(names):]))):
                 return layer(block, x, x0, resid_lambda, x0_lambda, rest[0] if ve is not None else None, (cos, sin), window_size, kv_cache)
 
         key = (window_size, *((tuple(tensor.shape), tensor.requires_grad) for tensor in tensors))
         if key not in divided:
-            with torch.utils._python_dispatch._disable_current_modes(), torch.enable_grad():
+            with _disable_current_modes(), torch.enable_grad():
                 divided[key] = _divide(call, [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors])
         return _CompiledLayer.apply(*divided[key], *tensors)
     return run
@@ -260,20 +264,22 @@ def _in_place_of(table: dict, **entries: Any) -> Iterator[None]:
 def _fused(function: Callable) -> Callable:
     """The same, with no trace of what lies between its inputs and outputs."""
     def call(*args):
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             out = function(*args)
         return torch.empty_like(out)
     return call
 
 
-def training_memory(config: GPTConfig, rows: int, device_type: str, compiled: bool, **optimizer: Any) -> dict[str, int]:
-    """Bytes by role at the fullest moment of a training step of two passes or more of `rows` rows each, on one rank of one.
+def training_memory(config: GPTConfig, rows: int, device_type: str, compiled: bool, passes: int = 2, **optimizer: Any) -> dict[str, int]:
+    """Bytes by role at the fullest moment of a training step of so many passes of `rows` rows, on one rank of one.
 
-    `optimizer` goes to `setup_optimizer`.
+    From the second pass on all gradients are there from the start; more passes take no more. `optimizer` goes to `setup_optimizer`.
     """
     ledger = Ledger()
     pointwise = {name: _fused(getattr(cross_entropy, name)) for name in ("_capped_exp_sum", "_capped_softmax_grad")} if compiled else {}
+    norm = {"rms_norm": lambda x, shape: _rms_norm(x)[0]} if device_type == "cuda" and not compiled else {}
     with (contextlib.redirect_stdout(io.StringIO()), torch.device("meta"), _in_place_of(vars(cross_entropy), **pointwise),
+          _in_place_of(vars(torch.nn.functional), **norm),
           _in_place_of(cross_entropy.CHUNK_ELEMENTS, meta=cross_entropy.CHUNK_ELEMENTS[device_type]),
           _in_place_of(vars(flash_attention.flash_attn), flash_attn_func=_attention(device_type, compiled)), ledger):
         model = build_gpt(config)
@@ -290,7 +296,7 @@ def training_memory(config: GPTConfig, rows: int, device_type: str, compiled: bo
         model.zero_grad(set_to_none=True)
         ledger.role = "activations"
         tokens = torch.zeros(rows, config.sequence_len, dtype=torch.long)
-        for _ in range(2):  # from the second pass on all gradients are there from the start
+        for _ in range(min(passes, 2)):
             (model(tokens, tokens, loss_reduction="sum") / rows).backward()
         ledger.role = "optimizer"
         steps.step()
