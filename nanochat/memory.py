@@ -368,9 +368,13 @@ def main(argv=None) -> None:
         horizon = plan_horizon(model, shape, -1, -1, args.target_param_data_ratio, -1)
         flops = model.estimate_flops() * horizon.total_tokens
         fitting: dict[str, int] = {}
+        needed: list[float] = []
         for rows in (1, 2, 4, 8, 16, 32):
-            needed = sum(training_memory(config, rows, args.device_type, compiled).values()) / GIB + RESERVED
-            fits = {name: rows for name, gib, _ in args.cards if needed <= gib}
+            if rows <= 8:
+                needed.append(sum(training_memory(config, rows, args.device_type, compiled).values()) / GIB + RESERVED)
+            else:  # a straight line by now, as the pieces of the loss have their full size
+                needed.append(needed[-1] + 2 * (needed[-1] - needed[-2]))
+            fits = {name: rows for name, gib, _ in args.cards if needed[-1] <= gib}
             fitting |= fits
             if not fits:
                 break
