@@ -39,7 +39,7 @@ ROLES = ("weights", "gradients", "optimizer", "activations", "logits")
 class Ledger(TorchDispatchMode):
     """Bytes alive by role, now and at the fullest moment so far. New tensors belong to the present `role`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.role = "weights"
         self.alive: Counter[str] = Counter()
