@@ -59,5 +59,25 @@ setup_venv() {
     fi
 }
 
+# Ends a recipe before its first download where PyTorch cannot use so many GPUs; training would land on the CPU, or end in an hour.
+require_gpus() {
+    python - "$1" "${0##*/}" <<'END'
+import sys, warnings
+import torch
+wanted, recipe = int(sys.argv[1]), sys.argv[2].removesuffix(".sh")
+warnings.simplefilter("ignore")
+found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+why = ""
+if not found:
+    try:
+        torch.cuda.init()  # raises what is_available() swallows: a driver that is too old, say
+    except Exception as error:
+        why = f" ({str(error).splitlines()[0].rstrip('.')})"
+if found < wanted:
+    sys.exit(f"{recipe}: {wanted} GPUs are asked for and PyTorch {torch.__version__} can use {found}{why}; "
+             "set NPROC_PER_NODE to what nvidia-smi lists, or DEVICE_TYPE=cpu to try the recipe out")
+END
+}
+
 setup_venv "$@"
 export PATH="$PWD/.venv/bin:$PATH"

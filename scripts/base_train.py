@@ -80,6 +80,7 @@ from nanochat.growth.target import DEPTH_MODES, spelled_out
 from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, build_gpt
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.lowrank import RANK_SCHEDULES
+from nanochat.memory import memory_table
 from nanochat.optim import MATRIX_OPTIMIZERS, MuonAdamW
 from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon, scaling_params
 from nanochat.report import get_report
@@ -148,6 +149,7 @@ def build_parser() -> ArgumentParser:
     add("--grow-rewarm", type=non_negative_int, default=0, help="steps over which the learning rates come back after a growth")
     add("--grow-freeze", action="store_true", help="train only what a growth adds in depth; layers that were there stay as they are")
     add("--grow-plan", action="store_true", help="print the stages and end")
+    add("--memory", action="store_true", help="print what a training step of each stage takes, also on a device that is not here, and end")
     # optimization
     add("--device-batch-size", type=int_or_off, default=32, help="rows per rank and pass; -1: as many as fit")
     add("--total-batch-size", type=int_or_off, default=-1, help="tokens per step; -1: from model and horizon")
@@ -259,12 +261,31 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4f}"
 
 
+def show_memory(args, device_type: str) -> None:
+    """The memory of each stage, without a GPU, data or a tokenizer (whose vocabulary would be nanochat's)."""
+    if args.device_batch_size == -1:
+        raise UsageError("--memory needs the rows per pass; give --device-batch-size a positive number")
+    try:
+        vocab_size = get_tokenizer().get_vocab_size()
+    except UsageError:
+        vocab_size = GPTConfig.vocab_size
+    path = growth_path(args)
+    config = model_config(args, vocab_size, path[0] if path else None)
+    stages = [stage.config for stage in plan_stages(config, path, args.grow_depth_mode)] if path else [config]
+    print0(memory_table([(describe(stage), stage) for stage in stages], args.device_batch_size, device_type, matrix_optimizer=args.matrix_optimizer))
+    if args.fp8:
+        print0("Counted without FP8")
+
+
 @command
 def main(argv=None) -> None:
     args = parse_args(argv)
     user_config = vars(args).copy()
     print_banner()
     device_type = args.device_type or autodetect_device_type()
+    if args.memory:
+        show_memory(args, device_type)
+        return
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     try:
         training = Training(args, user_config, rank, world_size, device)

@@ -1,5 +1,6 @@
-"""The shell recipes and the package metadata agree with the code. The scripts run with stand-ins for uv, pip and Python."""
+"""The shell recipes and the package metadata agree with the code. The scripts run with stand-ins for uv, pip and Python, and at toy size whole."""
 import ast
+import csv
 import importlib
 import os
 import re
@@ -10,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 from nanochat.cli import ArgumentParser
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -60,11 +63,14 @@ def test_every_dependency_is_imported():
 
 
 def commands():
-    """(file, module, flags) of every `-m nanochat.X` or `-m scripts.X`."""
+    """(file, module, flags) of every `-m nanochat.X`, `-m scripts.X` or `-m analysis.X`; variables of flags have their defaults."""
     for path in [*SCRIPTS, ROOT / "README.md"]:
         text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
-        for module, rest in re.findall(r"-m ((?:nanochat|scripts)\.\w+)(.*)", text):
-            rest = re.split(r"[`;)]|\s[&|]|\s#|   ", rest)[0]
+        variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
+        variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
+        for module, rest in re.findall(r"-m ((?:nanochat|scripts|analysis)\.\w+)(.*)", text):
+            rest = re.split(r"[`;)>]|\s[&|]|\s#|   ", rest)[0]
+            rest = re.sub(r"(?<![\w\"=])\$([A-Z_]+)", lambda match: variables.get(match[1], match[0]), rest)
             yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
 
 
@@ -87,7 +93,7 @@ def test_commands_are_found():
     found = {(where, module) for where, module, _ in commands()}
     assert {("quickstart.sh", "scripts.base_train"), ("speedrun.sh", "scripts.base_train"), ("README.md", "scripts.base_train")} <= found
     (flags,) = [flags for where, module, flags in commands() if (where, module) == ("speedrun.sh", "scripts.base_train")]
-    assert flags == ["--depth=24", "--target-param-data-ratio=8", "--device-batch-size=16", "--fp8"]
+    assert flags[-3:] == ["--target-param-data-ratio=8", "--device-batch-size=16", "--fp8"]
 
 
 def test_torchrun_leaves_our_flags_alone():
@@ -268,3 +274,85 @@ def test_chat_goes_on_from_a_finished_quickstart(sandbox):
     (sandbox.bin / "repaired").touch()
     assert sandbox.run("chat.sh", **env)[:2] == (0, ["scripts.chat_eval", "nanochat.report", "scripts.chat_cli"])
     assert sandbox.run("chat.sh", **env)[:2] == (0, ["nanochat.report", "scripts.chat_cli"])
+
+
+# -----------------------------------------------------------------------------
+# Whole recipes at toy size, from an empty folder and without network
+
+TOY_MODEL = ("--head-dim=32 --aspect-ratio=16 --max-seq-len=128 --device-batch-size=2 --total-batch-size=512 --eval-tokens=512 "
+             "--core-metric-every=-1 --sample-every=-1")
+TOY = {"DATASET": "--source=text", "TOK_TRAIN": "--vocab-size=400", "BASE_TRAIN": f"{TOY_MODEL} --num-iterations=3",
+       "BASE_EVAL": "--eval=bpb,sample --device-batch-size=1 --split-tokens=512",
+       "CHAT_SFT": "--mixture=spelling --num-iterations=2 --eval-tokens=512 --chatcore-every=-1", "CHAT_EVAL": "-a SimpleSpelling -x 4 -m 8"}
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A project folder with a finished environment (this one), the real code and a text of its own; runs a recipe there."""
+    project = tmp_path / "my project"
+    shutil.copytree(ROOT / "runs", project / "runs")
+    for name in ("nanochat", "scripts", "tasks", "analysis", "pyproject.toml"):
+        (project / name).symlink_to(ROOT / name)
+    (project / "text").mkdir()
+    for path in (ROOT / "nanochat").glob("*.py"):
+        shutil.copy(path, project / "text" / f"{path.stem}.txt")
+    programs = project / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        (programs / name).write_text(f"#!/bin/bash\nexec '{sys.executable}' {module} \"$@\"\n")
+        (programs / name).chmod(0o755)
+    checksum = subprocess.run(["cksum"], stdin=open(ROOT / "pyproject.toml"), capture_output=True, text=True, check=True).stdout.strip()
+    (project / ".venv" / "nanochat.stamp").write_text(f"{checksum}  dev gpu\n")
+    nowhere = "http://127.0.0.1:9"  # the network, for whatever asks for it
+
+    def run(recipe, **env):
+        return subprocess.run(["bash", project / "runs" / recipe], capture_output=True, text=True, cwd=tmp_path, env={
+            **os.environ, **tiny.ENV, **TOY, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "http_proxy": nowhere, "https_proxy": nowhere, **env})
+
+    run.base, run.project = tmp_path / "base", project
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, env", [("speedrun.sh", {"DEVICE_TYPE": "cpu", "NPROC_PER_NODE": "2"}), ("runcpu.sh", {})])
+def test_recipe_goes_from_an_empty_folder_to_a_chat_and_a_report(toy, recipe, env):
+    done = toy(recipe, DEPTH="2", QUESTION="Spell apple", **env)
+    assert done.returncode == 0, done.stderr
+    ranks = int(env.get("NPROC_PER_NODE", 1))
+    for stage in ("base_checkpoints", "chatsft_checkpoints"):
+        assert len(list((toy.base / stage / "d2").glob("optim_*_rank*.pt"))) == ranks
+    answer = done.stdout.split("=== Spell apple")[1].split("=== report")[0]
+    assert answer.strip()
+    report = (toy.project / "report.md").read_text()
+    for section in ("Tokenizer training", "Tokenizer evaluation", "Base model evaluation", "Chat SFT", "Chat evaluation sft"):
+        assert f"## {section}\n" in report
+    assert (toy.project / "report.html").exists() and "chat_web -i sft -g d2" in done.stdout
+
+
+@pytest.mark.slow
+def test_series_leave_tables_and_do_not_train_twice(toy):
+    env = {"DEVICE_TYPE": "cpu", "NPROC_PER_NODE": "1"}
+    done = toy("miniseries.sh", DEPTHS="2", **env)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(open(toy.base / "mini_miniseries_results" / "results.csv"))
+    assert (row["depth"], row["model_dim"], row["num_iterations"], row["tokens_trained"], row["core_score"]) == ("2", "32", "3", "1536", "")
+    assert float(row["val_bpb"]) > 0 and float(row["param_data_ratio"]) == pytest.approx(1536 / int(row["num_scaling_params"]))
+    env |= {"SKIP_SETUP": "1", "BASE_TRAIN": TOY_MODEL, "FLOPS": "5e8", "LABEL": "toy"}
+    done = toy("scaling_laws.sh", DEPTHS="2 3 4", **env)
+    assert done.returncode == 0, done.stderr
+    first = {path: path.read_bytes() for path in toy.base.glob("base_checkpoints/toy_*/log.jsonl")}
+    done = toy("scaling_laws.sh", DEPTHS="2 3 4", **env)
+    assert done.returncode == 0, done.stderr
+    assert len(first) == 3 and all(path.read_bytes() == before for path, before in first.items())
+    rows = list(csv.DictReader(open(toy.base / "scaling_laws_results_toy" / "results.csv")))
+    assert [(row["flops_budget"], row["depth"]) for row in rows] == [("5e+08", "2"), ("5e+08", "3"), ("5e+08", "4")]
+    assert int(rows[0]["num_iterations"]) > int(rows[-1]["num_iterations"])
+    assert (toy.base / "scaling_laws_results_toy" / "results.png").exists() and "| 5.00e+08 |" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+@pytest.mark.parametrize("recipe", ["speedrun.sh", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("miniseries.sh", "scaling_laws.sh"))])
+def test_recipes_for_gpus_end_at_once_where_there_is_none(toy, recipe):
+    done = toy(recipe)
+    assert (done.returncode, done.stdout) == (1, "") and not toy.base.exists()
+    assert re.fullmatch(rf"{recipe.removesuffix('.sh')}: 8 GPUs are asked for and PyTorch .* can use 0 \(.+\); .*DEVICE_TYPE=cpu.*\n", done.stderr)

@@ -1,0 +1,36 @@
+#!/bin/bash
+# One model of each depth, each trained to the same number of tokens per parameter: how loss and CORE fall with size.
+# The table is <series>_miniseries_results/results.csv in NANOCHAT_BASE_DIR, by default ~/.cache/nanochat; analysis/scaling.py writes it.
+#
+#   bash runs/miniseries.sh [SERIES]            SERIES (default: mini) names the runs; with that of an earlier call, finished ones are skipped
+#   SKIP_SETUP=1 bash runs/miniseries.sh        with the text and the tokenizer that are there
+#
+# All sizes are variables, with their defaults below; a variable named like a script holds its flags.
+# Without GPUs the recipe ends at once; DEVICE_TYPE=cpu tries it out.
+# shellcheck disable=SC2086  # the flags in a variable are words
+set -euo pipefail
+SERIES_NAME="${1:-${SERIES_NAME:-mini}}"
+set --  # setup.sh has arguments of its own
+: "${NPROC_PER_NODE=8}" "${DEVICE_TYPE=cuda}" "${DEPTHS=12 14 16 18 20 22 24 26}" "${DATASET=-n 1000}" "${TOK_TRAIN=--vocab-size=32768}"
+: "${BASE_TRAIN=--core-metric-every=999999 --core-metric-max-per-task=-1 --sample-every=-1 --save-every=-1}"
+# shellcheck source=runs/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
+export OMP_NUM_THREADS=1
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+
+if [[ -z ${SKIP_SETUP-} ]]; then
+    python -m nanochat.dataset $DATASET
+    python -m scripts.tok_train $TOK_TRAIN
+fi
+for DEPTH in $DEPTHS; do
+    TAG="${SERIES_NAME}_miniseries_d$DEPTH"
+    if grep -qs '^{"kind": "end"' "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG/log.jsonl"; then continue; fi
+    BATCH=$((DEPTH >= 28 ? 8 : DEPTH >= 20 ? 16 : 32))
+    printf '\n=== depth %s\n' "$DEPTH"
+    torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m scripts.base_train --device-type="$DEVICE_TYPE" --depth="$DEPTH" --model-tag="$TAG" \
+        --device-batch-size="$BATCH" $BASE_TRAIN
+    python -m analysis.scaling miniseries "$SERIES_NAME" >/dev/null  # what is finished is in the table, whatever happens next
+done
+printf '\n=== results\n'
+python -m analysis.scaling miniseries "$SERIES_NAME"

@@ -1,0 +1,38 @@
+#!/bin/bash
+# Models of several depths, each trained for the same FLOPs, at several budgets: which size is best for a budget.
+# The table is scaling_laws_results_<label>/results.csv in NANOCHAT_BASE_DIR, by default ~/.cache/nanochat; analysis/scaling.py writes it,
+# fits the best size and the best number of tokens for a budget, and draws both beside the table.
+#
+#   bash runs/scaling_laws.sh
+#   LABEL=mine FLOPS="1e17 1e18" DEPTHS="6 8 10 12" bash runs/scaling_laws.sh    LABEL names the runs; those that are finished are skipped
+#   SKIP_SETUP=1 bash runs/scaling_laws.sh                                      with the text and the tokenizer that are there
+#
+# All sizes are variables, with their defaults below; a variable named like a script holds its flags.
+# Without GPUs the recipe ends at once; DEVICE_TYPE=cpu tries it out.
+# shellcheck disable=SC2086  # the flags in a variable are words
+set -euo pipefail
+: "${NPROC_PER_NODE=8}" "${DEVICE_TYPE=cuda}" "${LABEL=jan26}" "${FLOPS=1e18 2.15e18 4.64e18 1e19}" "${DEPTHS=10 12 14 16 18 20}"
+: "${DATASET=-n 1000}" "${TOK_TRAIN=--vocab-size=32768}"
+: "${BASE_TRAIN=--eval-tokens=52428800 --core-metric-every=999999 --core-metric-max-per-task=-1 --sample-every=-1 --save-every=-1}"
+# shellcheck source=runs/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
+export OMP_NUM_THREADS=1
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+
+if [[ -z ${SKIP_SETUP-} ]]; then
+    python -m nanochat.dataset $DATASET
+    python -m scripts.tok_train $TOK_TRAIN
+fi
+for BUDGET in $FLOPS; do
+    for DEPTH in $DEPTHS; do
+        TAG="${LABEL}_scaling_${BUDGET}_d$DEPTH"
+        if grep -qs '^{"kind": "end"' "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG/log.jsonl"; then continue; fi
+        printf '\n=== %s FLOPs, depth %s\n' "$BUDGET" "$DEPTH"
+        torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m scripts.base_train --device-type="$DEVICE_TYPE" --depth="$DEPTH" --model-tag="$TAG" \
+            --target-flops="$BUDGET" --target-param-data-ratio=-1 $BASE_TRAIN
+        python -m analysis.scaling scaling_laws "$LABEL" >/dev/null  # what is finished is in the table, whatever happens next
+    done
+done
+printf '\n=== results\n'
+python -m analysis.scaling scaling_laws "$LABEL"

@@ -1,0 +1,120 @@
+"""The memory planner against what a real training step on this CPU allocates, as PyTorch's profiler saw it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanochat import cross_entropy, flash_attention, memory
+from nanochat.layered_gpt import build_gpt
+from nanochat.recipe import LayerDials, gpt_config
+from scripts import base_train
+from tests.tiny import ROOT
+
+ROWS, CONTEXT = 4, 256
+
+
+def config(**dials):
+    return LayerDials(**dials).apply(gpt_config(4, 32, 32, CONTEXT, 2048, "SL"))
+
+
+def measured(config, tmp_path, compiled: bool = False) -> int:
+    """Bytes at the fullest moment of a training step of two passes: the model and the optimizer's state, and what the step allocates."""
+    with torch.device("meta"):
+        model = build_gpt(config)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    if compiled:
+        model.run_layer = torch.compile(model.run_layer, dynamic=False)
+    tokens = torch.zeros(ROWS, CONTEXT, dtype=torch.long)
+
+    def step():
+        for _ in range(2):
+            model(tokens, tokens).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    step()  # compiles, makes the optimizer's state
+    kept = [*model.parameters(), *model.buffers(), *(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = [event["args"] for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])]
+    before = events[0]["Total Allocated"] - events[0]["Bytes"]  # in earlier profiles of this process
+    return max(event["Total Allocated"] for event in events) - before + sum(tensor.nbytes for tensor in kept)
+
+
+@pytest.mark.parametrize("dials", [pytest.param({}, id="stock"), *(pytest.param(dials, id=name, marks=pytest.mark.slow) for name, dials in {
+    "low rank": {"attn_rank": 16, "mlp_rank": 16}, "ngpt": {"block": "ngpt"}, "swiglu": {"activation": "swiglu", "n_kv_head": 2, "order": "parallel"}}.items())])
+def test_estimate_is_what_a_step_allocates(dials, tmp_path):
+    estimate = sum(memory.training_memory(config(**dials), ROWS, "cpu", compiled=False).values())
+    assert estimate == pytest.approx(measured(config(**dials), tmp_path), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_estimate_is_what_a_compiled_step_allocates(tmp_path):
+    """In a process of its own, as the others here run without the compiler."""
+    code = "import sys, pathlib, tests.test_memory as t; print('bytes', t.measured(t.config(), pathlib.Path(sys.argv[1]), compiled=True))"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TORCHDYNAMO_DISABLE": "0"})
+    assert done.returncode == 0, done.stderr
+    allocated = int(done.stdout.split("bytes ")[1])
+    assert sum(memory.training_memory(config(), ROWS, "cpu", compiled=True).values()) == pytest.approx(allocated, rel=0.1)
+
+
+@pytest.mark.slow
+def test_estimate_is_what_an_h100_allocated():
+    """Depth 12, 8 rows of 2,048 tokens, one pass, bfloat16, compiled: torch.cuda.max_memory_allocated was 9,345 MiB (docs/gpus.md)."""
+    code = ("from nanochat.memory import training_memory; from nanochat.recipe import gpt_config; "
+            "print('bytes', sum(training_memory(gpt_config(12, 64, 128, 2048, 32768, 'SSSL'), 8, 'cuda', True, passes=1).values()))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NANOCHAT_DTYPE": "bfloat16"})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("bytes ")[1]) / 2 ** 20 == pytest.approx(9345, rel=0.05)
+
+
+def test_base_train_shows_every_stage_without_data_or_device(base_dir, capsys):
+    shape = ["--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--device-batch-size=2"]
+    assert base_train.main([*shape, "--grow-path=1x32,2x64", "--kappa=0.1", "--memory", "--device-type=cpu"]) == 0
+    table = capsys.readouterr().out.split("Memory of one training step")[1]
+    rows = {line.split()[0]: [float(number) for number in line.split()[1:]] for line in table.splitlines()[2:4]}
+    assert list(rows) == ["1x32", "2x64"] and os.listdir(base_dir) == []
+    for *parts, total, _ in rows.values():
+        assert total == pytest.approx(sum(parts), abs=0.003)
+    assert rows["2x64"][0] > rows["1x32"][0]
+
+
+def test_memory_of_an_unknown_batch_is_refused(base_dir, capsys):
+    assert base_train.main(["--depth=2", "--memory", "--device-batch-size=-1"]) == 2
+    assert "--device-batch-size" in capsys.readouterr().err
+
+
+def test_rows_multiply_activations_and_nothing_else():
+    small, large = (memory.training_memory(config(), rows, "cuda", compiled=False) for rows in (8, 16))
+    assert {role: small[role] for role in ("weights", "gradients", "optimizer")} == {role: large[role] for role in ("weights", "gradients", "optimizer")}
+    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_less_and_leave_everything_as_it_was():
+    """The stand-ins for kernels are gone afterwards, and a model in between is a real one."""
+    eager = memory.training_memory(config(), ROWS, "cuda", compiled=False)
+    compiled = memory.training_memory(config(), ROWS, "cuda", compiled=True)
+    assert compiled["activations"] < eager["activations"] and compiled["logits"] < eager["logits"]
+    assert flash_attention.flash_attn.flash_attn_func is flash_attention.flash_attn_func and "meta" not in cross_entropy.CHUNK_ELEMENTS
+
+
+@pytest.mark.slow
+def test_larger_cards_fit_more_rows_and_faster_ones_take_less_time(capsys):
+    assert memory.main(["--depths", "2", "12", "--max-seq-len=512", "--eager", "--cards", "A=2@1", "B=3@4"]) == 0
+    small, large = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
+    (rows_a, hours_a), (rows_b, hours_b) = (cell.strip(" |h").split(": ") for cell in small[3:])
+    assert int(rows_a) <= int(rows_b) and float(hours_a) == pytest.approx(4 * float(hours_b), rel=0.1)
+    assert large[3].strip(" |") == "no"
+    with pytest.raises(SystemExit, match="2"):
+        memory.main(["--cards", "RTX 3060"])
