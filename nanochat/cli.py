@@ -117,7 +117,7 @@ def harden_streams() -> None:
         if stream is None:  # it is closed, and its number must not become that of the next file that is opened
             null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             os.set_inheritable(null, True)
-            stream = open(null, "w" if number else "r", encoding="utf-8")
+            stream = open(null, "w" if number else "r", encoding="utf-8", errors="backslashreplace")
         elif number == 0:
             stream.reconfigure(errors="replace")
         else:

@@ -208,9 +208,10 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
-    """A UTF-8 file to read, with or without byte order mark; what its name ends with (.gz, .zst, ...) is unpacked."""
+    """A UTF-8 file to read, with or without byte order mark; a name that ends in .gz or .zst is unpacked."""
     import pyarrow
-    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="detect"), encoding="utf-8-sig")
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression=compression), encoding="utf-8-sig")
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -18,7 +18,16 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int, seed
-from nanochat.common import autodetect_device_type, check_writable, compute_cleanup, compute_init, get_base_dir, locked, print0, with_progress
+from nanochat.common import (
+    autodetect_device_type,
+    check_writable,
+    compute_cleanup,
+    compute_init,
+    get_base_dir,
+    locked,
+    print0,
+    with_progress,
+)
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.gpt import GPT
 from nanochat.growth import grow

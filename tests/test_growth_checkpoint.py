@@ -106,3 +106,14 @@ def test_another_vocabulary_is_refused(base, capsys):
     assert grow("--to=3x128") == 2
     assert "tokenizer has 300 tokens, the model 320" in capsys.readouterr().err
     assert not tiny.folder(base, "d3-3x128").exists()
+
+
+def test_the_grown_weights_come_before_the_comparison(base, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grow_checkpoint, "evaluate_bpb", stop)
+        assert grow("--to=4x96", "--to-tag=grown") == 130
+    model, _, meta = loaded(tiny.folder(base, "grown"))
+    assert model.config.n_layer == 4 and meta["growth"][0]["loss_before"] is None
