@@ -7,6 +7,7 @@
 * `positive_int` and friends check a number where it enters.
 """
 import argparse
+import contextlib
 import functools
 import io
 import math
@@ -112,16 +113,17 @@ def harden_streams() -> None:
     """Makes stdin, stdout and stderr safe to use, however the process was started."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):
+        if number == 0 and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        elif stream is not getattr(sys, f"__{name}__"):
             continue  # replaced, as by a test
-        if stream is None:  # it is closed, and its number must not become that of the next file that is opened
+        elif stream is None:  # it is closed, and its number must not become that of the next file that is opened
             null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             os.set_inheritable(null, True)
             stream = open(null, "w" if number else "r", encoding="utf-8", errors="backslashreplace")
-        elif number == 0:
-            stream.reconfigure(errors="replace")
         else:
-            stream.flush()
+            with contextlib.suppress(OSError):
+                stream.flush()
             raw = _Output(number, "w", closefd=False)
             stream = io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw), encoding=stream.encoding,  # type: ignore[arg-type]
                                       errors="backslashreplace", line_buffering=stream.line_buffering, write_through=stream.write_through)

@@ -182,6 +182,7 @@ def test_one_run_at_a_time_in_a_folder(trained, capsys):
 
 
 def test_a_report_that_cannot_be_written_is_found_before_the_training(base, capsys):
+    shutil.rmtree(base / "report")  # of the tokenizer
     (base / "report").write_text("a file")
     assert_refused(capsys, f"cannot write to {base}/report")
     assert not (tiny.folder(base) / "log.jsonl").exists()
