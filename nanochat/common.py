@@ -204,14 +204,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold bytes that are no text
 
 
 def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
     """A UTF-8 file to read, with or without byte order mark; a name that ends in .gz or .zst is unpacked."""
-    import pyarrow
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
-    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression=compression), encoding="utf-8-sig")
+    content: Any = open(path, "rb")
+    if compression := {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower()):
+        import pyarrow
+        content = pyarrow.CompressedInputStream(content, compression)
+    return io.TextIOWrapper(content, encoding="utf-8-sig")
 
 
 def parse_json(text: str | bytes) -> Any:

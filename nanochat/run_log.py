@@ -56,7 +56,7 @@ class RunLog:
         """Appends one record. Tensors of any size become numbers or lists of numbers. What a full disk does not take is left out: training goes on."""
         if self._file is None:
             return
-        record, end = _dumps({"kind": kind, "step": step, **fields}).encode(), self._file.seek(0, os.SEEK_END)
+        record, end = _dumps({"kind": kind, "step": step, **fields}).encode(errors="replace"), self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(record) != len(record):
                 self._file.truncate(end)

@@ -482,7 +482,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             total_training_time += dt  # the first steps compile
         tokens_per_second = int(total_batch_size / dt)
         mfu = 100 * flops_per_token * total_batch_size / dt / (gpu_peak_flops * world_size)
-        print0(f"step {step:05d} ({100 * progress:.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
+        print0(f"step {step:05d} ({100 * min(1.0, progress):.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
                f"tok/sec: {tokens_per_second:,} | mfu: {mfu:.2f} | epoch: {state['epoch']} | total time: {total_training_time / 60:.2f}m", flush=True)
         log.log("train", step - 1, loss=debiased, raw_loss=raw_loss, lrm=multiplier, progress=progress, dt=dt, tok_per_sec=tokens_per_second, mfu=mfu,
                 epoch=state["epoch"], flops=flops_per_token * total_batch_size * step, time=total_training_time)

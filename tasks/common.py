@@ -73,7 +73,7 @@ def _read_folder(folder: Path) -> pa.Table | None:
     try:
         tables = [pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist(list(read_jsonl(path))) for path in paths]
         return pa.concat_tables(tables, promote_options="default") if tables else None
-    except (pa.ArrowException, AttributeError) as error:
+    except (pa.ArrowException, AttributeError, OverflowError, TypeError, ValueError) as error:  # also of numbers and texts that Arrow cannot hold
         raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).splitlines()[0]}); put intact ones there") from error
 
 
