@@ -168,6 +168,8 @@ def split_files(split: str, warn_on_legacy: bool = False) -> list[str]:
         found = f"only {files[0]}, and the last shard is validation" if files else f"nothing in {data_directory()}"
         raise UsageError(f"there is no training data: {found}; run python -m nanochat.dataset --source=stdlib (needs no network) "
                          "or python -m nanochat.dataset -n 8")
+    if _read_record().get("unfinished"):
+        raise UsageError(f"the data in {data_directory()} are being replaced, or that was interrupted; wait, or run python -m nanochat.dataset again")
     for path in chosen:
         if not _intact(path):
             raise _damaged(path, ValueError("it has no end mark"))
@@ -221,16 +223,19 @@ def _write_shard(directory: Path, index: int, documents: list[str]) -> None:
 
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """Yields an empty folder; on success its files take the place of all that `directory` holds, else nothing changes."""
+    """Yields an empty folder; on success its files take the place of all that `directory` holds, else nothing changes.
+
+    A kill while they do leaves a record that says so: nobody reads such data, and the next call replaces them.
+    """
     fresh = directory / ".new"  # nobody else's: the directory is locked
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
-        os.replace(fresh / "source.json", directory / "source.json")  # first: where a kill leaves fewer shards than it names, that shows
+        _write_record(directory, **json.loads((fresh / "source.json").read_text(encoding="utf-8")), unfinished=True)
         for old in _shards(directory):
             old.unlink()
-        for new in _shards(fresh):
+        for new in [*_shards(fresh), fresh / "source.json"]:
             os.replace(new, directory / new.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -411,7 +416,7 @@ def get_local(source: str, force: bool) -> None:
     directory = data_directory()
     if data_source() == source and not force:
         shards = _shards(directory)
-        if _read_record().get("shards", len(shards)) == len(shards) >= 2 and all(map(_intact, shards)):
+        if len(shards) >= _read_record().get("shards", 2) and all(map(_intact, shards)):
             print(f"{source} is already in {directory} (--force reads it anew)")
             return
         print(f"Shards of {source} are missing or cut short in {directory}: it is read anew", flush=True)
@@ -595,12 +600,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         held = data_source()
         if held not in (None, source) and not args.force:
             raise UsageError(f"{directory} holds data of {held}; add --force to replace them, or choose another NANOCHAT_BASE_DIR")
+        force = args.force or _read_record().get("unfinished", False)
         if local:
-            get_local(source, args.force)
+            get_local(source, force)
         elif source == "climbmix":
-            get_climbmix(args.num_files, args.num_workers, args.force)
+            get_climbmix(args.num_files, args.num_workers, force)
         else:
-            get_streamed(source, args.num_files, args.force)
+            get_streamed(source, args.num_files, force)
 
 
 if __name__ == "__main__":

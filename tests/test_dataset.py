@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -430,6 +431,23 @@ def test_what_is_missing_is_read_anew(folder, corpus, capsys):
         assert main([f"--source={corpus}"]) == 0
         assert "read anew" in capsys.readouterr().out and sorted(read("train") + read("val")) == expected
     assert main([f"--source={corpus}"]) == 0 and "already in" in capsys.readouterr().out
+
+
+def test_a_kill_while_data_are_replaced(two_shards, corpus, monkeypatch, capsys):
+    """Neither the old ones nor the new ones nor a mixture pass for the data, and the same command makes them whole."""
+    def stop(path, *args, unlink=Path.unlink, **kwargs):
+        if path.name == "shard_00001.parquet":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        assert main([f"--source={corpus}", "--force"]) == 130
+    with pytest.raises(UsageError, match="being replaced, or that was interrupted"):
+        read("val")
+    assert main(["--source=stdlib"]) == 2 and f"holds data of {corpus}" in capsys.readouterr().err
+    assert main([f"--source={corpus}"]) == 0
+    assert len(read("train") + read("val")) == 59
 
 
 def test_two_at_once(folder, corpus):

@@ -251,7 +251,7 @@ def test_ctrl_c_in_the_trainer(monkeypatch):
         RustBPETokenizer.train_from_iterator(["text"], 300)
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000, "x" + "\u3000" * 1_000_000 + "y", "\t" * 1_000_000 + "\n" + " " * 100_000], ids=["spaces", "wide", "tabs"])
+@pytest.mark.parametrize("text", [" " * 1_000_000, "x" + "\u3000" * 1_000_000 + "y", "\t" * 1_000_000 + "x"], ids=["spaces", "wide", "tabs"])
 def test_a_million_blanks(tokenizer, text):
     """The splitting regular expression can only go so far back."""
     ids = tokenizer.encode(text)
