@@ -133,7 +133,7 @@ def harden_streams() -> None:
 def command(main: Callable) -> Callable[..., int]:
     """Decorator of a script's `main(argv=None)`: a `UsageError` becomes one line on stderr and exit status 2.
 
-    Ctrl-C ends with status 130 and a full disk or a missing permission is named like any other bad input.
+    Ctrl-C ends with status 130; full memory, a full disk or a missing permission is named like any other bad input.
     Under torchrun an error that all ranks meet is said once, by rank 0; after that torchrun ends the others.
     """
     @functools.wraps(main)
@@ -149,6 +149,10 @@ def command(main: Callable) -> Callable[..., int]:
             message = f"{error.strerror}: {error.filename or 'while writing'}"
             if not isinstance(error, FileNotFoundError):
                 message += "; fix permissions, free space or choose another NANOCHAT_BASE_DIR"
+        except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+            if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|[Ss]ize calculation overflowed|multiplication overflow", str(error))):
+                raise
+            message = f"out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); ask for a smaller model, context or batch"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

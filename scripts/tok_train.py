@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if args.vocab_size < smallest:
         raise UsageError(f"--vocab-size={args.vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens take {smallest}")
+    if args.vocab_size >= 2 ** 31:
+        raise UsageError(f"--vocab-size={args.vocab_size} is too large; use some ten thousand")
     directory, report = os.path.join(get_base_dir(), "tokenizer"), get_report()
     check_writable(directory)
     for name, value in vars(args).items():

@@ -105,7 +105,14 @@ def test_errors_become_exit_statuses(capsys, error, status, said):
     assert capsys.readouterr().err.startswith(said)
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), ConnectionResetError(errno.ECONNRESET, "reset")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 640 bytes\nmore")])
+def test_full_memory_is_one_line(capsys, error):
+    assert failing(error)() == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory (") and err.endswith("ask for a smaller model, context or batch\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), ConnectionResetError(errno.ECONNRESET, "reset")])
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         failing(error)()

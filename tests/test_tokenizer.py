@@ -279,3 +279,7 @@ def test_no_bytes_of_another_tokenizer(base_dir, monkeypatch):
     assert get_tokenizer().get_vocab_size() == 300
     with pytest.raises(UsageError, match="train the tokenizer"):
         get_token_bytes()
+
+
+def test_a_vocabulary_that_no_number_holds(base_dir, capsys):
+    assert tok_train.main(["--vocab-size=5000000000"]) == 2 and "is too large" in capsys.readouterr().err
