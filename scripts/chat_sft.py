@@ -147,7 +147,7 @@ def build_mixture(mixture: str, mmlu_epochs: int, gsm8k_epochs: int) -> tuple[Ta
             tokenizer = get_tokenizer()
             train += [SimpleSpelling(200_000, tokenizer=tokenizer), SpellingBee(80_000, tokenizer=tokenizer)]
             val += [SimpleSpelling(1000, "test"), SpellingBee(1000, "test")]
-        elif name.endswith(CustomJSON.suffixes):
+        elif name.lower().endswith(CustomJSON.suffixes):
             train.append(CustomJSON(os.path.expanduser(name)))
         else:
             raise UsageError(f"--mixture: unknown part {name!r}; use smoltalk, mmlu, gsm8k, spelling or a .jsonl file, joined by commas")

@@ -45,7 +45,7 @@ class CustomJSON(Task):
 
 
 def _values(path: str | os.PathLike):
-    if not os.fspath(path).endswith(".json"):
+    if not os.fspath(path).lower().endswith(".json"):
         return read_jsonl(path)
     try:
         with open_text(path) as f:

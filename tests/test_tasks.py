@@ -169,9 +169,9 @@ CONVERSATION = [{"role": "system", "content": "s"}, {"role": "user", "content": 
     (sharegpt("system:s", "human:a", "gpt:b"), "ShareGPT"), (sharegpt("system:s", "gpt:before", "user:a", "chatgpt:b", "human:after"), "ShareGPT"),
     ({"instruction": "a", "input": "", "output": "b", "system": "s"}, "Alpaca"), ({"instruction": "a", "output": "b", "system": "s", "text": "..."}, "Alpaca"),
 ])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSON"])
 def test_layouts_that_people_have(tmp_path, capsys, value, said, name):
-    text = b"\xef\xbb\xbf" + json.dumps([value] if name == "a.json" else value).encode()
+    text = b"\xef\xbb\xbf" + json.dumps([value] if name == "a.JSON" else value).encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     assert [example["messages"] for example in CustomJSON(tmp_path / name)] == [CONVERSATION]
     assert capsys.readouterr().out.endswith(f"1 conversations, in the layout of {said}\n" if said else "")
