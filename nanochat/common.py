@@ -143,7 +143,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     """To be called before a long computation whose result goes to `folder`. Creates it; raises UsageError where nothing can be written."""
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        with tempfile.TemporaryFile(dir=str(folder)) as probe:
             probe.write(b"x")
     except OSError as error:
         raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error

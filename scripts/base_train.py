@@ -577,7 +577,9 @@ class Training:
         """Grows if the trigger says so; the latest validation, if there is any, must be of this step. Checkpoints of the step are of the model before."""
         assert self.trigger is not None
         measured = self.args.eval_every > 0
-        decision = self.trigger.observe(self.flops, self.val_bpb) if measured else Decision(True, "its share of the FLOPs is spent")
+        if not measured:
+            self.val_bpb = None  # a checkpoint of other flags may have brought one
+        decision = Decision(True, "its share of the FLOPs is spent") if self.val_bpb is None else self.trigger.observe(self.flops, self.val_bpb)
         if not decision.grow:
             return
         args, number = self.args, len(self.growth_history) + 1
@@ -597,7 +599,7 @@ class Training:
         history.append(growth_record(self.step, source, model.config, args.grow_mode, args.grow_depth_mode, args.seed, tokens=self.tokens, flops=self.flops,
                                      loss_before=before, loss_after=self.val_bpb))
         self.trigger = self.new_trigger()
-        if self.trigger is not None and measured:
+        if self.trigger is not None and self.val_bpb is not None:
             self.trigger.observe(self.flops, self.val_bpb)
         share = self.flops / self.budget
         kappa = "" if args.kappa is None else f" | kappa: {args.kappa:g} p: {_number(decision.predicted)} target: {_number(decision.target)}"

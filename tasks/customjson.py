@@ -67,10 +67,10 @@ def _messages(value: Any) -> tuple[str, Any]:
         question = f"{value['instruction']}\n\n{value['input']}" if value.get("input") else value["instruction"]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": value["output"]}]
         return "Alpaca", ([{"role": "system", "content": value["system"]}] if value.get("system") else []) + messages
-    messages = value.get("messages", value.get("conversations"))
-    if not isinstance(messages, list) or not all(isinstance(message, dict) and isinstance(message.get("from"), str) for message in messages):
-        return "", messages
-    turns = [{"role": ROLES.get(message["from"], message["from"]), "content": message.get("value")} for message in messages]
+    said = value.get("messages", value.get("conversations"))
+    if not isinstance(said, list) or not all(isinstance(turn, dict) and isinstance(turn.get("from"), str) for turn in said):
+        return "", said
+    turns = [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in said]
     system, turns = (turns[:1], turns[1:]) if turns and turns[0]["role"] == "system" else ([], turns)
     while turns and turns[0]["role"] == "assistant":
         turns.pop(0)
