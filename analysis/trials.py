@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.cli import ArgumentParser, positive_int
-from nanochat.common import atomic_path, write_text_atomic
+from nanochat.common import atomic_path, locked, write_text_atomic
 from nanochat.dataset import parquets_iter_batched
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import get_tokenizer
@@ -53,7 +53,7 @@ def read(base_dir: str, flags: dict) -> Result | None:
     folder = Path(base_dir, "base_checkpoints", name_of(flags))
     if not (folder / "done.json").exists():
         return None
-    records = list(read_run_log(folder / "log.jsonl")) if json.loads((folder / "done.json").read_text())["status"] == 0 else []
+    records = list(read_run_log(folder / "log.jsonl")) if json.loads((folder / "done.json").read_text(encoding="utf-8"))["status"] == 0 else []
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     return Result(flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
@@ -69,12 +69,15 @@ def _run(base_dir: str, flags: dict) -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 1000  # type: ignore  # one process trains models of many shapes
     folder = Path(base_dir, "base_checkpoints", name_of(flags))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "out.txt", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = base_train.main([*(f"--{key}={value}" for key, value in flags.items()), f"--model-tag={folder.name}"])
-    for path in folder.glob("*.pt"):
-        path.unlink()
-    write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": flags}))
+    with locked(folder):
+        if read(base_dir, flags) is not None:  # by another study, while this one waited
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "out.txt", "w", encoding="utf-8", errors="backslashreplace") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = base_train.main([*(f"--{key}={value}" for key, value in flags.items()), f"--model-tag={folder.name}"])
+        for path in folder.glob("*.pt"):
+            path.unlink()
+        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": flags}))
 
 
 def run_trials(base_dir: str, trials: Iterable[dict], jobs: int = 2) -> list[Result]:

@@ -19,7 +19,6 @@ Each runs in a process of its own, since the dtype is fixed at import. `--worker
 """
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.cli import UsageError
-from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, write_text_atomic
+from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -86,18 +86,23 @@ def save_checkpoint(checkpoint_dir: str | os.PathLike, step: int, model_data: di
         if is_ddp_initialized():
             dist.barrier()
     if rank == 0:
-        try:
-            write_text_atomic(folder / f"meta_{step:06d}.json", json.dumps(meta_data, indent=2))
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}; make room or fix permissions there") from error
+        save_meta(folder, step, meta_data)
         _save(model_data, folder / f"model_{step:06d}.pt")
         log0(f"Saved checkpoint of step {step} to {folder}")
+
+
+def save_meta(checkpoint_dir: str | os.PathLike, step: int, meta_data: dict) -> None:
+    """Writes the meta file of a step; also later, when what was measured on the saved model is known."""
+    try:
+        write_text_atomic(Path(checkpoint_dir, f"meta_{step:06d}.json"), json.dumps(meta_data, indent=2))
+    except OSError as error:
+        raise UsageError(f"cannot write to {checkpoint_dir}: {error.strerror}; make room or fix permissions there") from error
 
 
 def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
     path = Path(checkpoint_dir) / f"meta_{step:06d}.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_text(encoding="utf-8"))
         meta["model_config"].setdefault("window_pattern", "L")  # absent before windows existed
     except FileNotFoundError:
         steps = list_steps(checkpoint_dir)
@@ -177,9 +182,14 @@ def build_model(checkpoint_dir: str | os.PathLike, step: int, device, phase: str
     return model, tokenizer, meta
 
 
-def list_models(checkpoints_dir: str | os.PathLike) -> list[str]:
+def _folders(checkpoints_dir: str | os.PathLike) -> list[str]:
     folder = Path(checkpoints_dir)
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def list_models(checkpoints_dir: str | os.PathLike) -> list[str]:
+    """Tags of the folders that hold a complete checkpoint; a run that was stopped before its first one leaves no model."""
+    return [tag for tag in _folders(checkpoints_dir) if list_steps(Path(checkpoints_dir, tag))]
 
 
 def list_steps(checkpoint_dir: str | os.PathLike) -> list[int]:
@@ -191,7 +201,7 @@ def list_steps(checkpoint_dir: str | os.PathLike) -> list[int]:
 
 def find_largest_model(checkpoints_dir: str | os.PathLike) -> str:
     """The tag `d<number>...` with the largest number, else the most recently changed. Raises CheckpointNotFound."""
-    tags = list_models(checkpoints_dir)
+    tags = list_models(checkpoints_dir) or _folders(checkpoints_dir)
     if not tags:
         how = " with python -m scripts.base_train" if Path(checkpoints_dir).name == SOURCES["base"] else ""
         raise CheckpointNotFound(f"no model in {checkpoints_dir}; train one first{how}")
@@ -214,7 +224,8 @@ def find_checkpoint(checkpoints_dir: str | os.PathLike, model_tag: str | None = 
     """(folder, step) by tag and step; by default the largest model's last step. Says what was chosen, and among what."""
     tags = list_models(checkpoints_dir)
     if model_tag is not None and model_tag not in tags:
-        raise CheckpointNotFound(f"no model {model_tag!r} in {checkpoints_dir}; there is {', '.join(tags) or 'none'}")
+        what = "complete checkpoint of the model" if model_tag in _folders(checkpoints_dir) else "model"
+        raise CheckpointNotFound(f"no {what} {model_tag!r} in {checkpoints_dir}; there is {', '.join(tags) or 'none'}")
     tag = model_tag if model_tag is not None else find_largest_model(checkpoints_dir)
     folder = Path(checkpoints_dir) / tag
     chosen = find_last_step(folder) if step is None else step

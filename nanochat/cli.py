@@ -1,12 +1,15 @@
 """The edge of every command: flags, and errors that are the user's to mend.
 
 * `UsageError` says what is wrong and what to do, in one line; `command` turns it into exit status 2.
+* No command dies of its terminal: of an encoding that lacks a character, a pipe or window that was closed, a stream that never was open.
 * `ArgumentParser` takes `--flag-name` and `--flag_name` alike (older nanochat used underscores) and never
   guesses an abbreviated flag.
 * `positive_int` and friends check a number where it enters.
 """
 import argparse
+import contextlib
 import functools
+import io
 import math
 import os
 import re
@@ -61,7 +64,7 @@ def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
     def parse(text: str):
         try:
             value = convert(text)
-            accepted = math.isfinite(value) and accept(value)
+            accepted = math.isfinite(value) and abs(value) < (2 ** 63 if convert is int else math.inf) and accept(value)
         except (ValueError, OverflowError):
             accepted = False
         if not accepted:
@@ -78,6 +81,7 @@ positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
 finite_float = _number(float, lambda v: True, "a number")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+seed = _number(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it
 
 
 def folder_name(text: str) -> str:
@@ -87,14 +91,54 @@ def folder_name(text: str) -> str:
     return text
 
 
+# -----------------------------------------------------------------------------
+# Commands
+
+
+class _Output(io.FileIO):
+    """A stream that nobody may be reading any more (`| head`, a closed window, a full disk): what cannot be written is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            written = super().write(data)
+            if written is None:  # whoever started us made the pipe non-blocking, and it is full
+                os.set_blocking(self.fileno(), True)
+                written = super().write(data)
+            return written
+        except OSError:
+            return len(data)
+
+
+def harden_streams() -> None:
+    """Makes stdin, stdout and stderr safe to use, however the process was started."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if number == 0 and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        elif stream is not getattr(sys, f"__{name}__"):
+            continue  # replaced, as by a test
+        elif stream is None:  # it is closed, and its number must not become that of the next file that is opened
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(null, True)
+            stream = open(null, "w" if number else "r", encoding="utf-8", errors="backslashreplace")
+        else:
+            with contextlib.suppress(OSError):
+                stream.flush()
+            raw = _Output(number, "w", closefd=False)
+            stream = io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw), encoding=stream.encoding,  # type: ignore[arg-type]
+                                      errors="backslashreplace", line_buffering=stream.line_buffering, write_through=stream.write_through)
+        setattr(sys, name, stream)
+
+
 def command(main: Callable) -> Callable[..., int]:
     """Decorator of a script's `main(argv=None)`: a `UsageError` becomes one line on stderr and exit status 2.
 
-    Ctrl-C ends with status 130 and a full disk or a missing permission is named like any other bad input.
+    Ctrl-C ends with status 130; full memory, a full disk or a missing permission is named like any other bad input.
     Under torchrun an error that all ranks meet is said once, by rank 0; after that torchrun ends the others.
     """
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        harden_streams()
         try:
             return main(argv) or 0
         except UsageError as error:
@@ -105,6 +149,10 @@ def command(main: Callable) -> Callable[..., int]:
             message = f"{error.strerror}: {error.filename or 'while writing'}"
             if not isinstance(error, FileNotFoundError):
                 message += "; fix permissions, free space or choose another NANOCHAT_BASE_DIR"
+        except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+            if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|[Ss]ize calculation overflowed|multiplication overflow", str(error))):
+                raise
+            message = f"out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); ask for a smaller model, context or batch"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -2,6 +2,8 @@
 import contextlib
 import ctypes
 import functools
+import io
+import json
 import logging
 import os
 import random
@@ -9,14 +11,15 @@ import re
 import socket
 import sys
 import tempfile
+import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from nanochat.cli import UsageError
 
@@ -77,7 +80,7 @@ class ColoredFormatter(logging.Formatter):
 
 def setup_default_logging() -> None:
     handler = logging.StreamHandler()
-    formatter = ColoredFormatter if handler.stream.isatty() else logging.Formatter  # no control codes in a file
+    formatter = ColoredFormatter if handler.stream and handler.stream.isatty() else logging.Formatter  # no control codes in a file
     handler.setFormatter(formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
@@ -90,6 +93,20 @@ def print0(s: Any = "", **kwargs: Any) -> None:
     """`print` on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(s, **kwargs)
+
+
+PROGRESS_SECONDS = 30
+
+
+def with_progress(batches: Iterable, steps: int, label: str) -> Iterator:
+    """The same batches; says from time to time how many of `steps` are done."""
+    started = shown = time.perf_counter()
+    for done, batch in enumerate(batches):
+        now = time.perf_counter()
+        if done and now - shown > PROGRESS_SECONDS:
+            shown = now
+            print0(f"{label}: {done / steps:.0%}, eta {(now - started) * (steps - done) / done / 60:.1f}m", flush=True)
+        yield batch
 
 
 def print_banner() -> None:
@@ -112,12 +129,47 @@ def get_base_dir() -> str:
     Raises UsageError where it cannot be created.
     """
     base_dir = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+    if base_dir.startswith("~"):
+        raise UsageError(f"there is no home directory for {base_dir}; set NANOCHAT_BASE_DIR to a directory you can write to")
     try:
         os.makedirs(base_dir, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot create the base directory {base_dir} ({error.strerror}); "
                          "set NANOCHAT_BASE_DIR to a directory you can write to") from error
     return base_dir
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """To be called before a long computation whose result goes to `folder`. Creates it; raises UsageError where nothing can be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=str(folder)) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
+    """Holds `folder` against other processes that lock it, by a file beside it; the lock ends with the process, however that ends.
+
+    While another process holds it, waits and says so, or with `wait=False` raises UsageError. The holder may lock it again. On a file system
+    that knows no locks there is none.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            if not wait:
+                raise UsageError(f"another process is writing to {folder}; wait until it has ended, or choose another --model-tag") from None
+            print(f"Waiting for another process that is writing to {folder}", flush=True)
+            stack.enter_context(lock.acquire())
+        except NotImplementedError:
+            pass
+        yield
 
 
 @contextlib.contextmanager
@@ -152,7 +204,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold bytes that are no text
+
+
+def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
+    """A UTF-8 file to read, with or without byte order mark; a name that ends in .gz or .zst is unpacked."""
+    content: Any = open(path, "rb")
+    if compression := {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower()):
+        import pyarrow
+        content = pyarrow.CompressedInputStream(content, compression)
+    return io.TextIOWrapper(content, encoding="utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, of which nesting deeper than Python can follow is a ValueError like all other bad JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[str], Any] | None = None) -> str:

@@ -12,7 +12,6 @@ shortest choice counts as scored in all of them, so that every choice has at lea
 Speed: examples of like length run through the model together, and logits are computed only where something is scored.
 """
 import csv
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import is_ddp_initialized
+from nanochat.common import is_ddp_initialized, parse_json
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
 CORE_TASKS = 22  # in the published benchmark
@@ -299,7 +298,7 @@ def load_bundle(bundle_dir: Path, max_per_task: int = -1) -> tuple[list[CoreTask
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} ({error}): delete the eval_bundle folder, so that it is downloaded again") from error
 
@@ -312,7 +311,7 @@ def _read_task_list(path: Path) -> list[tuple[str, str, dict]]:
         tasks = [(entry["label"], entry["dataset_uri"], dict(
             task_type=entry["icl_task_type"], num_fewshot=entry["num_fewshot"][0],
             continuation_delimiter=entry.get("continuation_delimiter", " "))) for entry in entries]
-    except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not a list of CORE tasks ({type(error).__name__}: {error}): each entry of icl_tasks needs label, "
                          "dataset_uri, num_fewshot as a list, and icl_task_type") from error
     for label, _, meta in tasks:
@@ -340,8 +339,8 @@ def _read_rows(path: Path, task_type: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UsageError(f"{path}, line {number} is not JSON ({error}): mend the line or take it out") from error
         if complaint := _row_complaint(row, task_type):
             raise UsageError(f"{path}, line {number}: {complaint}; mend the line or take it out")

@@ -3,6 +3,7 @@
 * Best fit: a row takes the longest buffered document that still fits, until none does; then the shortest one is cut
   to what is left. The price is that the ends of cut documents are dropped: of documents with 540 tokens on average
   30 % of all tokens at a context of 2048 and 44 % at 512 (measured); more where documents are longer than a row.
+* A state also counts tokens: those of the documents that rows have taken from, and those used of them.
 * Data-parallel ranks read different row groups: rank r of W takes r, r + W, ... of each file. Such a share is called a
   stream here, because one process may serve several: four loaders in one process give what four ranks would get.
 * A state says which document comes next and which ones wait in the buffer, as references into the shards.
@@ -24,6 +25,8 @@ Reference = tuple[int, int, int, int]  # place and length in tokens with BOS, by
 Position = tuple[int, int, int, int]  # place of the next document and epoch
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
 
+CHARS_PER_TOKEN = 128  # no usual vocabulary has a longer token, so of a document no more is encoded than this for each place in a row
+
 
 class _Buffer:
     """Tokenized documents, found by length with binary search. Among equal lengths the first to arrive goes first."""
@@ -43,15 +46,15 @@ class _Buffer:
         insort(self._keys, key)
         self._tokens[key], self._references[key] = tokens, reference
 
-    def take(self, room: int) -> list[int]:
-        """Removes the longest document of at most `room` tokens, or if there is none the shortest of all."""
+    def take(self, room: int) -> tuple[list[int], int]:
+        """Removes the longest document of at most `room` tokens, or if there is none the shortest of all: its tokens that a row can hold, its length."""
         index = bisect_right(self._keys, (room, self._arrivals)) - 1
         if index >= 0:
             longest = self._keys[index][0]
             index = bisect_left(self._keys, (longest, 0))
         key = self._keys.pop(max(index, 0))
         del self._references[key]
-        return self._tokens.pop(key)
+        return self._tokens.pop(key), key[0]
 
     def references(self) -> list[Reference]:
         return list(self._references.values())
@@ -93,20 +96,21 @@ def _read_again(paths: list[str], places: list[Place]) -> list[str]:
     return [texts[place] for place in places]
 
 
-def _resume_point(state: dict[str, Any], paths: list[str], stream: int, num_streams: int) -> tuple[Position, list[Reference]]:
-    """(what to read next, which documents to put into the buffer before)."""
+def _resume_point(state: dict[str, Any], paths: list[str], stream: int, num_streams: int) -> tuple[Position, list[Reference], tuple[int, int]]:
+    """(what to read next, which documents to put into the buffer before, tokens read and used so far)."""
     try:
         pq_idx, rg_idx, epoch = int(state["pq_idx"]), int(state["rg_idx"]), int(state.get("epoch", 1))
         exact = (state.get("stream"), state.get("num_streams")) == (stream, num_streams)
         row = int(state["row"]) if exact else 0
         references = [(int(pq), int(rg), int(r), int(length)) for pq, rg, r, length in state["buffer"]] if exact else []
+        counts = (int(state.get("read", 0)), int(state.get("used", 0))) if exact else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the data position in the checkpoint is damaged ({type(error).__name__}: {error}); "
                          "resume from another step") from error
     _read_again(paths, [(pq_idx, rg_idx, max(row - 1, 0))])  # is it still there?
     if not exact:
         rg_idx = (rg_idx // num_streams + 1) * num_streams + stream
-    return (pq_idx, rg_idx, row, epoch), references
+    return (pq_idx, rg_idx, row, epoch), references, counts
 
 
 def tokenizing_distributed_data_loader_with_state_bos_bestfit(
@@ -138,24 +142,31 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
                          f"use {most} processes or fewer, or get more data")
     position: Position = (0, stream, 0, 1)
     references: list[Reference] = []
+    counts = (0, 0)
     if resume_state_dict is not None:
-        position, references = _resume_point(resume_state_dict, paths, stream, num_streams)
+        position, references, counts = _resume_point(resume_state_dict, paths, stream, num_streams)
 
-    def encode(documents: list[str]) -> list[list[int]]:
-        return tokenizer.encode(documents, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
+    capacity = T + 1  # a row holds its inputs and the last target
+
+    def encode(documents: list[str]) -> Iterator[tuple[list[int], int]]:
+        """(tokens that a row can hold, length in tokens) of each document; the length of one that is far longer than a row is an estimate."""
+        heads = [text[:CHARS_PER_TOKEN * capacity] for text in documents]
+        rows = tokenizer.encode(heads, prepend=tokenizer.get_bos_token_id(), num_threads=tokenizer_threads)
+        for text, head, tokens in zip(documents, heads, rows, strict=True):
+            yield tokens[:capacity], len(tokens) if head == text else len(tokens) * len(text) // len(head)
 
     def batches() -> Batches:
         cuda = torch.device(device).type == "cuda"
-        capacity = T + 1  # a row holds its inputs and the last target
         buffer = _Buffer()
         slices = _slices(paths, stream, num_streams, tokenizer_batch_size, position)
         pq_idx, rg_idx, row, epoch = position
+        read, used = counts
         documents = _read_again(paths, [reference[:3] for reference in references])
-        for reference, tokens in zip(references, encode(documents), strict=True):
-            if len(tokens) != reference[3]:
+        for reference, (tokens, length) in zip(references, encode(documents), strict=True):
+            if length != reference[3] and min(length, reference[3]) <= capacity:
                 raise UsageError("the data or the tokenizer changed since the checkpoint was written; bring the old ones back, "
                                  "or start a new run")
-            buffer.add(reference, tokens[:capacity])
+            buffer.add(reference, tokens)
         while True:
             # A new tensor each time: the copy to the device reads it later, and PyTorch keeps pinned memory until then
             rows = torch.empty((B, capacity), dtype=torch.long, pin_memory=cuda)
@@ -164,15 +175,17 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
                 while filled < capacity:
                     while len(buffer) < buffer_size:
                         (pq_idx, rg_idx, row, epoch), documents = next(slices)
-                        for tokens in encode(documents):
-                            buffer.add((pq_idx, rg_idx, row, len(tokens)), tokens[:capacity])
+                        for tokens, length in encode(documents):
+                            buffer.add((pq_idx, rg_idx, row, length), tokens)
                             row += 1
-                    tokens = buffer.take(capacity - filled)[:capacity - filled]
+                    tokens, length = buffer.take(capacity - filled)
+                    tokens = tokens[:capacity - filled]
                     tokens_of_row[filled:filled + len(tokens)] = tokens
                     filled += len(tokens)
+                    read, used = read + length, used + len(tokens)
             rows = rows.to(device, non_blocking=cuda)  # MPS would read memory that is already freed
             state = {"pq_idx": pq_idx, "rg_idx": rg_idx, "epoch": epoch, "row": row,
-                     "stream": stream, "num_streams": num_streams, "buffer": buffer.references()}
+                     "stream": stream, "num_streams": num_streams, "buffer": buffer.references(), "read": read, "used": used}
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), state
 
     return batches()

@@ -3,7 +3,7 @@
     python -m nanochat.dataset -n 8                  nanochat's ClimbMix shards from the hub
     python -m nanochat.dataset --source=stdlib       the Python standard library's own source: needs no network
     python -m nanochat.dataset --source=tinystories  or fineweb-edu, openwebtext, text8: streamed from the hub
-    python -m nanochat.dataset --source=PATH         a folder or a file of .txt, .jsonl or .parquet
+    python -m nanochat.dataset --source=PATH         a folder or a file of .txt, .jsonl or .parquet, also as .gz or .zst
 
 * Layout: `base_dir/base_data_climbmix/shard_00000.parquet, ...`, one string column `text`, zstd, and `source.json`,
   which says where they come from. The last shard in name order is the validation split, the others are training.
@@ -11,6 +11,8 @@
 * Data-parallel ranks share out row groups, so a small source gets small ones: 64 in a file where it can.
 * A download that was killed goes on after its last complete shard and ends in the same files.
 * Data of another source are replaced with --force only, and not before the new ones have begun to arrive.
+* One process at a time writes to the folder; another waits.
+* Documents of local sources are cut to 2,000 characters, because the loader drops what no row can hold.
 
 The hub could not be reached when this was written: names in `HUB` are from memory.
 """
@@ -33,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import ArgumentParser, UsageError, command, int_or_off, positive_int
-from nanochat.common import atomic_path, get_base_dir, hub_unreachable, logger, write_text_atomic
+from nanochat.common import atomic_path, get_base_dir, hub_unreachable, locked, logger, open_text, parse_json, write_text_atomic
 from nanochat.tokenizer import replace_surrogates
 
 MAX_SHARD = 6542  # index of ClimbMix's last shard
@@ -80,7 +82,10 @@ def index_to_filename(index: int) -> str:
 
 
 class Shard:
-    """A parquet file with documents in its string column `text`; UsageError where it is anything else."""
+    """A parquet file with documents in its column `text`; UsageError where it is anything else.
+
+    Texts may also be dictionary-encoded, string views or the bytes of UTF-8.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
@@ -92,8 +97,11 @@ class Shard:
         if "text" not in schema.names:
             raise UsageError(f"{path} has no column 'text' but {', '.join(schema.names) or 'none at all'}; "
                              "rename the one with the documents")
+        if (columns := schema.names.count("text")) > 1:
+            raise UsageError(f"{path} has {columns} columns 'text'; rename or drop those that do not hold the documents")
         kind = schema.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_text(kind) for is_text in _TEXTS):
             raise UsageError(f"the column 'text' of {path} holds {kind}; convert it to strings")
         self.num_row_groups: int = self._file.num_row_groups
         self._warned = False
@@ -102,15 +110,18 @@ class Shard:
         """The texts of one row group. Null rows are left out, with one warning."""
         try:
             column = self._file.read_row_group(row_group, columns=["text"]).column("text")
-            texts = column.to_pylist()
+            texts = [text.decode() if isinstance(text, bytes) else text for text in column.to_pylist()]
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(f"row group {row_group} of {self.path}", error) from error
-        if column.null_count:
+        if None in texts:
             if not self._warned:
-                logger.warning(f"{self.path}: {column.null_count} null rows in row group {row_group}; null rows are left out")
+                logger.warning(f"{self.path}: {texts.count(None)} null rows in row group {row_group}; null rows are left out")
                 self._warned = True
             texts = [text for text in texts if text is not None]
         return texts
+
+
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 def _damaged(what: str | os.PathLike, error: Exception) -> UsageError:
@@ -118,12 +129,27 @@ def _damaged(what: str | os.PathLike, error: Exception) -> UsageError:
     return UsageError(f"{what} is damaged or not parquet ({reason}); delete the file and get it again")
 
 
+def _shards(directory: Path) -> list[Path]:
+    """Sorted; without hidden files, as macOS and copying programs leave them (`._shard_00000.parquet`)."""
+    return sorted(path for path in directory.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _intact(path: str | os.PathLike) -> bool:
+    """Whether the file is there and ends as a parquet file does: one that was cut short does not."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.path.getsize(path) - 4))
+            return f.read() == b"PAR1"
+    except FileNotFoundError:
+        return False
+
+
 def list_parquet_files(data_dir: str | os.PathLike | None = None, warn_on_legacy: bool = False) -> list[str]:
     """Sorted paths of the shards. Where there are none, those of nanochat's older FineWeb-Edu folder, `base_dir/base_data`."""
     directory = Path(data_dir) if data_dir is not None else data_directory()
-    if files := sorted(map(str, directory.glob("*.parquet"))):
+    if files := list(map(str, _shards(directory))):
         return files
-    legacy = sorted(map(str, Path(get_base_dir(), "base_data").glob("*.parquet")))
+    legacy = list(map(str, _shards(Path(get_base_dir(), "base_data"))))
     if legacy and warn_on_legacy:
         logger.warning(f"no data in {directory}: using the older FineWeb-Edu data in {Path(legacy[0]).parent}; "
                        "for ClimbMix run: python -m nanochat.dataset -n 170")
@@ -142,11 +168,11 @@ def split_files(split: str, warn_on_legacy: bool = False) -> list[str]:
         found = f"only {files[0]}, and the last shard is validation" if files else f"nothing in {data_directory()}"
         raise UsageError(f"there is no training data: {found}; run python -m nanochat.dataset --source=stdlib (needs no network) "
                          "or python -m nanochat.dataset -n 8")
+    if _read_record().get("unfinished"):
+        raise UsageError(f"the data in {data_directory()} are being replaced, or that was interrupted; wait, or run python -m nanochat.dataset again")
     for path in chosen:
-        with open(path, "rb") as f:
-            f.seek(max(0, os.path.getsize(path) - 4))
-            if f.read() != b"PAR1":
-                raise _damaged(path, ValueError("it has no end mark"))
+        if not _intact(path):
+            raise _damaged(path, ValueError("it has no end mark"))
     return chosen
 
 
@@ -161,7 +187,7 @@ def parquets_iter_batched(split: str, start: int = 0, step: int = 1) -> Iterator
 def data_source() -> str | None:
     """What the data directory was filled from; None where it is empty. Shards without `source.json` are nanochat's own."""
     record = _read_record()
-    return record["source"] if record else "climbmix" if any(data_directory().glob("*.parquet")) else None
+    return record["source"] if record else "climbmix" if _shards(data_directory()) else None
 
 
 def _read_record() -> dict:
@@ -169,7 +195,7 @@ def _read_record() -> dict:
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
         record["source"]
         return record
     except (ValueError, KeyError, TypeError) as error:
@@ -197,15 +223,19 @@ def _write_shard(directory: Path, index: int, documents: list[str]) -> None:
 
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """Yields an empty folder; on success its files take the place of all that `directory` holds, else nothing changes."""
-    fresh = directory / ".new"
+    """Yields an empty folder; on success its files take the place of all that `directory` holds, else nothing changes.
+
+    A kill while they do leaves a record that says so: nobody reads such data, and the next call replaces them.
+    """
+    fresh = directory / ".new"  # nobody else's: the directory is locked
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
         yield fresh
-        for old in [directory / "source.json", *directory.glob("*.parquet")]:
-            old.unlink(missing_ok=True)
-        for new in [*fresh.glob("*.parquet"), fresh / "source.json"]:
+        _write_record(directory, **json.loads((fresh / "source.json").read_text(encoding="utf-8")), unfinished=True)
+        for old in _shards(directory):
+            old.unlink()
+        for new in [*_shards(fresh), fresh / "source.json"]:
             os.replace(new, directory / new.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -273,24 +303,49 @@ def stdlib_groups() -> Iterator[list[str]]:
 
 
 def path_groups(path: Path) -> Iterator[list[str]]:
-    """One group per document of all .txt, .jsonl and .parquet files at or below `path`, files in random order."""
+    """One group per document of all .txt, .jsonl and .parquet files at or below `path`, files in random order, documents cut. Says what is left out."""
     readers = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix.lower() in readers]
+
+    def kind(file: Path) -> str:
+        """`.txt` also of a.txt.gz; parquet is packed inside."""
+        suffix = file.suffix.lower()
+        inner = Path(file.stem).suffix.lower()
+        return inner if suffix in (".gz", ".zst") and inner != ".parquet" else suffix
+
+    found = [path] if path.is_file() else list(_files_below(path))
+    files = [file for file in found if file.is_file() and kind(file) in readers]
+    if others := [str(file.relative_to(path)) if file != path else file.name for file in found if file not in files]:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"Left out, as neither .txt, .jsonl nor .parquet (nor these as .gz or .zst): {', '.join(others[:5])}{more}", flush=True)
     if not files:
         raise UsageError(f"found no .txt, .jsonl or .parquet file in {path}")
     random.Random(42).shuffle(files)
     for file in files:
         try:
-            for document in readers[file.suffix.lower()](file):
-                yield [document]
+            for document in readers[kind(file)](file):
+                yield cut(document)
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8 ({error.reason}); convert it first, for example with iconv") from error
+        except OSError as error:
+            if error.filename is not None or error.errno is not None:
+                raise
+            raise UsageError(f"{file} is damaged ({error}); get it again") from error  # how a broken .gz or .zst comes out
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """Sorted, with what links to a folder, which is not followed; without hidden files and folders, as macOS and version control leave them."""
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in sorted([*names, *links]) if not name.startswith("."))
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
-    """Parts between `<|endoftext|>` marks; a text without marks is cut."""
-    with open(path, encoding="utf-8-sig") as f:
+    """Parts between `<|endoftext|>` marks; a text without marks comes in pieces."""
+    with open_text(path) as f:
         marked, rest = False, ""
         while block := f.read(1 << 24):
             text = rest + block
@@ -303,17 +358,24 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as f:
+    """The "text" of each line. Lines with null are left out, with one warning."""
+    nulls = 0
+    with open_text(path) as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
+                text = parse_json(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f'line {number} of {path} is not a JSON object with "text" ({type(error).__name__}: {error})') from error
-            if not isinstance(text, str):
+            if text is None:
+                nulls += 1
+            elif not isinstance(text, str):
                 raise UsageError(f'"text" in line {number} of {path} is a {type(text).__name__}, not a string')
-            yield text
+            else:
+                yield text
+    if nulls:
+        logger.warning(f'{path}: {nulls} lines whose "text" is null are left out')
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -353,10 +415,13 @@ def _convert(groups: Iterable[list[str]], directory: Path) -> None:
 def get_local(source: str, force: bool) -> None:
     directory = data_directory()
     if data_source() == source and not force:
-        print(f"{source} is already in {directory}")
-        return
+        shards = _shards(directory)
+        if len(shards) >= _read_record().get("shards", 2) and all(map(_intact, shards)):
+            print(f"{source} is already in {directory} (--force reads it anew)")
+            return
+        print(f"Shards of {source} are missing or cut short in {directory}: it is read anew", flush=True)
     path = Path(source)
-    shards = sorted(path.glob("*.parquet")) if path.is_dir() else []
+    shards = _shards(path)
     with _replacing(directory) as fresh:
         if source == "stdlib":
             _convert(stdlib_groups(), fresh)
@@ -366,7 +431,7 @@ def get_local(source: str, force: bool) -> None:
                 shutil.copyfile(shard, fresh / shard.name)
         else:
             _convert(path_groups(path), fresh)
-        _write_record(fresh, source=source)
+        _write_record(fresh, source=source, shards=len(_shards(fresh)))
     print(f"{source} is in {directory}")
 
 
@@ -378,7 +443,7 @@ def download_single_file(index: int, directory: Path | None = None) -> bool:
     """Fetches one ClimbMix shard; True if it is there afterwards. The hub's client retries and continues part files."""
     directory = directory or data_directory()
     name = index_to_filename(index)
-    if (directory / name).exists():
+    if _intact(directory / name):
         return True
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
@@ -409,7 +474,7 @@ def get_climbmix(num_files: int, num_workers: int, force: bool) -> None:
                 raise UsageError("cannot get ClimbMix from the hub; check the network, or use --source=stdlib, which needs none")
             _write_record(fresh, source="climbmix")
     wanted = [MAX_SHARD, *range(MAX_SHARD if num_files == -1 else min(num_files, MAX_SHARD))]
-    missing = [index for index in wanted if not (directory / index_to_filename(index)).exists()]
+    missing = [index for index in wanted if not _intact(directory / index_to_filename(index))]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are in {directory}", flush=True)
     if missing:
         _check_hub()
@@ -446,6 +511,8 @@ def get_streamed(source: str, num_files: int, force: bool) -> None:
             _write_shard(fresh, MAX_SHARD, documents)
             _write_record(fresh, source=source, train_shards=0, finished=False, position=position)
         record = _read_record()
+    if lost := [index for index in [MAX_SHARD, *range(record["train_shards"])] if not _intact(directory / index_to_filename(index))]:
+        raise UsageError(f"{index_to_filename(lost[0])} is missing or cut short in {directory}, and {len(lost) - 1} more; use --force to stream {source} anew")
     if not record["finished"] and record["train_shards"] < wanted:
         progress = _Progress(None if num_files == -1 else (wanted - record["train_shards"]) * SHARD_CHARS / 1e6)
         with contextlib.closing(_rows(source, "train", *record["position"])) as rows:
@@ -511,7 +578,7 @@ def _take(rows: Iterator[tuple[Position, str]], cut_rows: bool, progress: _Progr
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="Get pretraining text")
     parser.add_argument("--source", default="climbmix", metavar="NAME|PATH",
-                        help=f"{', '.join(SOURCES)}, or a folder or file of .txt, .jsonl or .parquet")
+                        help=f"{', '.join(SOURCES)}, or a folder or file of .txt, .jsonl or .parquet, also as .gz or .zst")
     parser.add_argument("-n", "--num-files", type=int_or_off, default=-1,
                         help="training shards to get from the hub (-1 = all); the validation shard always comes along")
     parser.add_argument("-w", "--num-workers", type=positive_int, default=4, help="parallel downloads (climbmix)")
@@ -523,21 +590,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if local and args.num_files != -1:
         raise UsageError(f"--num-files counts shards of the hub; {source} is taken whole, so leave it out")
     if source not in SOURCES:
-        path = Path(source).expanduser().resolve()
+        path = Path(os.path.expanduser(source)).resolve()
         if not path.exists():
             raise UsageError(f"--source={source} is neither a path that exists nor one of {', '.join(SOURCES)}")
         if directory.resolve() == path or path in directory.resolve().parents:
             raise UsageError(f"--source={source} contains the data directory {directory} itself; give the folder of the texts alone")
         source = str(path)
-    held = data_source()
-    if held not in (None, source) and not args.force:
-        raise UsageError(f"{directory} holds data of {held}; add --force to replace them, or choose another NANOCHAT_BASE_DIR")
-    if local:
-        get_local(source, args.force)
-    elif source == "climbmix":
-        get_climbmix(args.num_files, args.num_workers, args.force)
-    else:
-        get_streamed(source, args.num_files, args.force)
+    with locked(directory):
+        held = data_source()
+        if held not in (None, source) and not args.force:
+            raise UsageError(f"{directory} holds data of {held}; add --force to replace them, or choose another NANOCHAT_BASE_DIR")
+        force = args.force or _read_record().get("unfinished", False)
+        if local:
+            get_local(source, force)
+        elif source == "climbmix":
+            get_climbmix(args.num_files, args.num_workers, force)
+        else:
+            get_streamed(source, args.num_files, force)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from markdown_it import MarkdownIt
 
 from nanochat.cli import ArgumentParser, UsageError, command
-from nanochat.common import atomic_path, get_base_dir, get_dist_info, print0, write_text_atomic
+from nanochat.common import atomic_path, check_writable, get_base_dir, get_dist_info, print0, write_text_atomic
 from nanochat.run_report import TrainingRun, bullets, decimals, find_run_log, hourly_rate, verbatim
 
 EXPECTED_FILES = [
@@ -258,10 +258,15 @@ class Report:
         if run:
             run_text = run.markdown("".join(_embedded(run.picture((axis,)), f"Loss over {axis}") for axis in run.axes) + "\n")
         files["report.html"] = _page("\n".join([title, run_text, *sections.values(), summary, f"## Environment{environment}"]))
-        for folder in {self.dir.resolve(), Path.cwd()}:
-            for name, content in files.items():
-                with atomic_path(folder / name) as path:
-                    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for folder in dict.fromkeys((self.dir.resolve(), Path.cwd())):  # here first
+            try:
+                for name, content in files.items():
+                    with atomic_path(folder / name) as path:
+                        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+            except OSError as error:
+                if folder == self.dir.resolve():
+                    raise
+                print0(f"No copy of the report in the current folder ({error.strerror})")
         return str(self.dir / "report.md")
 
     def reset(self) -> None:
@@ -285,7 +290,12 @@ class DummyReport:
 
 
 def get_report() -> "Report | DummyReport":
-    return Report(os.path.join(get_base_dir(), "report")) if get_dist_info()[1] == 0 else DummyReport()
+    """To be called before the computation that is reported: raises UsageError where the report could not be written."""
+    if get_dist_info()[1] != 0:
+        return DummyReport()
+    folder = os.path.join(get_base_dir(), "report")
+    check_writable(folder)
+    return Report(folder)
 
 
 def _summary(header: str, sections: dict[str, str], run: TrainingRun | None) -> str:

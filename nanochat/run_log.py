@@ -4,6 +4,7 @@ A record is `{"kind": ..., "step": ..., ...}`. Every record goes out in a single
 most one broken last line, which reading ignores. A resumed run drops what it is about to do again, so that the
 file always reads like the log of a run that was never interrupted.
 """
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.cli import UsageError
-from nanochat.common import write_text_atomic
+from nanochat.common import logger, parse_json, write_text_atomic
 
 FILENAME = "log.jsonl"  # in the checkpoint directory of its run
 
@@ -52,9 +53,16 @@ class RunLog:
         self._file = open(path, "ab", buffering=0)
 
     def log(self, kind: str, step: int, **fields: Any) -> None:
-        """Appends one record. Tensors of any size become numbers or lists of numbers."""
-        if self._file is not None:
-            self._file.write(_dumps({"kind": kind, "step": step, **fields}).encode())
+        """Appends one record. Tensors of any size become numbers or lists of numbers. What a full disk does not take is left out: training goes on."""
+        if self._file is None:
+            return
+        record, end = _dumps({"kind": kind, "step": step, **fields}).encode(errors="replace"), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(record) != len(record):
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            logger.warning(f"{self._file.name}: {error.strerror}; the record {kind} of step {step} is left out")
 
     def close(self) -> None:
         if self._file is not None:
@@ -77,7 +85,7 @@ def read_run_log(path: str | os.PathLike) -> list[dict]:
     records = []
     for number, line in enumerate(complete, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)):
                 raise ValueError
             records.append(record)

@@ -8,7 +8,9 @@
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import overload
 
 import rustbpe
@@ -29,6 +31,14 @@ SPECIAL_TOKENS = [
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+
+
+MOST_BLANKS = 100_000  # in one piece of text: at about a million in a row the splitting regular expression gives up, and panics
+
+
+def pieces(text: str) -> list[str]:
+    """`text`, cut only where there are more blanks in a row than the tokenizer can take."""
+    return re.split(rf"(\s{{{MOST_BLANKS}}})", text) if len(text) > MOST_BLANKS else [text]
 
 
 def replace_surrogates(text: str) -> str:
@@ -64,7 +74,7 @@ class RustBPETokenizer:
         assert num_merged >= 256, f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}: 256 bytes and the special tokens"
         trainer = rustbpe.Tokenizer()
         try:
-            trainer.train_from_iterator(map(replace_surrogates, text_iterator), num_merged, pattern=SPLIT_PATTERN)
+            trainer.train_from_iterator((replace_surrogates(piece) for text in text_iterator for piece in pieces(text)), num_merged, pattern=SPLIT_PATTERN)
         except SystemError as error:  # how a Ctrl-C during its own work comes out of rustbpe
             raise error.__cause__ or error from None
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -128,6 +138,9 @@ class RustBPETokenizer:
     # -------------------------------------------------------------------------
     # Text
 
+    def _ids(self, text: str) -> list[int]:
+        return [token for piece in pieces(text) for token in self.enc.encode_ordinary(piece)] if len(text) > MOST_BLANKS else self.enc.encode_ordinary(text)
+
     @overload
     def encode(self, text: str, prepend: int | str | None = ..., append: int | str | None = ..., num_threads: int = ...) -> list[int]: ...
 
@@ -138,9 +151,10 @@ class RustBPETokenizer:
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """Ids of a text, or of each text of a list (in parallel). `prepend` and `append`: an id or a special token's name."""
         if isinstance(text, str):
-            rows = [self.enc.encode_ordinary(text)]
+            rows = [self._ids(text)]
         elif isinstance(text, list):
-            rows = self.enc.encode_ordinary_batch(text, num_threads=num_threads)
+            with ThreadPoolExecutor(num_threads) as pool:
+                rows = list(pool.map(self._ids, text))
         else:
             raise ValueError(f"cannot encode a {type(text).__name__}: give a str or a list of str")
         if prepend is not None:
@@ -178,7 +192,7 @@ class RustBPETokenizer:
             mask.extend([learn] * (len(ids) - before))
 
         def add_text(text: str, learn: int) -> None:
-            add(self.enc.encode_ordinary(text), learn)
+            add(self._ids(text), learn)
 
         def add_special(name: str, learn: int) -> None:
             add([self.encode_special(name)], learn)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from nanochat import kernel_choice
 from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import ArgumentParser, UsageError, step_or_off
-from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, is_ddp_initialized, print0
+from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, check_writable, get_base_dir, is_ddp_initialized, print0
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -28,25 +28,46 @@ def training_parser(description: str) -> ArgumentParser:
     """A parser with the flags of all trainings."""
     parser = ArgumentParser(description=description)
     add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN", "dummy"), help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
+    add("--run", default=os.environ.get("WANDB_RUN") or "dummy", help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
     add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
     return parser
 
 
+class Wandb:
+    """A wandb run that may break at any time: from then on the training goes on without it."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def _try(self, method: str, *args) -> None:
+        try:
+            getattr(self.run, method)(*args)
+        except Exception as error:
+            print0(f"wandb failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); training goes on without")
+            self.run = DummyWandb()
+
+    def log(self, values: dict) -> None:
+        self._try("log", values)
+
+    def finish(self) -> None:
+        self._try("finish")
+
+
 def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
-    """A wandb run on rank 0; when wandb cannot be reached the run is kept on disk, and training goes on in any case."""
-    if args.run == "dummy" or rank != 0:
+    """A wandb run on rank 0, kept below the base directory; when wandb cannot be reached it stays on disk, and training goes on in any case."""
+    if args.run in ("", "dummy") or rank != 0:
         return DummyWandb()
+    folder = os.environ.get("WANDB_DIR") or get_base_dir()
     try:
         import wandb
         settings = wandb.Settings(init_timeout=30)
         try:
-            return wandb.init(project=project, name=args.run, config=user_config, settings=settings)
+            return Wandb(wandb.init(project=project, name=args.run, config=user_config, settings=settings, dir=folder))
         except Exception as error:
-            print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline, `wandb sync` uploads it later")
-            return wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline")
+            print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline in {folder}/wandb, `wandb sync` uploads it later")
+            return Wandb(wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline", dir=folder))
     except Exception as error:
         print0(f"No wandb ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); training goes on without")
         return DummyWandb()
@@ -62,15 +83,9 @@ def check_ranks(args) -> None:
 
 def check_output(folder: Path, models: Sequence[GPT], master: bool) -> None:
     """Fails before the training instead of after it. Raises UsageError if a checkpoint of each of these models cannot be written to `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
-            unfinished.unlink()
-        probe = folder / f".probe.{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
+    check_writable(folder)
+    for unfinished in folder.glob(".*.tmp") if master else ():  # a kill while saving leaves them
+        unfinished.unlink()
     needed = sum(3 * p.numel() * p.element_size() for model in models for p in model.parameters())  # weights and at most two moments
     free = shutil.disk_usage(folder).free
     if free < needed:

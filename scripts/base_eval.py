@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,12 +21,15 @@ from filelock import FileLock
 from nanochat.checkpoint_manager import build_model, checkpoints_dir_of, find_checkpoint
 from nanochat.cli import ArgumentParser, UsageError, command, int_or_off, non_negative_int, positive_int
 from nanochat.common import (
+    PROGRESS_SECONDS,
     autodetect_device_type,
+    check_writable,
     compute_cleanup,
     compute_init,
     download_file_with_lock,
     get_base_dir,
     print0,
+    with_progress,
     write_text_atomic,
 )
 from nanochat.core_eval import CORE_TASKS, evaluate_task, load_bundle
@@ -38,7 +41,6 @@ from nanochat.tokenizer import get_token_bytes
 
 EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MODES = ("core", "bpb", "sample")
-PROGRESS_SECONDS = 30
 
 PROMPTS = [
     "The city that serves as the capital of Italy is",
@@ -149,17 +151,6 @@ def core_csv(core: dict) -> str:
 # -----------------------------------------------------------------------------
 
 
-def with_progress(batches: Iterable, steps: int, label: str) -> Iterator:
-    """The same batches; says from time to time how many of `steps` are done."""
-    started = shown = time.perf_counter()
-    for done, batch in enumerate(batches):
-        now = time.perf_counter()
-        if done and now - shown > PROGRESS_SECONDS:
-            shown = now
-            print0(f"{label}: {done / steps:.0%}, eta {(now - started) * (steps - done) / done / 60:.1f}m", flush=True)
-        yield batch
-
-
 def evaluation_modes(text: str) -> list[str]:
     modes = [mode.strip() for mode in text.split(",")]
     for mode in modes:
@@ -182,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _, rank, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
     try:
+        report, results = get_report(), Path(get_base_dir(), "base_eval")
+        if "core" in args.eval and rank == 0:
+            check_writable(results)
         folder, step = find_checkpoint(checkpoints_dir_of("base"), args.model_tag, args.step)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
         sequence_len = model.config.sequence_len
@@ -215,11 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             details.insert(0, core["centered_results"])
             print0(f"CORE metric: {core['core_metric']:.4f}")
             if rank == 0:
-                path = Path(get_base_dir(), "base_eval", f"base_model_{step:06d}.csv")
+                path = results / f"base_model_{step:06d}.csv"
                 write_text_atomic(path, core_csv(core))
                 print0(f"Written to {path}")
 
-        get_report().log(section="Base model evaluation", data=[summary, *details])
+        report.log(section="Base model evaluation", data=[summary, *details])
     finally:
         compute_cleanup()
     return 0

@@ -38,6 +38,7 @@ from nanochat.cli import (
     non_negative_int,
     positive_float,
     positive_int,
+    seed,
 )
 from nanochat.common import (
     COMPUTE_DTYPE,
@@ -49,9 +50,11 @@ from nanochat.common import (
     compute_init,
     get_base_dir,
     get_peak_flops,
+    locked,
     print0,
     print_banner,
     share_weights,
+    with_progress,
 )
 from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
@@ -60,7 +63,7 @@ from nanochat.engine import Engine
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import grow
-from nanochat.growth.kappa import GrowthTrigger, Prediction, final_loss_of_earlier_run
+from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_run
 from nanochat.growth.model import OPTIMIZER_MODES, empty_model
 from nanochat.growth.model_maps import model_maps
 from nanochat.growth.modes import MODES, width_mode
@@ -129,7 +132,7 @@ def build_parser() -> ArgumentParser:
     add("--order", default="attn-mlp", choices=ORDERS)
     add("--block", default="prenorm", choices=BLOCKS, help="prenorm: nanochat's; ngpt: hidden states and weights on the unit sphere (ngpt.py)")
     # horizon, the first positive one counts
-    add("--num-iterations", type=int, default=-1, help="optimizer steps")
+    add("--num-iterations", type=int_or_off, default=-1, help="optimizer steps")
     add("--target-flops", type=finite_float, default=-1.0, help="training FLOPs")
     add("--target-param-data-ratio", type=finite_float, default=12, help="tokens per parameter of blocks and head")
     # growth (nanochat/growth): start smaller than --depth and grow into it; the horizon becomes a budget of FLOPs
@@ -168,7 +171,7 @@ def build_parser() -> ArgumentParser:
     add("--core-metric-every", type=int_or_off, default=2000, help="-1: never")
     add("--core-metric-max-per-task", type=int_or_off, default=500)
     add("--sample-every", type=int_or_off, default=2000, help="-1: never")
-    add("--seed", type=non_negative_int, default=42, help="of the initialization; the data keep their order")
+    add("--seed", type=seed, default=42, help="of the initialization; the data keep their order")
     # output
     add("--save-every", type=int_or_off, default=-1, help="steps between checkpoints; -1: only at the end")
     add("--model-tag", type=folder_name, default=None, help="name of the checkpoint folder (default: d<depth>)")
@@ -258,7 +261,7 @@ def interleave(loaders: list):
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
+    return "unknown" if value is None else f"{value:.6f}"
 
 
 def show_memory(args, device_type: str) -> None:
@@ -290,7 +293,8 @@ def main(argv=None) -> None:
     try:
         training = Training(args, user_config, rank, world_size, device)
         if not args.grow_plan:
-            training.run()
+            with locked(training.folder, wait=False) if rank == 0 else nullcontext():
+                training.run()
     finally:
         compute_cleanup()
 
@@ -313,15 +317,9 @@ class Training:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {world_size} ranks; use a multiple")
         self.my_streams = range(rank, self.streams, world_size)
 
-        model = self.plan()
-        if args.grow_plan:
-            return
+        self.model = self.plan()
         depth = self.stages[-1].shape.depth if self.stages else args.depth
         self.folder = Path(get_base_dir(), "base_checkpoints", args.model_tag or f"d{depth}")
-        with torch.device("meta"):  # a growing run writes one of each stage at least
-            check_output(self.folder, [build_gpt(stage.config) for stage in self.stages] or [model], rank == 0)
-        self.resume_step = find_resume_step(args, self.folder)
-        self.start(model)
 
     # -- before the first step
 
@@ -358,6 +356,8 @@ class Training:
             for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
                 model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
             self.budget = round(args.grow_budget * self.budget)
+            if self.budget < self.stages[0].flops_per_token * self.horizon.total_batch_size:
+                raise UsageError(f"--grow-budget={args.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
             growths = len(self.stages) - 1
             self.growths_at = parse_fractions(args.grow_at) if args.grow_at else latest_growths(growths)
             if len(self.growths_at) != growths:
@@ -393,6 +393,10 @@ class Training:
     def start(self, model: GPT) -> None:
         """The state before the first step: that of a new run, or that of a checkpoint."""
         args, horizon = self.args, self.horizon
+        with torch.device("meta"):  # a growing run writes one of each stage at least
+            check_output(self.folder, [build_gpt(stage.config) for stage in self.stages] or [model], self.rank == 0)
+        self.report = get_report()
+        self.resume_step = find_resume_step(args, self.folder)
         meta = train_state = optimizer_data = None
         self.growth_history: list[dict] = []
         if self.resume_step is not None:
@@ -546,7 +550,8 @@ class Training:
 
     def validate(self, log: bool = True) -> None:
         with self.evaluating():
-            self.val_bpb = evaluate_bpb(self.evaluated, ((x, y) for x, y, _ in self.loader("val")), self.eval_steps, self.token_bytes)
+            batches = with_progress(self.loader("val"), self.eval_steps, "Validation")
+            self.val_bpb = evaluate_bpb(self.evaluated, ((x, y) for x, y, _ in batches), self.eval_steps, self.token_bytes)
         self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
         if not log:
             return
@@ -569,7 +574,7 @@ class Training:
             print0(sample)
         self.log.log("sample", self.step, samples=samples)
 
-    def save(self) -> None:
+    def meta_data(self) -> dict:
         meta_data = dict(
             step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.device_batch,
             max_seq_len=self.args.max_seq_len, total_batch_size=self.horizon.total_batch_size, world_size=self.world_size,
@@ -580,10 +585,13 @@ class Training:
         if self.stages:
             meta_data["loop_state"] |= dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
             meta_data["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        return meta_data
+
+    def save(self) -> None:
         # the positions are those after the last batch trained on: the one in hand is read again after a resume
         self.saved_step = self.step
         exact = dict(loader_states=self.positions, **get_exact_state(self.device, self.scaler))
-        checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta_data, rank=self.rank, train_state=exact)
+        checkpoints.save_checkpoint(self.folder, self.step, self.model.state_dict(), self.optimizer.state_dict(), self.meta_data(), rank=self.rank, train_state=exact)
 
     # -- growth
 
@@ -599,10 +607,13 @@ class Training:
         return GrowthTrigger(args.kappa, cap=self.growths_at[stage] * self.budget, horizon=self.budget, final=final)
 
     def maybe_grow(self) -> None:
-        """Grows if the trigger says so; the latest validation must be of this step. Checkpoints of the step are of the model before."""
-        assert self.trigger is not None and self.val_bpb is not None
+        """Grows if the trigger says so; the latest validation, if there is any, must be of this step. Checkpoints of the step are of the model before."""
+        assert self.trigger is not None
+        measured = self.args.eval_every > 0
+        if not measured:
+            self.val_bpb = None  # a checkpoint of other flags may have brought one
         before_it = copy.deepcopy(self.trigger)
-        decision = agreed(self.trigger.observe(self.flops, self.val_bpb))
+        decision = agreed(Decision(True, "its share of the FLOPs is spent") if self.val_bpb is None else self.trigger.observe(self.flops, self.val_bpb))
         if not decision.grow:
             return
         if self.saved_step != self.step:  # nothing is lost if the larger model does not fit
@@ -621,15 +632,16 @@ class Training:
         gc.unfreeze()  # the small model is to be forgotten
         gc.collect()
         self.grown_at, self.first_step = self.step, self.step
-        self.validate(log=False)
+        if measured:
+            self.validate(log=False)
         history.append(growth_record(self.step, source, model.config, args.grow_mode, args.grow_depth_mode, args.seed, tokens=self.tokens, flops=self.flops,
                                      loss_before=before, loss_after=self.val_bpb))
         self.trigger = self.new_trigger()
-        if self.trigger is not None:
+        if self.trigger is not None and self.val_bpb is not None:
             self.trigger.observe(self.flops, self.val_bpb)
         share = self.flops / self.budget
         kappa = "" if args.kappa is None else f" | kappa: {args.kappa:g} p: {_number(decision.predicted)} target: {_number(decision.target)}"
-        print0(f"Step {self.step:05d} | Growth {describe(source)} -> {describe(model.config)} | bpb {before:.6f} -> {self.val_bpb:.6f}{kappa} | "
+        print0(f"Step {self.step:05d} | Growth {describe(source)} -> {describe(model.config)} | bpb {_number(before)} -> {_number(self.val_bpb)}{kappa} | "
                f"FLOPs spent: {100 * share:.1f}% | {decision.reason}")
         values = dict(loss_before=before, loss_after=self.val_bpb, kappa=args.kappa, predicted=decision.predicted, target=decision.target, share=share)
         self.log.log("grow", self.step, label=f"{describe(source)} → {describe(model.config)}", reason=decision.reason, mode=args.grow_mode,
@@ -687,10 +699,17 @@ class Training:
             self.log_wandb(**{"train/loss": debiased, "train/lrm": multiplier, "train/dt": dt, "train/tok_per_sec": tokens_per_second,
                               "train/mfu": self.mfu, "train/epoch": epoch})
         self.step += 1
+        if self.step == self.first_step + 10:
+            print0(f"Data: {self.used_share():.0%} of the tokens of the documents read so far are trained on; the rest are ends that no row had room for"
+                   + ("" if self.used_share() >= 0.5 else ". Raise --max-seq-len, or cut the documents (python -m nanochat.dataset does)"))
+
+    def used_share(self) -> float:
+        return self.loader_state["used"] / max(1, self.loader_state["read"])
 
     # -- the whole run
 
     def run(self) -> None:
+        self.start(self.model)
         args = self.args
         while True:
             step, last = self.step, self.done
@@ -698,18 +717,25 @@ class Training:
             def due(every: int) -> bool:
                 return last or (step > 0 and step % every == 0)
 
-            validating = args.eval_every > 0 and (due(args.eval_every) or step == 0) or (self.trigger is not None and self.trigger.at_cap(self.flops))
+            at_cap = self.trigger is not None and self.trigger.at_cap(self.flops)
+            validating = args.eval_every > 0 and (due(args.eval_every) or step == 0 or at_cap)
+            saving = step != self.saved_step and (last or (args.save_every > 0 and due(args.save_every)))
+            if saving:
+                if validating:
+                    self.val_bpb = None  # that of this model is not known yet
+                self.save()  # first: whatever happens to the evaluations, the weights are there
             if validating:
+                completing = saving or (step == self.resume_step and self.val_bpb is None)  # the run before ended in its validation
                 self.validate()
+                if completing and self.rank == 0:
+                    checkpoints.save_meta(self.folder, step, self.meta_data())
             if self.core_every > 0 and due(self.core_every):
                 self.measure_core()
             if args.sample_every > 0 and self.rank == 0 and due(args.sample_every):
                 self.sample()
-            if step != self.saved_step and (last or (args.save_every > 0 and due(args.save_every))):
-                self.save()
             if last:
                 break
-            if validating and self.trigger is not None:
+            if self.trigger is not None and (validating or at_cap):
                 self.maybe_grow()
             self.train_step()
             collect_garbage_rarely(self.step, self.first_step)
@@ -730,13 +756,14 @@ class Training:
             print0(f"Minimum validation bpb: {min_val_bpb:.6f}")
         tokens, flops = self.tokens, self.spent()["flops"]
         self.log.log("end", self.step, min_val_bpb=self.min_val_bpb, total_training_time=self.total_training_time, total_flops=flops, peak_memory_mib=peak_memory)
-        get_report().log(section="Base model training", data=[
+        self.report.log(section="Base model training", data=[
             self.user_config,
             {
                 "Number of parameters": self.model.num_scaling_params()["total"],
                 "Number of FLOPs per token": f"{self.flops_per_token:e}",
                 "Calculated number of iterations": self.step,
                 "Number of training tokens": tokens,
+                "Share of the documents' tokens used": f"{self.used_share():.1%}",
                 "Tokens : Scaling params ratio": tokens / scaling_params(self.model),
                 "DDP world size": self.world_size,
                 "warmup_steps": self.args.warmup_steps,

@@ -78,8 +78,6 @@ def main(argv=None) -> None:
     parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of another encoding must not end the conversation
 
     source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
     *_, device = compute_init(args.device_type or autodetect_device_type())

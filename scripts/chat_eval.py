@@ -17,11 +17,10 @@ import torch.distributed as dist
 from nanochat.batching import BatchedEngine, Request
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
 from nanochat.cli import ArgumentParser, command, non_negative_float, non_negative_int, positive_int
-from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, is_ddp_initialized, print0
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, is_ddp_initialized, print0, with_progress
 from nanochat.core_eval import logits_at
 from nanochat.engine import Engine
 from nanochat.report import get_report
-from scripts.base_eval import with_progress
 from tasks.arc import ARC
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
@@ -145,7 +144,7 @@ def run_chat_eval(task_name: str, model, tokenizer, engine: Engine, **kwargs) ->
 
 
 def task_names(text: str) -> list[str]:
-    names = text.split("|")
+    names = [name.strip() for name in text.split("|")]
     for name in names:
         if name not in TASKS:
             raise argparse.ArgumentTypeError(f"unknown task {name!r}: use any of {', '.join(TASKS)}, joined by |")
@@ -170,6 +169,7 @@ def main(argv=None) -> None:
 
     *_, device = compute_init(args.device_type or autodetect_device_type())
     try:
+        report = get_report()
         tasks = {name: TASKS[name]() for name in args.task_name or GUESSING}  # missing data show now, not after an hour
         folder, step = find_checkpoint(checkpoints_dir_of(args.source), args.model_tag, args.step)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
@@ -183,7 +183,7 @@ def main(argv=None) -> None:
         if accuracies.keys() == GUESSING.keys():
             summary["ChatCORE metric"] = chatcore(accuracies)
             print0(f"ChatCORE metric: {summary['ChatCORE metric']:.4f}")
-        get_report().log(section=f"Chat evaluation {args.source}", data=[{"model": f"{folder.name} (step {step})", **vars(args)}, accuracies, summary])
+        report.log(section=f"Chat evaluation {args.source}", data=[{"model": f"{folder.name} (step {step})", **vars(args)}, accuracies, summary])
     finally:
         compute_cleanup()
 

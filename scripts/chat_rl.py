@@ -15,6 +15,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,8 +41,10 @@ from nanochat.common import (
     compute_init,
     get_dist_info,
     is_ddp_initialized,
+    locked,
     print0,
     share_weights,
+    with_progress,
 )
 from nanochat.engine import Engine
 from nanochat.report import get_report
@@ -159,12 +162,15 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     _, rank, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
     try:
-        train(args, vars(args).copy(), rank, world_size, device)
+        sft_folder, sft_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("sft"), args.model_tag, args.model_step)
+        folder = Path(checkpoints.checkpoints_dir_of("rl"), sft_folder.name)
+        with locked(folder, wait=False) if rank == 0 else nullcontext():
+            train(args, vars(args).copy(), rank, world_size, device, sft_folder, sft_step, folder)
     finally:
         compute_cleanup()
 
 
-def train(args, user_config: dict, rank: int, world_size: int, device: torch.device) -> None:
+def train(args, user_config: dict, rank: int, world_size: int, device: torch.device, sft_folder: Path, sft_step: int, folder: Path) -> None:
     master = rank == 0
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
     check_ranks(args)
@@ -181,8 +187,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     print0(f"Number of steps: {num_steps}, {examples_per_rank} problems per rank and step")
 
     # The fine-tuned model, or the checkpoint to continue from
-    sft_folder, sft_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("sft"), args.model_tag, args.model_step)
-    folder = Path(checkpoints.checkpoints_dir_of("rl"), sft_folder.name)
+    report = get_report()
     resume_step = find_resume_step(args, folder)
     first_step = 0
     optimizer_data = train_state = None
@@ -222,7 +227,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         last = step == num_steps - 1
         if args.eval_every > 0 and step % args.eval_every == 0:
             model.eval()
-            records = list(run_gsm8k_eval(test_task, tokenizer, engine, max_examples=args.eval_examples, num_samples=args.device_batch_size, temperature=1.0))
+            problems = run_gsm8k_eval(test_task, tokenizer, engine, max_examples=args.eval_examples, num_samples=args.device_batch_size, temperature=1.0)
+            records = list(with_progress(problems, -(-min(len(test_task), args.eval_examples) // world_size), "Evaluation"))
             scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, args.device_batch_size, device), 1)}
             print0(f"Step {step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)
             log.log("eval", step, **scores)
@@ -262,7 +268,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank,
                                         train_state=get_exact_state(device, scaler))
 
-    get_report().log(section="Chat RL", data=[user_config])
+    report.log(section="Chat RL", data=[user_config])
     log.close()
     wandb_run.finish()
 

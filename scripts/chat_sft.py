@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ from nanochat.common import (
     get_dist_info,
     get_peak_flops,
     is_ddp_initialized,
+    locked,
     print0,
     share_weights,
+    with_progress,
 )
 from nanochat.compiler import compile_model
 from nanochat.engine import Engine
@@ -77,6 +80,11 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 
+def parts(text: str) -> str:
+    """A list as people write it, with blanks after its commas."""
+    return ",".join(part.strip() for part in text.split(",") if part.strip())
+
+
 def build_parser() -> ArgumentParser:
     parser = training_parser("Fine-tune a base model on conversations")
     add = parser.add_argument
@@ -85,7 +93,8 @@ def build_parser() -> ArgumentParser:
     add("--model-step", type=non_negative_int, default=None, help="its checkpoint (default: the last)")
     add("--load-optimizer", type=int, default=1, choices=(0, 1), help="1: go on with its optimizer state")
     # data
-    add("--mixture", default="smoltalk,mmlu,gsm8k", help="what to train on: smoltalk, mmlu, gsm8k, spelling and files of conversations (.jsonl), joined by commas")
+    add("--mixture", type=parts, default="smoltalk,mmlu,gsm8k",
+        help="what to train on: smoltalk, mmlu, gsm8k, spelling and files of conversations (.jsonl, .json), joined by commas")
     add("--mmlu-epochs", type=positive_int, default=3, help="passes over MMLU in one over the mixture")
     add("--gsm8k-epochs", type=positive_int, default=4, help="passes over GSM8K in one over the mixture")
     # horizon and batch
@@ -140,8 +149,8 @@ def build_mixture(mixture: str, mmlu_epochs: int, gsm8k_epochs: int) -> tuple[Ta
             tokenizer = get_tokenizer()
             train += [SimpleSpelling(200_000, tokenizer=tokenizer), SpellingBee(80_000, tokenizer=tokenizer)]
             val += [SimpleSpelling(1000, "test"), SpellingBee(1000, "test")]
-        elif name.endswith(".jsonl"):
-            train.append(CustomJSON(name))
+        elif name.lower().endswith(CustomJSON.suffixes):
+            train.append(CustomJSON(os.path.expanduser(name)))
         else:
             raise UsageError(f"--mixture: unknown part {name!r}; use smoltalk, mmlu, gsm8k, spelling or a .jsonl file, joined by commas")
     return TaskMixture(train), TaskMixture(val)
@@ -292,24 +301,26 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     _, rank, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
     try:
-        train(args, vars(args).copy(), rank, world_size, device)
+        base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), args.model_tag, args.model_step)
+        folder = Path(checkpoints.checkpoints_dir_of("sft"), base_folder.name)
+        with locked(folder, wait=False) if rank == 0 else nullcontext():
+            train(args, vars(args).copy(), rank, world_size, device, base_folder, base_step, folder)
     finally:
         compute_cleanup()
 
 
-def train(args, user_config: dict, rank: int, world_size: int, device: torch.device) -> None:
+def train(args, user_config: dict, rank: int, world_size: int, device: torch.device, base_folder: Path, base_step: int, folder: Path) -> None:
     master = rank == 0
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
     check_ranks(args)
     gpu_peak_flops = get_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else float("inf")
-    base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), args.model_tag, args.model_step)
+    report = get_report()
     train_data, val_data = build_mixture(args.mixture, args.mmlu_epochs, args.gsm8k_epochs)
     print0(f"Training mixture: {len(train_data):,} conversations; validation: {len(val_data):,}")
     tasks = evaluation_tasks(args.mixture) if args.chatcore_every > 0 else {}
 
     # The base model, or the checkpoint to continue from
-    folder = Path(checkpoints.checkpoints_dir_of("sft"), base_folder.name)
     resume_step = find_resume_step(args, folder)
     train_state = meta = None
     if resume_step is None:
@@ -326,7 +337,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         base_meta = checkpoints.load_meta(base_folder, base_step)
         inherit(args, base_meta)
         now = dict(mixture=args.mixture, mmlu_epochs=args.mmlu_epochs, gsm8k_epochs=args.gsm8k_epochs, max_seq_len=args.max_seq_len, world_size=world_size)
-        then = {**meta["user_config"], "max_seq_len": meta["model_config"]["sequence_len"], "world_size": meta["world_size"]}
+        then = {**meta["user_config"], "mixture": parts(meta["user_config"]["mixture"]), "max_seq_len": meta["model_config"]["sequence_len"], "world_size": meta["world_size"]}
         if differing := [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]:
             raise UsageError(f"the checkpoint was written with other settings: {', '.join(differing)}; give those of then, or start a new run")
     B, T, total_batch_size = args.device_batch_size, args.max_seq_len, args.total_batch_size
@@ -400,19 +411,41 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             yield x, y
             x, y, state = next(train_loader)
 
+    def meta_data() -> dict:
+        return dict(
+            step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config=user_config, base_step=base_step, device_batch_size=B,
+            max_seq_len=T, total_batch_size=total_batch_size, world_size=world_size, matrix_optimizer=matrix_optimizer, growth=base_meta.get("growth", []),
+            tokenizer=tokenizer.checksum(),
+            loop_state=dict(min_val_bpb=min_val_bpb if math.isfinite(min_val_bpb) else None, smooth_train_loss=smooth_train_loss,
+                            total_training_time=total_training_time))
+
     metrics: dict = {}
     last, progress = agreed(state, device)
+    last = last and step > 0  # however few batches there are, there is one step
     first_step = step
     while True:
         spent = dict(flops=flops_per_token * total_batch_size * step, time=total_training_time)
 
-        if eval_every > 0 and (last or step % eval_every == 0):
+        validating = eval_every > 0 and (last or step % eval_every == 0)
+        saving = step != resume_step and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0))
+        if saving:
+            if validating:
+                val_bpb = None  # that of this model is not known yet
+            # first: whatever happens to the evaluations, the weights are there. The position is that after the last batch trained on:
+            # the one in hand is made again after a resume
+            exact = dict(loader_state=position, **get_exact_state(device, scaler))
+            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data(), rank=rank, train_state=exact)
+
+        if validating:
+            completing = saving or (step == resume_step and val_bpb is None)  # the run before ended in its validation
             model.eval()
-            val_batches = ((x, y) for x, y, _ in pack_conversations(val_data, tokenizer, B, T, device))
-            val_bpb = evaluate_bpb(evaluated, val_batches, eval_steps, token_bytes)
+            val_batches = with_progress(pack_conversations(val_data, tokenizer, B, T, device), eval_steps, "Validation")
+            val_bpb = evaluate_bpb(evaluated, ((x, y) for x, y, _ in val_batches), eval_steps, token_bytes)
             model.train()
             min_val_bpb = min(min_val_bpb, val_bpb)
             print0(f"Step {step:05d} | Validation bpb: {val_bpb:.4f}")
+            if completing and master:
+                checkpoints.save_meta(folder, step, meta_data())
             log.log("eval", step, val_bpb=val_bpb, **spent)
             wandb_run.log({"step": step, "total_training_flops": spent["flops"], "total_training_time": total_training_time, "val/bpb": val_bpb})
 
@@ -425,16 +458,6 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             wandb_run.log({"step": step, "total_training_flops": spent["flops"], **{
                 name if name.startswith("chatcore") else f"chatcore/{name}": value for name, value in metrics.items()}})
 
-        if step != resume_step and (last or (step > 0 and args.save_every > 0 and step % args.save_every == 0)):
-            meta_data = dict(
-                step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config=user_config, base_step=base_step, device_batch_size=B,
-                max_seq_len=T, total_batch_size=total_batch_size, world_size=world_size, matrix_optimizer=matrix_optimizer, growth=base_meta.get("growth", []), tokenizer=tokenizer.checksum(),
-                loop_state=dict(min_val_bpb=min_val_bpb if math.isfinite(min_val_bpb) else None, smooth_train_loss=smooth_train_loss,
-                                total_training_time=total_training_time))
-            # the position is that after the last batch trained on: the one in hand is made again after a resume
-            exact = dict(loader_state=position, **get_exact_state(device, scaler))
-            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank, train_state=exact)
-
         if last:
             break
 
@@ -442,7 +465,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         started = time.perf_counter()
         loss = accumulate(step_batches(), accumulation)
         last, progress = agreed(state, device)
-        multiplier = lr_multiplier(progress, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
+        only = last and step == 0  # its learning rate is that of a beginning, as it would be 0 at the end
+        multiplier = lr_multiplier(0.0 if only else progress, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
@@ -462,7 +486,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
             total_training_time += dt  # the first steps compile
         tokens_per_second = int(total_batch_size / dt)
         mfu = 100 * flops_per_token * total_batch_size / dt / (gpu_peak_flops * world_size)
-        print0(f"step {step:05d} ({100 * progress:.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
+        print0(f"step {step:05d} ({100 * min(1.0, progress):.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
                f"tok/sec: {tokens_per_second:,} | mfu: {mfu:.2f} | epoch: {state['epoch']} | total time: {total_training_time / 60:.2f}m", flush=True)
         log.log("train", step - 1, loss=debiased, raw_loss=raw_loss, lrm=multiplier, progress=progress, dt=dt, tok_per_sec=tokens_per_second, mfu=mfu,
                 epoch=state["epoch"], flops=flops_per_token * total_batch_size * step, time=total_training_time)
@@ -478,7 +502,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     if math.isfinite(min_val_bpb):
         print0(f"Minimum validation bpb: {min_val_bpb:.4f}")
     log.log("end", step, min_val_bpb=min_val_bpb, total_training_time=total_training_time)
-    get_report().log(section="Chat SFT", data=[
+    report.log(section="Chat SFT", data=[
         user_config,
         {"Number of iterations": step, "DDP world size": world_size},
         {"Minimum validation bpb": min_val_bpb if math.isfinite(min_val_bpb) else None, **metrics},

@@ -17,8 +17,17 @@ from typing import Any
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int
-from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0
+from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int, seed
+from nanochat.common import (
+    autodetect_device_type,
+    check_writable,
+    compute_cleanup,
+    compute_init,
+    get_base_dir,
+    locked,
+    print0,
+    with_progress,
+)
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.gpt import GPT
 from nanochat.growth import grow
@@ -46,7 +55,7 @@ def build_parser() -> ArgumentParser:
     add("--theta", type=non_negative_float, default=None, help="mode lossless: angle in degrees between the copies of a channel, 45: equal copies, 0: fresh channels")
     add("--spread", type=non_negative_float, default=None, help="mode lossless: how unequally copies are read, from 0 to 1")
     add("--noise", type=non_negative_float, default=None, help="mode lossless: size of the noise that breaks symmetry, relative to the weights")
-    add("--seed", type=non_negative_int, default=0)
+    add("--seed", type=seed, default=0)
     add("--eval-tokens", type=positive_int, default=2 ** 17, help="of validation text to compare the losses on")
     add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     return parser
@@ -112,8 +121,9 @@ class Comparison:
     @torch.no_grad()
     def measure(self, model: GPT) -> tuple[float | None, torch.Tensor]:
         """(bits per byte or None, logits)."""
-        bpb = evaluate_bpb(model, self.batches(), self.steps, self.token_bytes) if self.tokenizer is not None else None
-        return bpb, model(self.tokens)
+        if self.tokenizer is None:
+            return None, model(self.tokens)
+        return evaluate_bpb(model, with_progress(self.batches(), self.steps, "Validation"), self.steps, self.token_bytes), model(self.tokens)
 
 
 @command
@@ -139,31 +149,38 @@ def grow_checkpoint(args, device: torch.device) -> None:
     model, meta = load(folder, step, device)
     before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], args.depth_mode)
     tag = args.to_tag or f"{folder.name}-{describe(after.config)}"
-    if (parent / tag).exists():
-        raise UsageError(f"{parent / tag} exists already and is not overwritten; choose another --to-tag")
+    check_free(parent / tag)
     optimizer, ranks = (None, 0) if args.optimizer == "none" else load_optimizer(model, args.source, folder, step, device)
 
     comparison = Comparison(model.eval(), args.eval_tokens)
-    loss_before, logits_before = comparison.measure(model)
+    check_writable(parent)
+
     grown, grown_optimizer = grow(model, after.config, optimizer, mode=args.mode, layers=after.layers, optimizer_mode="reset" if args.optimizer == "reset" else "transport",
                                   generator=torch.Generator().manual_seed(args.seed), **parameters)
-    loss_after, logits_after = comparison.measure(grown)
-
     print0(f"{describe(model.config)} -> {describe(grown.config)}: {before.params:,} -> {after.params:,} parameters, "
            f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {args.mode}, depth {args.depth_mode}")
-    if loss_before is not None and loss_after is not None:
-        print0(f"Validation bpb: {loss_before:.6f} -> {loss_after:.6f} ({loss_after - loss_before:+.2e})")
-    print0(f"Largest difference of a logit on random tokens: {(logits_after - logits_before).abs().max():.2e}")
-
     history = meta.get("growth", [])
     tokens = step * meta["total_batch_size"] if "total_batch_size" in meta else None
     flops = tokens * before.flops_per_token if tokens is not None and not history else None
     record = growth_record(step, model.config, grown.config, args.mode, args.depth_mode, args.seed, **parameters, tokens=tokens, flops=flops,
-                           loss_before=loss_before, loss_after=loss_after)
+                           loss_before=None, loss_after=None)
     meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
     shards = optimizer_shards(grown, grown_optimizer, ranks) if grown_optimizer is not None else [None]
     write_folder(parent / tag, step, grown, shards, meta, sorted(folder.glob(f"state_{step:06d}_rank*.pt")))
     print0(f"Saved to {parent / tag}")
+
+    loss_before, logits_before = comparison.measure(model)
+    loss_after, logits_after = comparison.measure(grown)
+    if loss_before is not None and loss_after is not None:
+        print0(f"Validation bpb: {loss_before:.6f} -> {loss_after:.6f} ({loss_after - loss_before:+.2e})")
+    print0(f"Largest difference of a logit on random tokens: {(logits_after - logits_before).abs().max():.2e}")
+    record.update(loss_before=loss_before, loss_after=loss_after)
+    checkpoints.save_meta(parent / tag, step, meta)
+
+
+def check_free(folder: Path) -> None:
+    if folder.exists():
+        raise UsageError(f"{folder} exists already and is not overwritten; choose another --to-tag")
 
 
 def write_folder(folder: Path, step: int, model: GPT, shards: list, meta: dict, train_states: list[Path]) -> None:
@@ -175,8 +192,9 @@ def write_folder(folder: Path, step: int, model: GPT, shards: list, meta: dict, 
         for path in train_states:
             shutil.copy(path, temporary / path.name)
         temporary.chmod(0o777 & ~current_umask())  # mkdtemp makes it private to the user
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(temporary, folder)
+        with locked(folder):
+            check_free(folder)  # nobody was faster
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

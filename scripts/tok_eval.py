@@ -95,6 +95,7 @@ def count_tokens(tokenizer: RustBPETokenizer, texts: dict[str, str]) -> dict[str
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     ArgumentParser(description="Compare the tokenizer with GPT-2's and GPT-4's").parse_args(argv)
+    report = get_report()
     texts = sample_texts()
     size = {name: len(text.encode()) for name, text in texts.items()}
     tokenizers = {"Ours": get_tokenizer()}
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name:<16}{size[name]:>10,}{a:>10,}{ratio_a:>8.2f}{b:>10,}{ratio_b:>8.2f}{fewer:>+13.1f}%  {better}")
             lines.append(f"| {name} | {size[name]} | {a} | {ratio_a:.2f} | {b} | {ratio_b:.2f} | {fewer:+.1f}% |")
         lines.append("")
-    get_report().log(section="Tokenizer evaluation", data=["\n".join(lines)])
+    report.log(section="Tokenizer evaluation", data=["\n".join(lines)])
 
 
 if __name__ == "__main__":

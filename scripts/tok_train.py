@@ -5,6 +5,7 @@
 Writes `tokenizer.pkl` and `token_bytes.pt` (int32 (V,): bytes of each token, 0 for specials), with which losses
 turn into bits per byte, the unit that can be compared across vocabularies.
 """
+import contextlib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nanochat.cli import ArgumentParser, UsageError, command, positive_int
-from nanochat.common import atomic_path, get_base_dir
+from nanochat.common import atomic_path, check_writable, get_base_dir, locked
 from nanochat.dataset import parquets_iter_batched
 from nanochat.report import get_report
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if args.vocab_size < smallest:
         raise UsageError(f"--vocab-size={args.vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens take {smallest}")
+    if args.vocab_size >= 2 ** 31:
+        raise UsageError(f"--vocab-size={args.vocab_size} is too large; use some ten thousand")
+    directory, report = os.path.join(get_base_dir(), "tokenizer"), get_report()
+    check_writable(directory)
     for name, value in vars(args).items():
         print(f"{name}: {value:,}")
 
@@ -68,16 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Warning: only {size:,} tokens instead of {args.vocab_size:,}, for lack of different text; more text would give more")
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP
 
-    directory = os.path.join(get_base_dir(), "tokenizer")
     special_ids = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
     token_bytes = torch.tensor([0 if i in special_ids else len(tokenizer.decode_single_token_bytes(i)) for i in range(size)],
                                dtype=torch.int32)
-    tokenizer.save(directory)
-    with atomic_path(os.path.join(directory, "token_bytes.pt")) as temporary:
-        torch.save(token_bytes, temporary)
+    bytes_file = os.path.join(directory, "token_bytes.pt")
+    with locked(directory):  # the two files belong together: while the first is new, there is no second
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(bytes_file)
+        tokenizer.save(directory)
+        with atomic_path(bytes_file) as temporary:
+            torch.save(token_bytes, temporary)
 
     lengths = token_bytes[token_bytes > 0].double()
-    get_report().log(section="Tokenizer training", data=[
+    report.log(section="Tokenizer training", data=[
         vars(args),
         {"train_time": seconds, "num_special_tokens": len(special_ids)},
         {f"token_bytes_{name}": getattr(lengths, name)().item() for name in ("min", "max", "mean", "std")},

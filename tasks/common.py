@@ -7,7 +7,6 @@ and cached by the `datasets` library. On a machine without network put a data se
 
 which is also where nanochat keeps them. What lies there is taken instead of the hub's.
 """
-import json
 import math
 import os
 import random
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import UsageError
-from nanochat.common import get_base_dir, hub_unreachable, print0
+from nanochat.common import get_base_dir, hub_unreachable, open_text, parse_json, print0
 
 # -----------------------------------------------------------------------------
 # Data
@@ -69,27 +68,32 @@ def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train"
 
 
 def _read_folder(folder: Path) -> pa.Table | None:
-    """The rows of its .parquet and .jsonl files in order of their names; None where there is no such file."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix in (".parquet", ".jsonl"))
+    """The rows of its .parquet and .jsonl files in order of their names, without hidden ones; None where there is no such file."""
+    paths = sorted(path for path in folder.glob("*") if path.name.endswith((".parquet", *JSON_LINES)) and not path.name.startswith("."))
     try:
         tables = [pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist(list(read_jsonl(path))) for path in paths]
         return pa.concat_tables(tables, promote_options="default") if tables else None
-    except (pa.ArrowException, AttributeError) as error:
+    except (pa.ArrowException, AttributeError, OverflowError, TypeError, ValueError) as error:  # also of numbers and texts that Arrow cannot hold
         raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).splitlines()[0]}); put intact ones there") from error
+
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
     """The value of each line that is not blank. Raises UsageError for a missing file or a broken line."""
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
+                        yield parse_json(line)
                     except ValueError as error:
                         raise UsageError(f"{path}, line {number} is not JSON ({error}); repair or delete it") from error
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {path}") from error
+    except OSError as error:  # also of a broken .gz or .zst
+        raise UsageError(f"{path} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason})") from error
 

@@ -2,9 +2,12 @@
 import json
 
 import pytest
+import torch
 
-from analysis import growth, growth_bound, low_rank, normalized, width_transfer
+from analysis import growth, growth_bound, low_rank, normalized, trials, width_transfer
 from analysis.trials import Result, cost_with
+from nanochat.common import locked
+from scripts import base_train
 
 
 @pytest.mark.parametrize("study, flags, runs", [
@@ -48,3 +51,20 @@ def test_growth_can_save_much_of_a_run_that_is_short_for_its_size_and_nothing_of
     assert ideal[0] < 0.3 and ideal[-1] == pytest.approx(1, abs=0.02) and (single[-1], size[-1]) == pytest.approx((1, 1))
     with pytest.raises(SystemExit, match="2"):
         growth_bound.main(["--params=0"])
+
+
+def test_a_trial_is_trained_once_whoever_asks(base_dir, monkeypatch):
+    """The second of two studies that share a trial waits, and finds it done; what the model writes needs no encoding."""
+    trained = []
+
+    def main(flags):
+        trained.append(flags)
+        print("\u4f60\ud800")
+        with locked(base_dir / "base_checkpoints" / trials.name_of({"depth": 1}), wait=False):  # base_train holds the same folder
+            return 1
+
+    monkeypatch.setattr(base_train, "main", main)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for _ in range(2):
+        trials._run(str(base_dir), {"depth": 1})
+    assert len(trained) == 1 and trials.read(str(base_dir), {"depth": 1}).final == float("inf")

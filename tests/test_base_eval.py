@@ -164,9 +164,9 @@ def test_bad_zips_leave_nothing_behind(base_dir, content, message):
     assert [entry.name for entry in base_dir.iterdir()] == ["inner"]
 
 
-def test_long_evaluations_show_progress(capsys, monkeypatch):
-    from scripts import base_eval
-    monkeypatch.setattr(base_eval, "PROGRESS_SECONDS", 0)
-    assert list(base_eval.with_progress(iter("abcd"), 4, "val bpb")) == list("abcd")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", eta")[0] for line in lines[-2:]] == ["val bpb: 50%", "val bpb: 75%"]
+@pytest.mark.parametrize("name", ["report", "base_eval"])
+def test_results_that_could_not_be_written_are_not_computed(trained, capsys, monkeypatch, name):
+    (trained / name).write_text("a file")
+    monkeypatch.setattr(base_eval, "sample_prompts", lambda *args: pytest.fail("computed"))
+    assert run() == 2
+    assert f"cannot write to {trained / name}" in capsys.readouterr().err

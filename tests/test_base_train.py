@@ -1,17 +1,23 @@
 """Pretraining as its users meet it: it learns, repeats itself and refuses bad input in one line."""
 import gc
 import json
+import os
+import re
 import resource
 import shutil
+import subprocess
+import sys
 import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import HERE
@@ -113,6 +119,75 @@ def test_horizons(base, flag, steps):
     assert len(train_losses(base)) == steps
 
 
+def test_the_share_of_the_data_that_is_used(base, capsys):
+    """Documents of 20 rows each: of each document one row is trained on."""
+    for path in (base / "base_data_climbmix").glob("*.parquet"):
+        pq.write_table(pa.table({"text": ["abcdefgh " * 400] * 40}), path, row_group_size=10)
+    assert tiny.train("--num-iterations=12", "--eval-every=-1") == 0
+    share = float(re.search(r"Data: (\d+)% of the tokens of the documents read so far .* Raise --max-seq-len", capsys.readouterr().out)[1])
+    tokens = len(get_tokenizer().encode("abcdefgh " * 400))
+    assert share == pytest.approx(100 * 65 / tokens, abs=1)
+    assert "tokens used: " in (base / "report" / "base-model-training.md").read_text()
+
+
+# -----------------------------------------------------------------------------
+# Nothing is lost
+
+
+@pytest.mark.parametrize("what", ["evaluate_bpb", "evaluate_core", "sample_prompts"])
+def test_the_weights_come_before_the_evaluations(base, monkeypatch, what):
+    """Whatever an evaluation of the last model dies of, the model is there and a resumed run does what is missing."""
+    shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
+    flags = ("--save-every=-1", "--sample-every=8", "--core-metric-every=8", "--core-metric-max-per-task=3", "--eval-every=8")
+    function, calls = getattr(base_train, what), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > (what == "evaluate_bpb"):  # the first validation is that of step 0
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_train, what, interrupted)
+        assert tiny.train(*flags) == 130
+    folder = tiny.folder(base)
+    assert checkpoints.find_checkpoint(folder.parent) == (folder, 8)
+    meta = checkpoints.load_meta(folder, 8)
+    assert (meta["val_bpb"] is None) == (what == "evaluate_bpb")
+    assert tiny.train(*flags, "--resume") == 0
+    meta = checkpoints.load_meta(folder, 8)
+    assert meta["val_bpb"] == meta["loop_state"]["min_val_bpb"] == next(r["val_bpb"] for r in read_run_log(folder / "log.jsonl") if r["kind"] == "eval" and r["step"] == 8)
+    assert {record["kind"] for record in read_run_log(folder / "log.jsonl") if record["step"] == 8} == {"start", "eval", "core", "sample", "end"}
+
+
+def test_samples_on_a_narrow_terminal_and_a_closed_pipe(base):
+    """The model writes any character, and nobody may be there to read it."""
+    command = f'"{sys.executable}" -m scripts.base_train {" ".join(tiny.FLAGS)} --sample-every=4'
+    for tag, how in (("narrow", " >/dev/null"), ("pipe", " | head -c 1"), ("closed", " <&- >&- 2>&-")):
+        subprocess.run(["bash", "-c", f"{command} --model-tag={tag}{how}; exit ${{PIPESTATUS[0]}}"], cwd=tiny.ROOT, check=True, timeout=300,
+                       env={**os.environ, **tiny.ENV, "NANOCHAT_BASE_DIR": str(base), "PYTHONIOENCODING": "ascii"})
+        assert checkpoints.list_steps(tiny.folder(base, tag)) == [4, 8]
+
+
+def test_one_run_at_a_time_in_a_folder(trained, capsys):
+    """The second must not touch what the first one writes."""
+    before = {path.name: path.stat().st_mtime_ns for path in tiny.folder(trained).iterdir()}
+    script = f"import sys; from nanochat.common import locked\nwith locked({str(tiny.folder(trained))!r}): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert_refused(capsys, "another process is writing to")
+        assert {path.name: path.stat().st_mtime_ns for path in tiny.folder(trained).iterdir()} == before
+        other.stdin.close()
+    assert tiny.train("--resume") == 0
+
+
+def test_a_report_that_cannot_be_written_is_found_before_the_training(base, capsys):
+    shutil.rmtree(base / "report")  # of the tokenizer
+    (base / "report").write_text("a file")
+    assert_refused(capsys, f"cannot write to {base}/report")
+    assert not (tiny.folder(base) / "log.jsonl").exists()
+
+
 # -----------------------------------------------------------------------------
 # Bad input
 
@@ -135,7 +210,8 @@ def test_horizons(base, flag, steps):
     pytest.param(["--device-type=cuda"], "no cuda device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
     (["--num-iterations=-1", "--target-param-data-ratio=-1"], "no horizon"),
     (["--num-iterations=-1", "--target-flops=1"], "less than one step"),
-    (["--num-iterations=many"], "--num-iterations"),
+    (["--num-iterations=many"], "--num-iterations"), (["--num-iterations=0"], "--num-iterations"),
+    (["--seed=18446744073709551616"], "--seed"), (["--seed=-1"], "--seed"), (["--num-iterations=99999999999999999999"], "--num-iterations"),
     (["--target-flops=nan"], "--target-flops"),
     (["--target-param-data-ratio=inf"], "--target-param-data-ratio"),
     (["--eval-tokens=100"], "use at least 128"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
-from scripts import base_train, chat_eval, chat_sft
+from scripts import base_train, chat_cli, chat_eval, chat_sft
 from tasks import spellingbee
 from tasks.common import Task
 from tests import tiny
@@ -264,6 +264,59 @@ def test_the_whole_mixture_once(base, monkeypatch):
     assert not [record for record in records if record["kind"] == "eval"]
     meta = json.loads((folder(base) / f"meta_{train[-1]['step'] + 1:06d}.json").read_text())
     assert meta["model_config"]["sequence_len"] == 32
+
+
+def conversations(base, count: int, name: str = "mine.jsonl"):
+    path = base / name
+    path.write_text("".join(json.dumps([{"role": "user", "content": f"n{i}"}, {"role": "assistant", "content": "yes"}]) + "\n" for i in range(count)))
+    return path
+
+
+@pytest.mark.parametrize("flags", [["--num-iterations=1"], []], ids=["one batch", "fewer conversations than a batch holds"])
+def test_one_step_at_least(base, flags):
+    """And not with the learning rate that a run ends with, which is 0."""
+    path = conversations(base, 3)
+    assert chat_sft.main(["--device-type=cpu", f"--mixture={path}", "--device-batch-size=2", "--max-seq-len=64", "--total-batch-size=128", "--chatcore-every=-1",
+                          *flags]) == 0
+    (train,) = [record for record in read_run_log(folder(base) / "log.jsonl") if record["kind"] == "train"]
+    assert train["lrm"] == 1 and checkpoints.list_steps(folder(base)) == [1]
+    before, after = (torch.load(path, weights_only=True) for path in (tiny.folder(base) / "model_000008.pt", folder(base) / "model_000001.pt"))
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_the_mixture_as_people_write_it(base):
+    a, b = conversations(base, 5, "a.jsonl"), conversations(base, 7, "b.jsonl")
+    args = chat_sft.build_parser().parse_args([f"--mixture={a}, {b},"])
+    train, val = chat_sft.build_mixture(args.mixture, 1, 1)
+    assert (len(train), len(val)) == (12, 0)
+
+
+def test_the_weights_come_before_the_evaluations(base, tuned_run, monkeypatch):
+    calls = []
+
+    def interrupted(*args, function=chat_sft.evaluate_bpb):
+        calls.append(1)
+        if len(calls) == 3:  # at steps 0, 4 and 8
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_sft, "evaluate_bpb", interrupted)
+        assert tune() == 130
+    assert checkpoints.list_steps(folder(base)) == [2, 4, 6, 8] and checkpoints.load_meta(folder(base), 8)["val_bpb"] is None
+    assert tune("--resume") == 0
+    assert_same(base, tuned_run)
+    assert checkpoints.load_meta(folder(base), 8)["val_bpb"] == checkpoints.load_meta(folder(tuned_run), 8)["val_bpb"] is not None
+
+
+def test_a_fine_tuning_that_was_stopped_at_once_is_no_model(base, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(chat_sft, "evaluate_bpb", stop)
+    assert tune() == 130
+    assert (folder(base) / "log.jsonl").exists() and checkpoints.list_models(folder(base).parent) == []
+    assert chat_cli.main(["-p", "a", "-t", "0", "--device-type=cpu"]) == 0
+    assert "base model d3 of step 8" in capsys.readouterr().err
 
 
 def test_settings_come_from_the_base_model(base):

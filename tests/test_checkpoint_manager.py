@@ -135,8 +135,18 @@ def test_find_checkpoint(tmp_path):
     assert checkpoints.find_checkpoint(tmp_path, "d12", 7) == (tmp_path / "d12", 7)
     with pytest.raises(FileNotFoundError, match="d6.*d12, d4"):
         checkpoints.find_checkpoint(tmp_path, "d6")
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_no_model(tmp_path):
+    save(tmp_path / "d4", 1)
     (tmp_path / "d99").mkdir()
-    with pytest.raises(FileNotFoundError, match="d99"):
+    (tmp_path / "d99" / "log.jsonl").touch()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert checkpoints.list_models(tmp_path) == ["d4"] and checkpoints.find_checkpoint(tmp_path) == (tmp_path / "d4", 1)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint of the model 'd99' in .*; there is d4"):
+        checkpoints.find_checkpoint(tmp_path, "d99")
+    shutil.rmtree(tmp_path / "d4")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*d99"):
         checkpoints.find_checkpoint(tmp_path)
 
 

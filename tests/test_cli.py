@@ -1,11 +1,15 @@
 """Flags and error messages: what every command shares."""
 import argparse
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 from nanochat import cli
 from nanochat.cli import ArgumentParser, UsageError, command
+from tests.tiny import ROOT
 
 
 def parse(argv, **options):
@@ -40,7 +44,8 @@ def test_errors_are_one_line_and_status_2(capsys, argv):
 
 
 @pytest.mark.parametrize("name, good, bad", [
-    ("positive_int", {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "nan", "1e3", "9" * 400]),
+    ("positive_int", {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "nan", "1e3", "9" * 400, str(2 ** 63)]),
+    ("seed", {"0": 0, str(2 ** 62 - 1): 2 ** 62 - 1}, ["-1", str(2 ** 62), "1.0"]),
     ("non_negative_int", {"0": 0, "7": 7}, ["-1", "0.5"]),
     ("int_or_off", {"-1": -1, "1": 1}, ["0", "-2"]),
     ("step_or_off", {"-1": -1, "0": 0, "5": 5}, ["-2"]),
@@ -100,7 +105,14 @@ def test_errors_become_exit_statuses(capsys, error, status, said):
     assert capsys.readouterr().err.startswith(said)
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), ConnectionResetError(errno.ECONNRESET, "reset")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 640 bytes\nmore")])
+def test_full_memory_is_one_line(capsys, error):
+    assert failing(error)() == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory (") and err.endswith("ask for a smaller model, context or batch\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), ConnectionResetError(errno.ECONNRESET, "reset")])
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         failing(error)()
@@ -121,3 +133,56 @@ def test_other_ranks_speak_after_rank_0(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert failing(UsageError("here"))() == 2
     assert capsys.readouterr().err == "error: here\n" and len(pauses) == 1
+
+
+# -----------------------------------------------------------------------------
+# Standard streams
+
+# prints what no narrow encoding has and more than a pipe holds, asks a question, opens a file, and leaves a mark when it is through
+PROGRAM = r"""
+import sys
+from nanochat.cli import command
+@command
+def main(argv=None):
+    print("caf\u00e9 \u4f60\u597d \ud800", "x" * 200_000, flush=True)
+    print("an error \u4f60", file=sys.stderr, flush=True)
+    try:
+        input()
+    except EOFError:
+        pass
+    with open(sys.argv[1], "w") as f:
+        print("more")
+        print("less", file=sys.stderr)
+        f.write("through")
+sys.exit(main())
+"""
+
+
+def through(tmp_path, how: str, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
+    """The program, started by this line of a shell: the shell's result, and the mark."""
+    mark = tmp_path / "mark"
+    result = subprocess.run(["bash", "-c", how.format(program='"$PYTHON" -c "$PROGRAM" "$MARK"')], cwd=ROOT, capture_output=True, timeout=60,
+                            env={**os.environ, "PYTHON": sys.executable, "PROGRAM": PROGRAM, "MARK": str(mark), **environment})
+    return result, mark.read_text() if mark.exists() else ""
+
+
+@pytest.mark.parametrize("how", [
+    "{program} </dev/null", "{program} <&-", "{program} </dev/null | head -c 1", "{program} </dev/null 2>&1 | true", "{program} </dev/null >&-",
+    "{program} <&- >&- 2>&-", "{program} </dev/null >/dev/full 2>/dev/full", "PYTHONUNBUFFERED=1 {program} </dev/null | head -c 1",
+])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_command_dies_of_its_terminal(tmp_path, how, encoding):
+    result, mark = through(tmp_path, how + "; exit ${{PIPESTATUS[0]}}", PYTHONIOENCODING=encoding)
+    assert (result.returncode, mark) == (0, "through"), result.stderr[-2000:]
+
+
+def test_what_an_encoding_lacks_is_shown_by_its_number(tmp_path):
+    result, _ = through(tmp_path, "{program} </dev/null", PYTHONIOENCODING="latin-1")
+    assert result.stdout.startswith(b"caf\xe9 \\u4f60\\u597d \\ud800 xxx") and result.stdout.endswith(b"x\nmore\n")
+    assert result.stderr == b"an error \\u4f60\nless\n"
+
+
+def test_replaced_streams_stay(capsys):
+    before = sys.stdin, sys.stdout, sys.stderr
+    assert command(lambda argv: print("\u4f60"))() == 0
+    assert (sys.stdin, sys.stdout, sys.stderr) == before and capsys.readouterr().out == "\u4f60\n"

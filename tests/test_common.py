@@ -23,6 +23,11 @@ def test_base_directory(tmp_path, monkeypatch):
     assert common.get_base_dir() == str(tmp_path / ".cache" / "nanochat")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/my base")
     assert common.get_base_dir() == str(tmp_path / "my base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~nobody-of-this-name/base")
+    with pytest.raises(UsageError, match="no home directory"):
+        common.get_base_dir()
+    assert not list(tmp_path.glob("~*"))
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
     with pytest.raises(UsageError, match="set NANOCHAT_BASE_DIR"):
@@ -50,6 +55,64 @@ def test_atomic_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+HOLD = """
+import sys
+from nanochat.common import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the folder until its stdin is closed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "d4")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_one_process_holds_a_folder(tmp_path, other):
+    (tmp_path / "link").symlink_to("d4")
+    for name in ("d4", "link"):  # however it is called
+        with pytest.raises(UsageError, match="another process is writing to .*d4"), common.locked(tmp_path / name, wait=False):
+            pass
+    other.kill()  # whatever ends it
+    other.wait()
+    with common.locked(tmp_path / "d4", wait=False), common.locked(tmp_path / "d4", wait=False):
+        assert not (tmp_path / "d4").exists()
+
+
+def test_waiting_for_a_folder(tmp_path, other, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *args, print=print, **kwargs: (print(*args, **kwargs), other.stdin.close()))  # it ends once we wait
+    with common.locked(tmp_path / "d4"):
+        pass
+    assert "Waiting for another process that is writing to" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    common.check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write to .*file"):
+        common.check_writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "{", "", "9" * 5000])
+def test_json_that_cannot_be_read_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        common.parse_json(text)
+
+
+def test_progress(capsys, monkeypatch):
+    assert list(common.with_progress(iter("abcd"), 4, "val bpb")) == list("abcd") and capsys.readouterr().out == ""
+    monkeypatch.setattr(common, "PROGRESS_SECONDS", -1)
+    assert list(common.with_progress(iter("abcd"), 4, "val bpb")) == list("abcd")
+    assert capsys.readouterr().out.startswith("val bpb: 25%, eta ")
 
 
 def test_download_once(base_dir, tmp_path_factory):

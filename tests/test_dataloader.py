@@ -294,3 +294,34 @@ def test_damaged_state(base_dir, late_state, damage):
 def test_state_of_a_longer_file_in_nanochats_format(base_dir, late_state):
     with pytest.raises(UsageError, match="changed since"):
         next(data_loader(NumberTokenizer(), resume_state_dict={"pq_idx": 0, "rg_idx": 3, "epoch": 1}, **ARGUMENTS))
+
+
+def test_only_what_a_row_needs_is_encoded(base_dir):
+    """The length of a document that is far longer than a row is an estimate; it says what share of the text is used."""
+    seen = []
+
+    class Tokenizer(LetterTokenizer):
+        def encode(self, texts, prepend, num_threads):
+            seen.extend(map(len, texts))
+            return super().encode(texts, prepend, num_threads)
+
+    T, long = 7, 1_000_000
+    write_shards(base_dir, ["a" * long, "b" * long], ["val"])
+    loader = data_loader(Tokenizer(), 1, T, "train", device="cpu", buffer_size=2)
+    batches = take(loader, 2)
+    assert max(seen) == 128 * (T + 1)
+    assert [inputs.tolist() for inputs, _, _ in batches] == [[[BOS] + 6 * [1]], [[BOS] + 6 * [2]]]
+    state = plain(batches[0][2])
+    assert state["used"] == T + 1 and state["read"] == pytest.approx(long, rel=0.01)
+    assert same(take(data_loader(Tokenizer(), 1, T, "train", device="cpu", buffer_size=2, resume_state_dict=state), 1), batches[1:])
+    state["buffer"] = [[*place, long + 1] for *place, _ in state["buffer"]]  # of a checkpoint that was written when all was encoded
+    assert torch.equal(next(data_loader(Tokenizer(), 1, T, "train", device="cpu", buffer_size=2, resume_state_dict=state))[0], batches[1][0])
+
+
+def test_the_share_that_is_used(base_dir):
+    """Documents of 4 and 6 tokens in rows of 8: 4 + 4, and of every document of 6 but the first 2 are lost."""
+    write_shards(base_dir, ["a" * 3] * 4 + ["b" * 5] * 4, ["val"])
+    batches = take(data_loader(LetterTokenizer(), 1, 7, "train", device="cpu", buffer_size=8), 20)
+    for number, (_, _, state) in enumerate(batches, 1):
+        assert state["used"] == 8 * number
+        assert state["used"] <= state["read"] <= 1.5 * state["used"]

@@ -1,9 +1,13 @@
+import gzip
 import json
 import logging
 import os
 import random
 import re
+import subprocess
+import sys
 import sysconfig
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from nanochat import dataset
 from nanochat.cli import UsageError
 from nanochat.dataset import MAX_SHARD, cut, index_to_filename, list_parquet_files, main, parquets_iter_batched
+from tests.tiny import ROOT
 
 VALIDATION = index_to_filename(MAX_SHARD)
 
@@ -68,6 +73,7 @@ def test_the_data_directory_follows_the_environment(base_dir, monkeypatch, tmp_p
 
 def test_listing(base_dir, two_shards, caplog):
     (two_shards / ".shard_00002.parquet.x.tmp").write_bytes(b"in flight")
+    (two_shards / "._shard_00000.parquet").write_bytes(b"what macOS leaves beside a file")
     assert [os.path.basename(path) for path in list_parquet_files()] == ["shard_00000.parquet", "shard_00001.parquet"]
     assert list_parquet_files(base_dir / "nowhere") == []
 
@@ -117,6 +123,14 @@ def damage_column_type(path):
     write(path, [1, 2])
 
 
+def damage_twice(path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, ["text", "id", "text"]), path)
+
+
+def damage_bytes(path):
+    pq.write_table(pa.table({"text": pa.array([b"\xff\xfe"], pa.binary())}), path)
+
+
 def damage_utf8(path):
     offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0")
     pq.write_table(pa.table({"text": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff\xfe"))}), path)
@@ -131,7 +145,7 @@ def damage_pages(path):
 @pytest.mark.parametrize("damage, message", [
     (damage_empty, "damaged"), (damage_truncated, "damaged"), (damage_no_parquet, "not parquet"), (damage_footer, "damaged"),
     (damage_column_name, "no column 'text' but content"), (damage_column_type, "holds int64"), (damage_utf8, "row group 0.*not UTF-8"),
-    (damage_pages, "row group 0 of"),
+    (damage_pages, "row group 0 of"), (damage_twice, "has 2 columns 'text'"), (damage_bytes, "row group 0.*not UTF-8"),
 ])
 def test_bad_shards(two_shards, damage, message):
     path = two_shards / "shard_00000.parquet"
@@ -139,6 +153,14 @@ def test_bad_shards(two_shards, damage, message):
     with pytest.raises(UsageError, match=message) as error:
         read("train")
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_texts_of_any_type(two_shards, kind):
+    texts = ["é", None, "", "b", "é"]
+    column = pa.array([text and text.encode() for text in texts], kind) if "binary" in str(kind) else pa.array(texts).cast(kind)
+    pq.write_table(pa.table({"text": column}), two_shards / "shard_00000.parquet")
+    assert read("train") == ["é", "", "b", "é"]
 
 
 def test_a_truncated_shard_shows_at_once(two_shards):
@@ -190,7 +212,7 @@ def test_stdlib(folder, capsys):
     assert main(["--source=stdlib"]) == 0  # a second time there is nothing to do
     assert "already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert json.loads((folder / "source.json").read_text()) == {"source": "stdlib"}
+    assert json.loads((folder / "source.json").read_text()) == {"source": "stdlib", "shards": 2}
 
 
 def test_what_is_taken_of_the_stdlib(monkeypatch, tmp_path):
@@ -222,7 +244,7 @@ def test_folder(folder, corpus):
     marked = [text for text in train if text.startswith("marked")]
     assert marked != sorted(marked, key=lambda text: int(text.split()[1]))  # shuffled within the file too
     assert val
-    assert json.loads((folder / "source.json").read_text()) == {"source": str(corpus)}
+    assert json.loads((folder / "source.json").read_text()) == {"source": str(corpus), "shards": 2}
 
 
 def test_files_of_windows(folder, tmp_path_factory):
@@ -249,6 +271,45 @@ def test_plain_text_is_cut_into_documents(base_dir, tmp_path_factory):
     documents = read("train") + read("val")
     assert all(text.startswith("Paragraph ") and len(text) <= dataset.DOCUMENT_CHARS for text in documents)
     assert sorted("".join(documents).replace("\n", "")) == sorted("".join(paragraphs))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl", "book.parquet", "marked.txt"])
+def test_every_local_source_is_cut_alike(base_dir, tmp_path_factory, name):
+    """A row of the loader takes no more than its length of a document."""
+    path = tmp_path_factory.mktemp("books") / name
+    books = [f"{number}. " + "word " * 4000 for number in range(3)]
+    if name.endswith("parquet"):
+        write(path, books)
+    else:
+        path.write_text("\n".join(json.dumps({"text": book}) for book in books) if "jsonl" in name else ("<|endoftext|>" if "marked" in name else "").join(books))
+    assert main([f"--source={path}"]) == 0
+    documents = read("train") + read("val")
+    assert max(map(len, documents)) <= dataset.DOCUMENT_CHARS and sorted("".join(documents)) == sorted("".join(books))
+
+
+def test_packed_files_and_what_is_left_out(folder, tmp_path_factory, capsys):
+    path = tmp_path_factory.mktemp("packed")
+    line, codec = lambda text: json.dumps({"text": text}).encode() + b"\n", pa.Codec("zstd")
+    (path / "a.jsonl.gz").write_bytes(gzip.compress(line("one")) + gzip.compress(line("two")))  # two members in one file
+    (path / "b.JSONL.ZST").write_bytes(codec.compress(line("three")).to_pybytes())
+    (path / "c.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbffour"))
+    for name in ("d.md", "e.json", "f.parquet.gz", "g"):
+        (path / name).write_text("text")
+    for name in (".hidden/x.txt", "._a.jsonl", ".DS_Store"):  # neither taken nor named
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"\0\xff")
+    (path / "elsewhere").symlink_to(path.parent)
+    assert main([f"--source={path}"]) == 0
+    assert sorted(read("train") + read("val")) == ["four", "one", "three", "two"]
+    (said,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Left out")]
+    assert said.endswith(": d.md, e.json, elsewhere, f.parquet.gz, g")
+
+
+def test_null_in_json_is_left_out(base_dir, tmp_path_factory, caplog):
+    path = tmp_path_factory.mktemp("null") / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    assert main([f"--source={path}"]) == 0
+    assert sorted(read("train") + read("val")) == ["a", "b"] and '1 lines whose "text" is null' in caplog.text
 
 
 def test_text_longer_than_a_read_block(tmp_path):
@@ -298,7 +359,9 @@ def test_a_folder_in_this_layout_keeps_its_split(folder, tmp_path_factory):
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 of"), ("a.jsonl", b'{"body": "a"}\n', "KeyError"),
     ("a.jsonl", b"[1]\n", "line 1 of"), ("a.jsonl", b'{"text": 5}\n', "is a int"), ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
     ("a.txt", b"caf\xe9 " * 9, "not UTF-8.*iconv"),
-    ("a.parquet", b"PAR1", "not parquet"), ("a.md", b"text", "found no .txt"),
+    ("a.parquet", b"PAR1", "not parquet"), ("a.md", b"text", "found no .txt"), ("._a.txt", b"text", "found no .txt"),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "nested too deep"), ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz is damaged"),
+    ("a.txt.gz", gzip.compress(os.urandom(10_000))[:5_000], "a.txt.gz is (damaged|not UTF-8)"),
 ])
 def test_bad_input_changes_nothing(two_shards, tmp_path_factory, capsys, name, content, message):
     path = tmp_path_factory.mktemp("bad")
@@ -358,6 +421,43 @@ def test_damaged_source_file(two_shards, capsys):
     (two_shards / "source.json").write_text("{")
     assert main(["--source=stdlib"]) == 2
     assert "source.json is damaged" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_read_anew(folder, corpus, capsys):
+    assert main([f"--source={corpus}"]) == 0
+    expected = sorted(read("train") + read("val"))
+    for damage in (lambda path: path.unlink(), damage_truncated):
+        damage(folder / "shard_00000.parquet")
+        assert main([f"--source={corpus}"]) == 0
+        assert "read anew" in capsys.readouterr().out and sorted(read("train") + read("val")) == expected
+    assert main([f"--source={corpus}"]) == 0 and "already in" in capsys.readouterr().out
+
+
+def test_a_kill_while_data_are_replaced(two_shards, corpus, monkeypatch, capsys):
+    """Neither the old ones nor the new ones nor a mixture pass for the data, and the same command makes them whole."""
+    def stop(path, *args, unlink=Path.unlink, **kwargs):
+        if path.name == "shard_00001.parquet":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        assert main([f"--source={corpus}", "--force"]) == 130
+    with pytest.raises(UsageError, match="being replaced, or that was interrupted"):
+        read("val")
+    assert main(["--source=stdlib"]) == 2 and f"holds data of {corpus}" in capsys.readouterr().err
+    assert main([f"--source={corpus}"]) == 0
+    assert len(read("train") + read("val")) == 59
+
+
+def test_two_at_once(folder, corpus):
+    """Both succeed, and all is there: the second waits, and finds the work done."""
+    command = [sys.executable, "-m", "nanochat.dataset", f"--source={corpus}"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum("already in" in output for output in outputs) == 1
+    assert len(read("train") + read("val")) == 59 and sorted(os.listdir(folder)) == ["shard_00000.parquet", VALIDATION, "source.json"]
 
 
 # -----------------------------------------------------------------------------

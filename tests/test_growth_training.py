@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import report
 from nanochat.fp8 import Float8Linear
 from nanochat.run_log import read_run_log
 from scripts import base_train
@@ -122,6 +123,26 @@ def test_a_growing_run_does_not_claim_a_number_of_steps(base):
     assert start["num_iterations"] is None and last_step(base) > 8
 
 
+def test_never_validating_is_obeyed(base, monkeypatch, capsys, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+    def refuse(*args):
+        raise AssertionError("a validation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_train, "evaluate_bpb", refuse)
+        assert tiny.train(*AT, "--eval-every=-1") == 0
+    (grow,) = grows(base)
+    assert grow["loss_before"] is grow["loss_after"] is None and "bpb unknown -> unknown" in capsys.readouterr().out
+    expected = tiny.losses(base)
+    steps = checkpoints.list_steps(tiny.folder(base))
+    for step in steps[1:]:
+        for path in tiny.folder(base).glob(f"*_{step:06d}*"):
+            path.unlink()
+    assert tiny.train(*AT, "--eval-every=-1", "--resume") == 0 and tiny.losses(base) == expected
+    assert report.main([]) == 0
+
+
 def test_kappa_grows_when_the_target_is_reached(base):
     """With a prediction just below the loss that is there, the second validation is enough; with one far off the cap decides, and says so."""
     assert tiny.train(*GROW, "--kappa=0.999", "--kappa-final-loss=0.1", "--model-tag=soon") == 0
@@ -158,6 +179,7 @@ def test_the_plan_trains_nothing(base, capsys):
     (["--grow-path=2x64", "--kappa=0.2"], "one shape"), (["--grow-path=2by64", "--kappa=0.2"], "not a shape"),
     (["--grow-from=1", "--grow-at=0.5,0.2"], "must rise"), (["--grow-from=1", "--grow-at=0.2,0.5"], "2 moments for 1"),
     (["--grow-from=1", "--kappa=0.2", "--eval-every=-1"], "decided by validations"), (["--grow-from=1", "--grow-stages=3", "--kappa=0.2"], "do not fit"),
+    (["--grow-from=1", "--grow-at=0.5", "--grow-budget=1e-12"], "less than one step"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-theta=50"], "0 to 45 degrees"), (["--grow-path=2x64,3x96", "--grow-at=0.5", "--grow-mode=hyperclone"], "whole multiples"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-mode=bus", "--grow-noise=1"], "has no parameters"),
 ])

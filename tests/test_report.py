@@ -340,3 +340,23 @@ def test_the_same_model_from_scratch_is_drawn_beside_a_grown_one(here):
     assert grown.from_scratch().tag == "scratch"
     assert grown.picture() != alone
     assert scratch.axes == ("tokens", "time") and scratch.from_scratch() is None
+
+
+def test_the_current_folder_need_not_take_a_copy(here, monkeypatch, capsys):
+    train(here)
+    atomic_path = report_module.atomic_path
+
+    def refuse(path):
+        if here not in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return atomic_path(path)
+
+    monkeypatch.setattr(report_module, "atomic_path", refuse)
+    assert main([]) == 0
+    assert "No copy of the report in the current folder (Permission denied)" in capsys.readouterr().out and (here / "report" / "report.html").exists()
+
+
+def test_where_no_report_can_be_written(base_dir):
+    (base_dir / "report").write_text("a file")
+    with pytest.raises(UsageError, match="cannot write to .*report"):
+        get_report()

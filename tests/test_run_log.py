@@ -1,4 +1,6 @@
 import json
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -94,3 +96,20 @@ def test_any_cut_loses_at_most_the_last_record(tmp_path_factory, data):
     survivors = read_run_log(path)
     assert survivors == whole[:len(survivors)]
     assert len(survivors) >= content[:cut].count(b"\n")
+
+
+def test_a_full_disk_costs_records_but_not_the_run(tmp_path, caplog):
+    """The kernel takes only the beginning of a record that goes beyond the limit; nothing of it stays."""
+    path = tmp_path / "log.jsonl"
+    log = RunLog(path)
+    log.log("train", 0, loss=1.5)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        log.log("train", 1, loss=1.4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.log("train", 2, loss=1.3)
+    assert [record["step"] for record in read_run_log(path)] == [0, 2]
+    assert "the record train of step 1 is left out" in caplog.text

@@ -1,4 +1,5 @@
 """Data sets from local files and from the hub, bad rows, spelling words, your own conversations."""
+import gzip
 import json
 import re
 import sys
@@ -144,8 +145,13 @@ def test_custom_conversations(tmp_path):
     assert len(CustomJSON(path, stop=1)) == 1
 
 
+def sharegpt(*turns: str) -> dict:
+    return {"id": "x", "conversations": [dict(zip(("from", "value"), turn.split(":"))) for turn in turns]}
+
+
 @pytest.mark.parametrize("line", [
-    "{", "5", "[]", "{}", "[1, 2]", json.dumps(conversation("a")), json.dumps(conversation("a", "b", "c")), json.dumps(conversation("a", "b")[::-1]),
+    "{", "5", "[]", "{}", "[1, 2]", "[" * 100_000, json.dumps(sharegpt("human:a", "tool:b", "gpt:c")), json.dumps({"conversations": [{"from": [], "value": "a"}]}),
+    json.dumps({"instruction": "a", "output": None}), json.dumps({"instruction": 5, "output": "b"}), json.dumps(conversation("a")), json.dumps(conversation("a", "b", "c")), json.dumps(conversation("a", "b")[::-1]),
     json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": ["b"]}]), json.dumps([{"role": "user"}, {"role": "assistant", "content": "b"}]),
 ])
 def test_bad_custom_conversations(tmp_path, line):
@@ -155,12 +161,43 @@ def test_bad_custom_conversations(tmp_path, line):
         CustomJSON(path)
 
 
+CONVERSATION = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("value, said", [
+    ({"messages": CONVERSATION}, ""), ({"conversations": CONVERSATION}, ""),
+    (sharegpt("system:s", "human:a", "gpt:b"), "ShareGPT"), (sharegpt("system:s", "gpt:before", "user:a", "chatgpt:b", "human:after"), "ShareGPT"),
+    ({"instruction": "a", "input": "", "output": "b", "system": "s"}, "Alpaca"), ({"instruction": "a", "output": "b", "system": "s", "text": "..."}, "Alpaca"),
+])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSON"])
+def test_layouts_that_people_have(tmp_path, capsys, value, said, name):
+    text = b"\xef\xbb\xbf" + json.dumps([value] if name == "a.JSON" else value).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert [example["messages"] for example in CustomJSON(tmp_path / name)] == [CONVERSATION]
+    assert capsys.readouterr().out.endswith(f"1 conversations, in the layout of {said}\n" if said else "")
+
+
+def test_layouts_in_detail(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    values = [{"instruction": "Add", "input": "1 and 2", "output": "3"}, sharegpt("gpt:only an answer"), sharegpt("human:a", "gpt:b"), CONVERSATION]
+    path.write_text("\n".join(map(json.dumps, values)))
+    assert [[message["content"] for message in example["messages"]] for example in CustomJSON(path)] == [["Add\n\n1 and 2", "3"], ["a", "b"], ["s", "a", "b"]]
+    assert "3 conversations, in the layout of Alpaca and ShareGPT; 1 without question and answer are left out" in capsys.readouterr().out
+
+
 def test_no_custom_conversations(tmp_path):
     with pytest.raises(UsageError, match="no file"):
         CustomJSON(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError, match="no conversation"):
         CustomJSON(tmp_path / "empty.jsonl")
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(UsageError, match="broken.jsonl.gz cannot be read"):
+        CustomJSON(tmp_path / "broken.jsonl.gz")
+    for content, message in ((b"{}", "not a list"), (b"[1", "not JSON"), (b"\xff", "not JSON"), (b"[" * 100_000, "too deep")):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            CustomJSON(tmp_path / "a.json")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="UTF-8"):
         CustomJSON(tmp_path / "binary.jsonl")

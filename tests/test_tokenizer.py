@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanochat.cli import UsageError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer
 from scripts import tok_eval, tok_train
+from tests import tiny
 
 # Corpus, ids and conversation of the interface specification, section 20.5
 TEXTS = 3 * ["aaabdaaabac abab 1234 5678 the cat sat on the mat, the end."] + ["naïve café\n\n  x = 12345\n"]
@@ -248,3 +249,37 @@ def test_ctrl_c_in_the_trainer(monkeypatch):
     monkeypatch.setattr("rustbpe.Tokenizer", Trainer)
     with pytest.raises(KeyboardInterrupt):
         RustBPETokenizer.train_from_iterator(["text"], 300)
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "x" + "\u3000" * 1_000_000 + "y", "\t" * 1_000_000 + "x"], ids=["spaces", "wide", "tabs"])
+def test_a_million_blanks(tokenizer, text):
+    """The splitting regular expression can only go so far back."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode(["a", text]) == [tokenizer.encode("a"), ids]
+    conversation = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]}
+    assert tokenizer.render_conversation(conversation)[0][-1] in ids
+    RustBPETokenizer.train_from_iterator([text], 270)
+
+
+def test_long_texts_are_encoded_in_one_piece(tokenizer):
+    text = "the cat sat on the mat, 12345  \n" * 4000
+    assert tokenizer.encode(text) == tokenizer.enc.encode_ordinary(text)
+
+
+def test_no_bytes_of_another_tokenizer(base_dir, monkeypatch):
+    """A training that is stopped between its two files leaves none of the old pair, of which only the vocabulary would be new."""
+    tiny.prepare(base_dir)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", stop)
+        assert tok_train.main(["--vocab-size=300"]) == 130
+    assert get_tokenizer().get_vocab_size() == 300
+    with pytest.raises(UsageError, match="train the tokenizer"):
+        get_token_bytes()
+
+
+def test_a_vocabulary_that_no_number_holds(base_dir, capsys):
+    assert tok_train.main(["--vocab-size=5000000000"]) == 2 and "is too large" in capsys.readouterr().err

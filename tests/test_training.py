@@ -9,7 +9,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.gpt import GPT
-from nanochat.training import Accumulator, fit_device_batch, is_out_of_memory
+from nanochat.training import Accumulator, fit_device_batch, init_wandb, is_out_of_memory, training_parser
 from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import batch, build_model
@@ -185,6 +185,28 @@ def test_wandb_gets_the_numbers(base, monkeypatch):
     assert modes == [None, "offline"] and finished == [True]
     assert [row["step"] for row in logged if "val/bpb" in row] == [0, 4, 8]
     assert [row["step"] for row in logged if "train/loss" in row] == [0]
+
+
+def test_wandb_may_break(base, monkeypatch, capsys):
+    """In the middle of the run and at its end; and its files belong into the base directory."""
+    def log(values):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def init(dir, **kwargs):
+        assert dir == str(base)
+        return types.SimpleNamespace(log=log, finish=lambda: None)
+
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    fake_wandb(monkeypatch, init)
+    assert tiny.train("--run=test") == 0
+    assert capsys.readouterr().out.count("wandb failed (BrokenPipeError") == 1 and len(train_losses(base)) == 8
+
+
+def test_an_empty_name_starts_no_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN", "")
+    assert training_parser("").parse_args([]).run == "dummy"
+    fake_wandb(monkeypatch, lambda **kwargs: pytest.fail("a run"))
+    init_wandb(types.SimpleNamespace(run=""), {}, rank=0).log({"loss": 1})
 
 
 def test_no_wandb_at_all(base, monkeypatch, capsys):
