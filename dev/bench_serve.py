@@ -19,6 +19,7 @@ from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.sampling import Sampling
 from scripts.infer_bench import positive_ints
 
 
@@ -37,7 +38,7 @@ def batched(engine: BatchedEngine, requests: list[tuple[list[int], int]]) -> lis
     start = time.perf_counter()
     first: dict[int, float] = {}
     for i, (prompt, length) in enumerate(requests):
-        engine.submit(Request(prompt, length, lambda token, reason, i=i: first.setdefault(i, time.perf_counter() - start), temperature=0))  # type: ignore[misc,arg-type]
+        engine.submit(Request(prompt, length, lambda *_, i=i: first.setdefault(i, time.perf_counter() - start), Sampling(temperature=0)))  # type: ignore[misc]
     while engine.waiting or engine.running:
         engine.step()
     return [*first.values(), time.perf_counter() - start]
