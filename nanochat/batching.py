@@ -106,15 +106,19 @@ class _Rows:
 
 
 class BatchedEngine(Engine):
-    """An engine that decodes up to `slots` requests at a time, of at most `context` tokens each (default: the model's context)."""
+    """An engine that decodes up to `slots` requests at a time, of at most `context` tokens each (default: the model's context).
 
-    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256, context: int | None = None):
+    `patient` is for a batch job, where nobody waits for a next token: prompts are read whole and alone, so nothing depends on the clock.
+    """
+
+    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256, context: int | None = None, patient: bool = False):
         super().__init__(model, tokenizer)
         self.slots, self.max_waiting, self.context = slots, max_waiting, context or model.config.sequence_len
         self.cache: KVCache = self._new_cache(slots, self.context)
         self.positions = [0] * slots
         self.embeddings = torch.zeros(slots, 1, model.config.n_embd, dtype=COMPUTE_DTYPE, device=model.get_device())
-        self.prefixes = PrefixCache(slots * self.context // 4)
+        self.patient = patient
+        self.prefixes = PrefixCache(0 if patient else slots * self.context // 4)
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []  # row i of the cache belongs to rows[i]
         self.entering: list[_Row] = []  # their prompts are being read, into the rows after those
@@ -224,12 +228,12 @@ class BatchedEngine(Engine):
         used = 0.0
         while self.entering:
             left = (PAUSE * self.step_seconds if self.rows else IDLE_PAUSE) - used
-            if used and left < SMALLEST * self.token_seconds:
+            if used and left < SMALLEST * self.token_seconds and not self.patient:
                 return
-            size = max(SMALLEST, min(LARGEST, int(left / self.token_seconds)))
+            size = self.context if self.patient else max(SMALLEST, min(LARGEST, int(left / self.token_seconds)))
             self.pieces += 1
             unread = lambda row: len(row.request.prompt) - row.read
-            row = min(self.entering, key=unread if self.pieces % 2 else lambda row: row.number)
+            row = min(self.entering, key=unread if self.pieces % 2 and not self.patient else lambda row: row.number)
             start = time.perf_counter()
             self._read_piece(len(self.rows) + self.entering.index(row), size)
             used += time.perf_counter() - start

@@ -213,6 +213,17 @@ def test_each_row_has_a_calculator():
     assert other.tokens == [5] * 9
 
 
+def test_a_batch_job_does_not_depend_on_the_clock():
+    """Whole prompts in order, each in one pass."""
+    engine = BatchedEngine(small_model(1024), TOKENIZER, slots=3, patient=True)
+    passes, forward = [], engine.model.forward
+    engine.model.forward = lambda ids, kv_cache: passes.append(ids.numel()) or forward(ids, kv_cache=kv_cache)
+    served = [Client([90, *[i] * length], 1, temperature=0) for i, length in enumerate((900, 30, 600, 2))]
+    engine.submit(*(client.request for client in served))
+    finish(engine)
+    assert passes == [901, 31, 601, 3]
+
+
 def test_first_come_first_served():
     engine = BatchedEngine(ChainModel({}), TOKENIZER, slots=2)
     served = [Client([90, i], 3 + i % 3, temperature=0) for i in range(9)]
