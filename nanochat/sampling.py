@@ -65,7 +65,7 @@ class Sampler:
         self.counts: torch.Tensor | None = None
         if sampling.logit_bias:
             self.bias = torch.zeros(vocab_size, device=device)
-            self.bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()), device=device)
+            self.bias[list(sampling.logit_bias)] = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.seen[prompt] = True
