@@ -183,6 +183,9 @@ def read_own_chat(body: bytes, tokenizer, base: bool, defaults: Defaults) -> Que
     limit_messages(messages)
     sampling = read_sampling(fields, defaults, tokenizer.get_vocab_size())
     max_tokens = fields.whole("max_tokens", MIN_MAX_TOKENS, MAX_MAX_TOKENS, defaults.max_tokens)
+    fields.take("model")  # there is but one
+    if fields.take("stream") is False:
+        raise ApiError(400, "this endpoint always streams; /v1/chat/completions can answer in one piece", param="stream")
     fields.finish()
     return Query([chat_prompt(tokenizer, messages, base)], sampling, max_tokens)
 

@@ -123,7 +123,8 @@ def main(argv=None) -> None:
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS))
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when all is done, and that is no reason to die of it
+    # while uvicorn starts; and when all is done it raises the signal again, which is no reason to die of it
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{info['model']} of step {step} at http://{host}:{sock.getsockname()[1]} (Ctrl-C ends)", flush=True)
     if key is None and not is_private(args.host):
