@@ -34,6 +34,7 @@ from fastapi import Request as HttpRequest
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.answers import Answers, ChatForm, CompletionForm, Worker, openai_answer, openai_error, openai_events, own_events
@@ -193,7 +194,11 @@ async def checked(http: HttpRequest, read: Callable[..., Any], *args) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the body comes as {kind[:50] or 'nothing that has a type'}; send JSON with the header Content-Type: application/json")
-    return await asyncio.to_thread(read, await http.body(), *args)
+    try:
+        body = await http.body()
+    except ClientDisconnect:
+        raise ApiError(400, "the client went away before it had sent its request") from None
+    return await asyncio.to_thread(read, body, *args)
 
 
 def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
