@@ -2,13 +2,16 @@
 (nanochat.engine), as a server without batching would.
 
     python -m dev.bench_serve --depth=8
+    python -m dev.bench_serve --depth=8 --long=7200    # what a short request waits for meanwhile, and how long answers pause
 
 Every client sends one request with a prompt and a length of its own, drawn once for both variants. The variants take turns, and the median
-of the rounds counts. Both include the reading of the prompts.
+of the rounds counts. Both include the reading of the prompts. With `--long` prompts of that length are read while answers are under way, and short
+requests come one after the other: their waits for a first token, and the longest pause between two tokens of an answer, in seconds and in decoding steps.
 """
 import random
 import statistics
 import sys
+import threading
 import time
 
 import torch
@@ -19,6 +22,7 @@ from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.sampling import Sampling
 from scripts.infer_bench import positive_ints
 
 
@@ -37,10 +41,68 @@ def batched(engine: BatchedEngine, requests: list[tuple[list[int], int]]) -> lis
     start = time.perf_counter()
     first: dict[int, float] = {}
     for i, (prompt, length) in enumerate(requests):
-        engine.submit(Request(prompt, length, lambda token, reason, i=i: first.setdefault(i, time.perf_counter() - start), temperature=0))  # type: ignore[misc,arg-type]
+        engine.submit(Request(prompt, length, lambda *_, i=i: first.setdefault(i, time.perf_counter() - start), Sampling(temperature=0)))  # type: ignore[misc]
     while engine.waiting or engine.running:
         engine.step()
     return [*first.values(), time.perf_counter() - start]
+
+
+class Timed(BatchedEngine):
+    """Keeps the seconds of its decoding steps."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps: list[float] = []
+
+    def _decode_step(self) -> None:
+        start = time.perf_counter()
+        super()._decode_step()
+        self.steps.append(time.perf_counter() - start)
+
+
+def waits(engine: Timed, answers: int, long: list[int], choices: int, short: int) -> tuple[list[float], list[float], float]:
+    """While `answers` are under way, `choices` are asked of a long prompt: waits of short requests until the long one's last choice begins (at least 8 of
+    them); pauses between two tokens of those answers, meanwhile; and the seconds of that."""
+    engine.prefixes.entries.clear()
+    vocab, room = engine.model.config.vocab_size, engine.context
+    tokens: list[list[float]] = [[] for _ in range(answers)]
+    greedy = Sampling(temperature=0)
+    running = [Request([random.randrange(vocab) for _ in range(short)], room - short, lambda *_, i=i: tokens[i].append(time.perf_counter()), greedy)  # type: ignore[misc]
+               for i in range(answers)]
+    engine.submit(*running)
+    while not all(len(times) > 5 for times in tokens):
+        time.sleep(0.01)
+    engine.steps.clear()
+    start, begun, group = time.perf_counter(), set(), object()
+    asked = [Request(long, min(64, room - len(long)), lambda *_, i=i: begun.add(i), greedy, group=group) for i in range(choices)]  # type: ignore[misc]
+    engine.submit(*asked)
+    first: list[float] = []
+    while len(begun) < choices or len(first) < 8:
+        came, sent = threading.Event(), time.perf_counter()
+        engine.submit(Request([random.randrange(vocab) for _ in range(short)], 4, lambda *_, came=came: came.set(), greedy))  # type: ignore[misc]
+        came.wait()
+        first.append(time.perf_counter() - sent)
+    end = time.perf_counter()
+    for request in (*running, *asked):
+        engine.cancel(request)
+    while engine.running:
+        time.sleep(0.01)
+    return first, [later - earlier for times in tokens for earlier, later in zip(times, times[1:]) if start < later < end], end - start
+
+
+def bench_waits(model, slots: int, long: int, short: int) -> None:
+    engine = Timed(model, NO_SPECIAL_TOKENS, slots=slots)
+    engine.start()
+    prompt = [random.randrange(model.config.vocab_size) for _ in range(long)]
+    waits(engine, 1, prompt[:long // 8], 1, short)  # warms up
+    print(f"\n                                  short requests of {short} tokens: first token    answers: longest pause\n"
+          "answers  long prompt   seconds    median     longest                             step      pause   steps")
+    for answers, choices in ((0, 0), (0, 1), (1, 1), (8, 0), (8, 1), (8, 8), (0, 8)):
+        first, pauses, seconds = waits(engine, answers, prompt, choices, short)
+        step = statistics.median(engine.steps)
+        print(f"{answers:7} {f'{choices} x {long}' if choices else '-':>12} {seconds:9.2f} {statistics.median(first):9.3f} {max(first):11.3f} ({len(first):3})"
+              + (f"{step:29.3f} {max(pauses):10.3f} {max(pauses) / step:7.1f}" if pauses else ""), flush=True)
+    engine.close()
 
 
 @command
@@ -52,14 +114,19 @@ def main(argv=None) -> None:
     parser.add_argument("--answer", type=positive_int, default=64, help="tokens of an answer, on average")
     parser.add_argument("--clients", type=positive_ints, default="1,4,16")
     parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--long", type=positive_int, help="tokens of the prompts that others wait for; the first prompts and answers are left out")
+    parser.add_argument("--slots", type=positive_int, default=32, help="with --long")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     *_, device = compute_init(args.device_type or autodetect_device_type())
-    config = GPTConfig(sequence_len=2 * (args.prompt + args.answer), vocab_size=args.vocab, n_layer=args.depth, n_head=args.depth, n_kv_head=args.depth,
+    config = GPTConfig(sequence_len=args.long + 512 if args.long else 2 * (args.prompt + args.answer), vocab_size=args.vocab, n_layer=args.depth, n_head=args.depth, n_kv_head=args.depth,
                        n_embd=64 * args.depth)
     print(f"{COMPUTE_DTYPE}, {device}, {torch.get_num_threads()} threads, {config}")
     model = random_model(config, device)
     model.cast_for_inference()
+    if args.long:
+        bench_waits(model, args.slots, args.long, args.prompt)
+        return
     single, rng = Engine(model, NO_SPECIAL_TOKENS), random.Random(0)
     around = lambda mean: max(1, round(mean * rng.uniform(0.5, 1.5)))
     print("\n             tokens/s of all clients           median wait for the first token\n"

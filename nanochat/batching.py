@@ -1,27 +1,38 @@
 """Continuous batching: requests that come and go share each decoding step.
 
 Notable:
-* the rows of a batch stand at positions of their own, and each has its own temperature, random stream and calculator: an answer
-  is the one that `Engine.generate` gives with the same seed. Only rounding may depend on who else is served, as matmuls of other
+* the rows of a batch stand at positions of their own, and each has its own sampler and calculator: an answer is the one that
+  `Engine.generate` gives with the same seed. Only rounding may depend on who else is served, as matmuls of other
   sizes add up in another order: in bf16 it moves logits by up to 1 % of the largest, so answers can part where two tokens are that close
-* first come, first served; a long prompt runs in pieces between the steps of the others, so that no newcomer makes them wait
-* the rows in use are always neighbours (the last one moves into a gap), so the model sees plain slices of one cache
-* memory is bounded: `slots` rows of `context` tokens, allocated once, and at most `max_waiting` requests in the queue
+* prompts are read in pieces between the steps of the others, sized by the clock so that no answer pauses for longer than three of its steps;
+  the shortest and the oldest prompt take turns, so that a short one need not wait for a long one to end, nor a long one for ever
+* places go to the group of requests that has the fewest, and no group gets more than half of them
+* a prompt is read once for all requests that share it, and what an earlier one left in the prefix cache is not read again
+* one request's fault stays its own: whatever is raised for it, it gets an `error`, and the others go on
+* memory is bounded: `slots` rows of `context` tokens, allocated once, a prefix cache of a quarter of that, and at most `max_waiting` requests in the queue
 
 One thread runs the model (`start`); `submit` and `cancel` may be called from any thread.
 """
 import logging
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.engine import Engine, KVCache, RowState, sample_next_token
+from nanochat.engine import Engine, KVCache, RowState
+from nanochat.prefix_cache import Prefix, PrefixCache
+from nanochat.sampling import Sampler, Sampling, Scores, score
 
-PIECE = 256  # tokens of prompts between two steps
+SMALLEST, LARGEST = 16, 512  # tokens of a piece of a prompt
+SCORED = 128  # at most, where there are logits for every one of them
+COPIED = 1024  # tokens taken from the prefix cache at a time
+PAUSE = 2  # steps: for how long prompts may be read between two of them
+IDLE_PAUSE = 0.1  # seconds: the same while nobody waits for a next token, but a newcomer may come
 
 logger = logging.getLogger(__name__)
 
@@ -32,33 +43,44 @@ class Overloaded(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to answer. `emit(token, "")` is called for each token, without the one that ends the answer, and at last `emit(None, reason)`
-    with `stop` (the model ended it), `length` (max_tokens) or `error`; always on the model's thread, and never after a cancellation is noticed."""
+    """A prompt to answer. `emit(token, "", scores)` is called for each token, without the one that ends the answer, and at last
+    `emit(None, reason, None)` with `stop` (the model ended it), `length` (max_tokens) or `error`; always on the model's thread, and never after a
+    cancellation is noticed. `scores` is None unless `logprobs` says how many likely alternatives it is to hold. With `prompt_logprobs` the first
+    call is `emit(None, "prompt", scores)` with a list, one for each of the prompt's tokens but the first."""
     prompt: list[int]
     max_tokens: int
-    emit: Callable[[int | None, str], None]
-    temperature: float = 1.0
-    top_k: int | None = None
-    seed: int = 42
+    emit: Callable[[int | None, str, Scores | list[Scores] | None], None]
+    sampling: Sampling = Sampling()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    group: object = field(default_factory=object)  # what shares one claim to places
     cancelled: bool = False
 
 
 @dataclass
 class _Row:
     request: Request
-    rng: torch.Generator
-    state: RowState = field(default_factory=RowState)
+    sampler: Sampler
+    number: int  # in the order in which they were let in
+    state: RowState = field(default_factory=RowState)  # of the answer alone
     read: int = 0  # tokens of the prompt in the cache
-    written: int = 0  # tokens of the answer
+    source: Prefix | None = None  # holds the first `reused` of them
+    reused: int = 0
+    scores: list[Scores] = field(default_factory=list)  # of the prompt
+
+
+def slots_for(model, at_most: int = 32) -> int:
+    """How many rows of the model's context fit into a quarter of the memory that is free."""
+    device = model.get_device()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(at_most, free // 4 // (model.kv_bytes_per_token() * model.config.sequence_len)))
 
 
 class _Rows:
     """Rows [first, last) of a cache as the model sees them in one pass: a `KVCache` whose rows may stand at different positions."""
 
-    last_logits_only = True
-
-    def __init__(self, batch: "BatchedEngine", first: int, last: int):
-        self.batch, self.rows = batch, slice(first, last)
+    def __init__(self, batch: "BatchedEngine", first: int, last: int, last_logits_only: bool = True):
+        self.batch, self.rows, self.last_logits_only = batch, slice(first, last), last_logits_only
         self.n_layers = batch.cache.n_layers
         self.cache_seqlens = batch.cache.cache_seqlens[self.rows]
 
@@ -84,17 +106,25 @@ class _Rows:
 
 
 class BatchedEngine(Engine):
-    """An engine that decodes up to `slots` requests at a time, of at most `context` tokens each (default: the model's context)."""
+    """An engine that decodes up to `slots` requests at a time, of at most `context` tokens each (default: the model's context).
 
-    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256, context: int | None = None):
+    `patient` is for a batch job, where nobody waits for a next token: prompts are read whole and alone, so nothing depends on the clock.
+    """
+
+    def __init__(self, model, tokenizer, slots: int = 16, max_waiting: int = 256, context: int | None = None, patient: bool = False):
         super().__init__(model, tokenizer)
         self.slots, self.max_waiting, self.context = slots, max_waiting, context or model.config.sequence_len
         self.cache: KVCache = self._new_cache(slots, self.context)
         self.positions = [0] * slots
         self.embeddings = torch.zeros(slots, 1, model.config.n_embd, dtype=COMPUTE_DTYPE, device=model.get_device())
+        self.patient = patient
+        self.prefixes = PrefixCache(0 if patient else slots * self.context // 4)
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []  # row i of the cache belongs to rows[i]
-        self.entering: _Row | None = None  # its prompt is being read, into the row after them
+        self.entering: list[_Row] = []  # their prompts are being read, into the rows after those
+        self.step_seconds = 0.05  # of a decoding step, lately
+        self.token_seconds = 0.001  # of a prompt's token, lately
+        self.admitted = self.pieces = 0
         self.closed = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -104,16 +134,17 @@ class BatchedEngine(Engine):
 
     @property
     def running(self) -> int:
-        return len(self.rows) + (self.entering is not None)
+        return len(self.rows) + len(self.entering)
 
-    def submit(self, request: Request) -> None:
-        """Queues a request. Raises Overloaded if too many wait, ValueError if prompt and answer do not fit into the context."""
-        if not request.prompt or request.max_tokens < 1 or len(request.prompt) + request.max_tokens > self.context:
-            raise ValueError(f"a prompt of {len(request.prompt)} and an answer of {request.max_tokens} tokens do not fit into a context of {self.context}")
+    def submit(self, *requests: Request) -> None:
+        """Queues requests, all or none. Raises Overloaded if too many wait, ValueError if a prompt and its answer do not fit into the context."""
+        for request in requests:
+            if not request.prompt or request.max_tokens < 0 or len(request.prompt) + request.max_tokens > self.context:
+                raise ValueError(f"a prompt of {len(request.prompt)} and an answer of {request.max_tokens} tokens do not fit into a context of {self.context}")
         with self._changed:
-            if self.closed or len(self.waiting) >= self.max_waiting:
+            if self.closed or len(self.waiting) + len(requests) > self.max_waiting:
                 raise Overloaded
-            self.waiting.append(request)
+            self.waiting.extend(requests)
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
@@ -129,7 +160,7 @@ class BatchedEngine(Engine):
         self._thread.start()
 
     def close(self) -> None:
-        """Takes no more requests, finishes the ones it has and ends the thread."""
+        """Takes no more requests, and returns when those that were accepted are answered."""
         with self._changed:
             self.closed = True
             self._changed.notify()
@@ -144,82 +175,236 @@ class BatchedEngine(Engine):
                     return
             try:
                 self.step()
-            except Exception:  # out of memory, most likely: those who are served learn it, the next ones get a fresh start
-                logger.exception("a decoding step failed")
-                failed = [row.request for row in (*self.rows, *([self.entering] if self.entering else []))]
-                self.rows, self.entering = [], None
-                for request in failed:
-                    request.emit(None, "error")
+            except Exception:  # nobody's own fault: those who are served learn it, the next ones get a fresh start
+                logger.exception("a step of the server failed")
+                failed, self.rows, self.entering = [*self.rows, *self.entering], [], []
+                for row in failed:
+                    self._emit(row.request, None, "error")
 
     # -------------------------------------------------------------------------
     # On the model's thread
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Lets in whom there is room for, then decodes one token for every row."""
-        for i in reversed(range(len(self.rows))):
-            if self.rows[i].request.cancelled:
-                self._remove(i)
+        """Lets in whom there is room for, reads pieces of prompts, then decodes one token for every row."""
+        for place in reversed(range(self.running)):
+            if self._at(place).request.cancelled:
+                self._remove(place)
+        self._admit()
         self._read_prompts()
         if self.rows:
-            logits = self._forward([[row.state.current_tokens[-1]] for row in self.rows], _Rows(self, 0, len(self.rows)))  # type: ignore[arg-type]
-            sampled = self._sample(self.rows, logits)
-            for i in reversed(range(len(self.rows))):
-                if not self._accept(self.rows[i], sampled[i]):
-                    self._remove(i)
+            start = time.perf_counter()
+            self._decode_step()
+            self.step_seconds = (self.step_seconds + time.perf_counter() - start) / 2
+
+    def _at(self, place: int) -> _Row:
+        return self.rows[place] if place < len(self.rows) else self.entering[place - len(self.rows)]
+
+    def _admit(self) -> None:
+        while self.running < self.slots:
+            with self._changed:
+                taken = Counter(row.request.group for row in (*self.rows, *self.entering))
+                being_read = {id(row.request.prompt) for row in self.entering}  # who shares one of them waits until it can be copied
+                ready = [request for request in self.waiting
+                         if id(request.prompt) not in being_read and taken[request.group] < max(1, self.slots // 2)]
+                if not ready:
+                    return
+                request = min(ready, key=lambda request: taken[request.group])  # the first of equals
+                self.waiting.remove(request)
+            try:
+                self.admitted += 1
+                row = _Row(request, Sampler(request.sampling, request.prompt, self.model.config.vocab_size, self.model.get_device()), self.admitted)
+            except Exception:
+                self._fail(request)
+                continue
+            if not request.prompt_logprobs:
+                row.source, row.reused = self.prefixes.find(request.prompt[:-1])  # the last one runs anyway, for its logits
+            self.positions[self.running] = 0
+            self.cache.cache_seqlens[self.running] = 0
+            self.entering.append(row)
 
     def _read_prompts(self) -> None:
-        """Pieces of prompts, until they make PIECE tokens or nobody is left to let in. A prompt is cut at the same places whoever else is there."""
-        read = 0
-        while read < PIECE:
-            if self.entering is None:
-                with self._changed:
-                    if not self.waiting or len(self.rows) == self.slots:
-                        return
-                    request = self.waiting.popleft()
-                self.entering = _Row(request, torch.Generator(device=self.model.get_device()).manual_seed(request.seed))
-                self.positions[len(self.rows)] = 0
-                self.cache.cache_seqlens[len(self.rows)] = 0
-            row, place = self.entering, len(self.rows)
-            if row.request.cancelled:
-                self.entering = None
-                continue
-            piece = row.request.prompt[row.read:row.read + PIECE]
-            logits = self._forward([piece], _Rows(self, place, place + 1))  # type: ignore[arg-type]
+        """Pieces of prompts, for as long as the answers under way can wait."""
+        used = 0.0
+        while self.entering:
+            left = (PAUSE * self.step_seconds if self.rows else IDLE_PAUSE) - used
+            if used and left < SMALLEST * self.token_seconds and not self.patient:
+                return
+            size = self.context if self.patient else max(SMALLEST, min(LARGEST, int(left / self.token_seconds)))
+            self.pieces += 1
+            unread = lambda row: len(row.request.prompt) - row.read
+            row = min(self.entering, key=unread if self.pieces % 2 and not self.patient else lambda row: row.number)
+            start = time.perf_counter()
+            self._read_piece(len(self.rows) + self.entering.index(row), size)
+            used += time.perf_counter() - start
+
+    def _read_piece(self, place: int, size: int) -> None:
+        row = self._at(place)
+        try:
+            if row.source is not None:
+                self._copy_piece(place)
+                return
+            request, start = row.request, time.perf_counter()
+            piece = request.prompt[row.read:row.read + (min(size, SCORED) if request.prompt_logprobs else size)]
+            logits = self.model.forward(torch.tensor([piece], device=self.model.get_device()),
+                                        kv_cache=_Rows(self, place, place + 1, last_logits_only=not request.prompt_logprobs))[0]
+            if logits.is_cuda:
+                torch.cuda.synchronize()
+            if len(piece) == size:
+                self.token_seconds = (self.token_seconds + (time.perf_counter() - start) / len(piece)) / 2
             row.read += len(piece)
-            read += len(piece)
-            if row.read == len(row.request.prompt):
-                self.entering = None
-                if self._accept(row, self._sample([row], logits)[0]):
-                    self.rows.append(row)
+            if request.prompt_logprobs:
+                known = request.prompt[row.read - len(piece) + 1:row.read + 1]  # the prompt's end is followed by none
+                row.scores += score(logits[:len(known)], known, request.logprobs or 0)
+            if row.read < len(request.prompt):
+                return
+            with self._changed:
+                shared = any(other.prompt is request.prompt for other in self.waiting)
+            if shared:
+                self._keep(place)
+        except Exception:
+            self._remove(place, fault=True)
+        else:
+            self._promote(place)
+            self._advance([len(self.rows) - 1], logits[-1:])
 
-    def _sample(self, rows: list[_Row], logits: torch.Tensor) -> list[int]:
-        drawn = [sample_next_token(logits[i:i + 1], row.rng, row.request.temperature, row.request.top_k) for i, row in enumerate(rows)]
-        return torch.cat(drawn).squeeze(1).tolist()
+    def _copy_piece(self, place: int) -> None:
+        row = self._at(place)
+        end = min(row.read + COPIED, row.reused)
+        assert row.source is not None
+        for cache, kept in zip((*self.cache.k_cache, *self.cache.v_cache), row.source.caches, strict=True):
+            cache[place, row.read:end] = kept[row.read:end]
+        row.read = self.positions[place] = end
+        self.cache.cache_seqlens[place] = end
+        if end == row.reused:
+            row.source = None
+            self.embeddings[place] = self.model.embed(torch.tensor([[row.request.prompt[end - 1]]], device=self.model.get_device()))[0]
 
-    def _accept(self, row: _Row, sampled: int) -> bool:
+    def _decode_step(self) -> None:
+        count = len(self.rows)
+        before = self.positions[:count], self.embeddings[:count].clone()
+
+        def forward(first: int, last: int) -> torch.Tensor:
+            return self._forward([[row.state.current_tokens[-1]] for row in self.rows[first:last]], _Rows(self, first, last))  # type: ignore[arg-type]
+        try:
+            logits = forward(0, count)
+        except Exception:  # out of memory, most likely: one at a time needs less, and shows whose fault it is
+            logger.exception("a decoding step failed; its rows are tried one by one")
+            self.positions[:count], self.embeddings[:count] = before
+            self.cache.cache_seqlens[:count] = torch.tensor(before[0])
+            for place in reversed(range(count)):
+                try:
+                    logits = forward(place, place + 1)
+                except Exception:
+                    self._remove(place, fault=True)
+                else:
+                    self._advance([place], logits)
+            return
+        self._advance(list(range(count)), logits)
+
+    def _advance(self, places: list[int], logits: torch.Tensor) -> None:
+        """Appends to each of the rows the token that follows from its logits (V,); the rows that end leave."""
+        rows = [self.rows[place] for place in places]
+        for place, row, token, of_row in reversed(list(zip(places, rows, self._sample(rows, logits), logits.split(1), strict=True))):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                going = self._accept(row, token, of_row)
+            except Exception:
+                self._remove(place, fault=True)
+            else:
+                if not going:
+                    self._remove(place)
+
+    def _sample(self, rows: list[_Row], logits: torch.Tensor) -> list[int | Exception]:
+        """The next token of every row, of logits (B, V); or why it has none."""
+        drawn: list[torch.Tensor] = []
+        results: list[int | Exception] = []
+        for row, of_row in zip(rows, logits.split(1), strict=True):
+            try:
+                drawn.append(row.sampler.draw(of_row))
+                results.append(len(drawn) - 1)
+            except Exception as error:
+                results.append(error)
+        tokens = torch.cat(drawn).flatten().tolist() if drawn else []  # one transfer
+        return [result if isinstance(result, Exception) else tokens[result] for result in results]
+
+    def _accept(self, row: _Row, sampled: int, logits: torch.Tensor) -> bool:
         """Appends the calculator's or the sampled token to a row; whether the row goes on."""
         request, state = row.request, row.state
+        if request.prompt_logprobs and not state.current_tokens:
+            self._emit(request, None, "prompt", row.scores)
+        if len(state.current_tokens) == request.max_tokens:  # 0
+            self._emit(request, None, "length")
+            return False
         token = state.forced_tokens.popleft() if state.forced_tokens else sampled
         self._update(state, token)
         if state.completed:
-            request.emit(None, "stop")
+            self._emit(request, None, "stop")
             return False
-        row.written += 1
-        request.emit(token, "")
-        if row.written == request.max_tokens:
-            request.emit(None, "length")
+        row.sampler.add(token)
+        self._emit(request, token, "", None if request.logprobs is None else score(logits, [token], request.logprobs)[0])
+        if len(state.current_tokens) == request.max_tokens:
+            self._emit(request, None, "length")
             return False
         return True
 
-    def _remove(self, i: int) -> None:
-        """Closes the gap of row i with the last row, and the gap that it leaves with the entering one."""
-        last = len(self.rows) - 1
-        self._move(last, i)
-        self.rows[i] = self.rows[last]
-        self.rows.pop()
-        if self.entering is not None:
-            self._move(last + 1, last)
+    def _emit(self, request: Request, token: int | None, reason: str, scores: Scores | list[Scores] | None = None) -> None:
+        try:
+            request.emit(token, reason, scores)
+        except Exception:  # whoever listened is gone
+            logger.exception("an answer could not be delivered")
+            request.cancelled = True
+
+    def _fail(self, request: Request) -> None:
+        logger.exception("a request failed")
+        self._emit(request, None, "error")
+
+    # -------------------------------------------------------------------------
+    # Places
+
+    def _remove(self, place: int, fault: bool = False) -> None:
+        """Ends a row; the last answering and the last entering row close the gaps."""
+        row = self._at(place)
+        if fault:
+            self._fail(row.request)
+        elif place < len(self.rows):
+            self._keep(place)
+        if place < len(self.rows):
+            self._move(len(self.rows) - 1, place)
+            self.rows[place] = self.rows[-1]
+            self.rows.pop()
+            place = len(self.rows)
+            if self.entering:
+                self._move(place + len(self.entering), place)
+                self.entering.insert(0, self.entering.pop())
+        else:
+            self._move(self.running - 1, place)
+            self.entering[place - len(self.rows)] = self.entering[-1]
+            self.entering.pop()
+
+    def _promote(self, place: int) -> None:
+        """The entering row of this place has read its prompt: it becomes the last of those that answer."""
+        first, pair = len(self.rows), [place, len(self.rows)]
+        if place != first:
+            filled = max(self.positions[i] for i in pair)
+            for cache in (*self.cache.k_cache, *self.cache.v_cache):
+                cache[pair, :filled] = cache[pair[::-1], :filled]
+            self.positions[place], self.positions[first] = self.positions[first], self.positions[place]
+            self.cache.cache_seqlens[pair] = self.cache.cache_seqlens[pair[::-1]]
+            self.embeddings[pair] = self.embeddings[pair[::-1]]
+            self.entering[place - first], self.entering[0] = self.entering[0], self.entering[place - first]
+        self.rows.append(self.entering.pop(0))
+
+    def _keep(self, place: int) -> None:
+        """Copies what a row holds into the prefix cache."""
+        row, filled = self._at(place), self.positions[place]
+        try:
+            self.prefixes.put([*row.request.prompt, *row.state.current_tokens][:filled],
+                              [cache[place, :filled] for cache in (*self.cache.k_cache, *self.cache.v_cache)])
+        except RuntimeError:  # out of memory: others need it more
+            logger.exception("the prefix cache is emptied")
+            self.prefixes.entries.clear()
 
     def _move(self, source: int, target: int) -> None:
         if source == target:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from nanochat import flash_attention
 from nanochat.cli import ArgumentParser, command
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.kernel_choice import chosen
+from nanochat.sampling import sample_next_token
 
 # -----------------------------------------------------------------------------
 # Calculator
@@ -144,18 +144,6 @@ class KVCache:
         self._pos = filled
         if other.prev_embedding is not None:
             self.prev_embedding = other.prev_embedding.expand(self.batch_size, -1, -1).clone()
-
-
-def sample_next_token(logits: torch.Tensor, rng: torch.Generator | None, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
-    """Token ids (B, 1) drawn from logits (B, V). Temperature 0 takes the likeliest; top_k None or 0 keeps all tokens."""
-    assert temperature >= 0, "temperature must be 0 or more"
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k is None or top_k <= 0:
-        return torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=rng)
-    logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
-    choice = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1, generator=rng)
-    return ids.gather(-1, choice)
 
 
 @dataclass

@@ -276,6 +276,10 @@ class GPT(nn.Module):
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """The stream (B, T, C) of tokens (B, T) before the smear, which looks at the previous token's."""
+        return self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
+
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
         """idx int (B, T). Without targets: float32 logits (B, T, V). With targets (B, T), -1 to leave out: the loss,
         a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position
@@ -286,8 +290,7 @@ class GPT(nn.Module):
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
 
-        x = self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
-        x = self._smear(x, kv_cache)
+        x = self._smear(self.embed(idx), kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
         for i, (block, mix, cos_sin) in enumerate(zip(self.transformer.h, self._mixes(), self.cos_sin(start, T))):

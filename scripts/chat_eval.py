@@ -21,6 +21,7 @@ from nanochat.common import autodetect_device_type, compute_cleanup, compute_ini
 from nanochat.core_eval import logits_at
 from nanochat.engine import Engine
 from nanochat.report import get_report
+from nanochat.sampling import Sampling
 from tasks.arc import ARC
 from tasks.common import Task
 from tasks.gsm8k import GSM8K
@@ -64,18 +65,20 @@ def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_n
     if not prompts:  # a rank may have none
         return
     context = max(map(len, prompts)) + max_new_tokens
-    engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context)
+    engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context, patient=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    ended: list[int] = []
+    ended: list[tuple[int, str]] = []
 
-    def listener(number: int) -> Callable[[int | None, str], None]:
-        return lambda token, _: ended.append(number) if token is None else answers[number].append(token)
+    def listener(number: int) -> Callable:
+        return lambda token, reason, _: ended.append((number, reason)) if token is None else answers[number].append(token)
 
     for number, prompt in enumerate(prompts):
-        engine.submit(Request(prompt, max_new_tokens, listener(number), temperature=0.0))
+        engine.submit(Request(prompt, max_new_tokens, listener(number), Sampling(temperature=0)))
     while engine.waiting or engine.running:
         engine.step()
-        for number in ended:
+        for number, reason in ended:
+            if reason == "error":
+                raise RuntimeError(f"problem {number} could not be answered: the lines above say why")
             yield number, answers[number]
         ended.clear()
 

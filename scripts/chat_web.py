@@ -5,10 +5,13 @@
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "base-d12", "prompt": "The sky"}'
 
 Clients of OpenAI take http://127.0.0.1:8000/v1 as their base URL and any API key. Only this machine can connect, unless `--host` says
-otherwise: there is no password. Ctrl-C or SIGTERM lets the answers under way finish.
+otherwise; then give an `--api-key`, which the page asks for as a password. Ctrl-C or SIGTERM lets the answers under way finish.
 """
+import ipaddress
 import logging
 import math
+import os
+import re
 import signal
 import socket
 import sys
@@ -17,13 +20,15 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from nanochat.batching import BatchedEngine
+from nanochat.answers import Worker
+from nanochat.api import ApiError, check_sampling
+from nanochat.batching import BatchedEngine, slots_for
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
 from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int
 from nanochat.common import autodetect_device_type, compute_init
-from nanochat.server import ApiError, Worker, check_sampling, create_app
+from nanochat.server import Connection, create_app
 
-DRAIN_SECONDS = 60
+DRAIN_SECONDS = 20
 
 
 def describe_model(source: str, folder: Path, model, meta: dict) -> dict:
@@ -42,15 +47,32 @@ def describe_model(source: str, folder: Path, model, meta: dict) -> dict:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of that address, before a model is loaded for nothing. Raises UsageError."""
+    """A socket that listens at that address, before a model is loaded for nothing. Raises UsageError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(1024)  # now: until one of them listens, two servers may bind the same port
         return sock
     except OSError as error:
         raise UsageError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port or --host") from error
+
+
+def check_key(key: str | None) -> str | None:
+    """The key from the flag or the environment. One that is empty was meant to protect: UsageError."""
+    key = os.environ.get("NANOCHAT_API_KEY") if key is None else key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise UsageError("the API key is empty, or has characters that a header cannot hold; use letters and digits, or leave it out to ask for none")
+    return key
+
+
+def is_private(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @command
@@ -65,7 +87,12 @@ def main(argv=None) -> None:
     parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
     parser.add_argument("-p", "--port", type=non_negative_int, default=8000, help="0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: for everyone who can reach this machine")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="answers generated at the same time; more of them wait")
+    parser.add_argument("--api-key", help="what every client must send; on the command line other users of this machine can read it, in the environment's "
+                                          "NANOCHAT_API_KEY they cannot")
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
+                        help="web pages that may use the server besides its own, such as https://example.org; may be given several times")
+    parser.add_argument("--batch-size", type=positive_int,
+                        help="answers generated at the same time; more of them wait (default: as many as a quarter of the free memory holds, at most 32)")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     try:
@@ -74,6 +101,11 @@ def main(argv=None) -> None:
         raise UsageError(error.detail) from error
     if args.port > 65535:
         raise UsageError(f"there is no port {args.port}; use one up to 65535")
+
+    key = check_key(args.api_key)
+    for origin in args.cors_origin:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise UsageError(f"--cors-origin={origin} is no origin; it looks like https://example.org, without a path")
 
     sock = bind(args.host, args.port)
     source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
@@ -85,16 +117,18 @@ def main(argv=None) -> None:
     for gpu in range(args.num_gpus):
         place = torch.device("cuda", gpu) if args.num_gpus > 1 else device
         model, tokenizer, meta = build_model(folder, step, place, phase="eval")
-        workers.append(Worker(gpu, place, BatchedEngine(model, tokenizer, slots=args.batch_size), tokenizer))
+        workers.append(Worker(gpu, place, BatchedEngine(model, tokenizer, slots=args.batch_size or slots_for(model)), tokenizer))
     info = describe_model(source, folder, model, meta)
-    app = create_app(workers, info, args.temperature, args.top_k, args.max_tokens)
+    app = create_app(workers, info, args.temperature, args.top_k, args.max_tokens, key, args.cors_origin, [args.host])
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS))
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when all is done, and that is no reason to die of it
-    sock.listen()
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS))
+    # while uvicorn starts; and when all is done it raises the signal again, which is no reason to die of it
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{info['model']} of step {step} at http://{host}:{sock.getsockname()[1]} (Ctrl-C ends)", flush=True)
+    if key is None and not is_private(args.host):
+        print("warning: everyone who can reach this machine can use the model; --api-key=KEY asks them for a key", file=sys.stderr, flush=True)
     server.run(sockets=[sock])
 
 

@@ -1,4 +1,5 @@
-"""The chat server as its clients meet it: a real process, raw HTTP and the openai client."""
+"""The chat server as its clients meet it: a real process, raw HTTP, and OpenAI's client."""
+import asyncio
 import contextlib
 import json
 import os
@@ -14,11 +15,14 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
+import uvicorn
 
-from nanochat import server
+from nanochat.answers import Text
+from nanochat.api import ApiError, Defaults, chat_prompt, completion_prompts, read_chat, read_completion
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.server import Text, chat_prompt, completion_prompts
+from nanochat.server import Connection
 from scripts import chat_web
 from tests.golden.fixtures import build_model, tokenizer_512
 from tests.tiny import ENV, ROOT
@@ -39,11 +43,12 @@ def make_checkpoints(base_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(base_dir: Path, *flags: str):
+def serving(base_dir: Path, *flags: str, **env: str):
     """A server in a process of its own, and its address."""
     process = subprocess.Popen([sys.executable, "-m", "scripts.chat_web", "--port=0", "--device-type=cpu", *flags], cwd=ROOT, text=True,
-                               env={**os.environ, **ENV, "NANOCHAT_BASE_DIR": str(base_dir)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env={**os.environ, **ENV, "NANOCHAT_BASE_DIR": str(base_dir), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log: list[str] = []
+    process.log = log
     reader = threading.Thread(target=lambda: log.extend(process.stderr))  # so that it never blocks
     reader.start()
     try:
@@ -132,14 +137,15 @@ def test_stream_of_tokens(http):
     ({"messages": said(*["a"] * 501)}, 400, "501 messages are too many"),
     ({"messages": said("")}, 400, "message 0 has no content"),
     ({"messages": said("a" * 8001)}, 400, "8001 characters"),
-    ({"messages": said(*["a" * 8000] * 5)}, 400, "40000 characters"),
+    ({"messages": said("a" * 8000) * 5}, 400, "40000 characters"),
     ({"messages": [{"role": "system", "content": "be kind"}]}, 400, "'system'"),
     ({"messages": said("a"), "temperature": 2.1}, 400, "temperature"),
     ({"messages": said("a"), "temperature": -1}, 400, "temperature"),
     ({"messages": said("a"), "top_k": 201}, 400, "top_k"),
     ({"messages": said("a"), "max_tokens": 0}, 400, "max_tokens"),
     ({"messages": said("a"), "max_tokens": 4097}, 400, "max_tokens"),
-    ({"messages": said(*["ö?ß" * 1000] * 3)}, 400, "context holds 2048"),
+    ({"messages": said(*["ö?ß" * 1000] * 3)}, 400, "maximum context length is 2048 tokens"),
+    ({"messages": said("a"), "top_q": 0.5}, 400, "top_q is not supported"),
     ({"messages": "hello"}, 422, "messages"),
     ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
     ({"messages": said("a"), "top_k": 1.5}, 422, "top_k"),
@@ -149,20 +155,21 @@ def test_stream_of_tokens(http):
     (b'{"messages": [{"role": "user", "content": "a"}], "temperature": Infinity}', 400, "temperature"),
     (b'{"messages": NaN}', 422, "messages"),
     (b'{"messages": [', 422, "JSON"),
-    (b"\xff\xfe", 4, ""),  # FastAPI decides between 400 and 422
-    (b"[" * 100_000, 4, ""),
+    (b"\xff\xfe", 422, "JSON"),
+    (b"[" * 100_000, 422, "JSON"),
+    (b'{"messages": [' + b"{}," * 300_000 + b"{}]}", 400, "300001 messages"),
     (b'{"messages": [], "x": "' + b"a" * 2**20 + b'"}', 413, "larger than"),
 ])
 def test_bad_requests_are_told_why(http, body, status, reason):
     content = body if isinstance(body, bytes) else json.dumps(body)
     response = http.post("/chat/completions", content=content, headers={"Content-Type": "application/json"})
-    assert status in (response.status_code, response.status_code // 100) and reason in response.json()["detail"]
+    assert status == response.status_code and reason in response.json()["detail"] and len(response.content) < 1000
     assert http.get("/health").json()["available_workers"] == 1
 
 
 def test_half_a_character_is_read_as_a_replacement(http):
     body = b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}'
-    assert http.post("/chat/completions", content=body, headers={"Content-Type": "application/json"}).status_code in (200, 422)
+    assert http.post("/chat/completions", content=body, headers={"Content-Type": "application/json"}).status_code == 200
 
 
 def test_a_body_without_a_length_is_limited_too(http):
@@ -170,9 +177,45 @@ def test_a_body_without_a_length_is_limited_too(http):
     assert response.status_code == 413
 
 
+@pytest.mark.parametrize("announced", [b"5", b"0", b"-1", b"1" * 5000])
+def test_bytes_are_counted_whatever_is_announced(chat_server, http, announced):
+    host, port = chat_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
+        sock.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: " + announced + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        piece, sent = b"10000\r\n" + b"a" * 2**16 + b"\r\n", 0
+        with contextlib.suppress(OSError):
+            while sent < 50 * 2**20:
+                sock.sendall(piece)
+                sent += len(piece)
+        assert sent < 20 * 2**20, "the connection is cut"
+    assert http.get("/health").status_code == 200
+
+
+def test_a_body_that_is_not_declared_as_json_is_told_so(http):
+    """A browser sends such a one for any page without asking."""
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        response = http.post("/chat/completions", content=b'{"messages": []}', headers={"Content-Type": kind})
+        assert response.status_code == 415 and "Content-Type: application/json" in response.json()["detail"]
+
+
 def test_the_codes_that_the_page_acts_on(http):
-    for texts in (["ö?ß" * 1000] * 3, ["a" * 8000] * 5):
-        assert http.post("/chat/completions", json={"messages": said(*texts)}).json()["code"] == "context_length_exceeded"
+    for messages in (said(*["ö?ß" * 1000] * 3), said("a" * 8000) * 5):
+        assert http.post("/chat/completions", json={"messages": messages}).json()["code"] == "context_length_exceeded"
+
+
+def test_an_answer_can_be_sent_back_whatever_its_length(http):
+    """Of ten thousand characters, but few tokens."""
+    longest = max((TOKENIZER.decode([id]) for id in range(500)), key=len)
+    for answer in (longest * (9000 // len(longest)), ""):
+        with http.stream("POST", "/chat/completions", json={"messages": said("a", answer, "b"), "max_tokens": 1}) as response:
+            assert response.status_code == 200 and events(response)[-1]["done"]
+
+
+def test_head(http):
+    for path in ("/", "/health", "/v1/models", "/logo.svg"):
+        response = http.head(path)
+        assert response.status_code == 200 and not response.content
 
 
 def test_a_full_context_ends_the_answer(http):
@@ -248,12 +291,21 @@ def test_openai_completion(client):
     ({"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, openai.BadRequestError, "'tool'"),
     ({"messages": [{"role": "system", "content": "x"}]}, openai.BadRequestError, "followed by the user's"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, openai.BadRequestError, "more than text"),
-    ({"messages": said("ö?ß" * 1000, "ö?ß" * 1000)}, openai.BadRequestError, "context holds 2048"),
+    ({"messages": said("ö?ß" * 1000, "ö?ß" * 1000)}, openai.BadRequestError, "maximum context length is 2048 tokens"),
     ({"temperature": 3}, openai.BadRequestError, "temperature"),
-    ({"top_p": 0.5}, openai.BadRequestError, "top_p is not supported"),
+    ({"top_p": 1.5}, openai.BadRequestError, "top_p"),
+    ({"extra_body": {"typical_p": 0.5}}, openai.BadRequestError, "typical_p is not supported"),
+    ({"extra_body": {"repetition_penalty": 0}}, openai.BadRequestError, "repetition_penalty"),
+    ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format is not supported"),
+    ({"logit_bias": {"512": 1}}, openai.BadRequestError, "token ids below 512"),
+    ({"logit_bias": {"1": 101}}, openai.BadRequestError, "-100 to 100"),
+    ({"top_logprobs": 3}, openai.BadRequestError, "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools is not supported"),
-    ({"n": 17}, openai.BadRequestError, "16 answers"),
+    ({"n": 17}, openai.BadRequestError, "n must be"),
     ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+    ({"max_tokens": -2}, openai.BadRequestError, "max_tokens"),
+    ({"stop": ["a"] * 1001}, openai.BadRequestError, "stop"),
     ({"seed": 2**70}, openai.BadRequestError, "seed"),
     ({"stop": [""]}, openai.BadRequestError, "stop"),
     ({"stream": "perhaps"}, openai.BadRequestError, "stream"),
@@ -263,7 +315,7 @@ def test_openai_errors(client, settings, error, reason):
         client.chat.completions.create(**{"model": MODEL, "messages": said("a"), **settings})
 
 
-@pytest.mark.parametrize("prompt", [[], "", [""], [[]], [999], [-1], ["a" * 32001]])
+@pytest.mark.parametrize("prompt", [[], "", [""], [[]], [999], [-1], [1, "a"], [True], ["a" * 32001], [1] * 2048, ["a"] * 129, {"a": 1}, [{}] * 1000])
 def test_openai_prompts_that_are_none(client, prompt):
     if prompt in ("", [""]):  # bos alone: the model begins a text
         assert client.completions.create(model=MODEL, prompt=prompt, max_tokens=3).usage.prompt_tokens == 1
@@ -277,8 +329,147 @@ def test_errors_have_openais_shape(http):
         assert 400 <= response.status_code < 500 and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_other_origins_may_ask(http):
-    assert http.get("/v1/models", headers={"Origin": "http://elsewhere"}).headers["access-control-allow-origin"] == "*"
+def test_settings_that_change_nothing_are_taken(client):
+    client.chat.completions.create(model=MODEL, messages=said("a"), max_tokens=1, user="me", top_p=1, n=1, stop=None, stream=None, tools=[], logit_bias={},
+                                   response_format={"type": "text"}, tool_choice="none", store=False, metadata={"a": "b"}, extra_body={"min_p": 0, "foo": None})
+
+
+def test_openai_takes_back_what_it_gave(client):
+    """An answer as the client's own object, and the forms in which clients send an empty one."""
+    for text in ("yes?", ""):
+        ask = lambda reply: client.chat.completions.create(model=MODEL, messages=[*said("hello"), reply, *said("go on")], temperature=0, max_tokens=6)
+        answers = [ask({"role": "assistant", "content": text, "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None})]
+        if not text:
+            answers += [ask({"role": "assistant", "content": None}), ask({"role": "assistant"}), ask({"role": "assistant", "content": []})]
+        assert {answer.choices[0].message.content for answer in answers} == {expected(said("hello", text, "go on"), 6)}
+        client.chat.completions.create(model=MODEL, messages=[*said("hello"), answers[0].choices[0].message, *said("go on")], max_tokens=1)
+
+
+def test_the_role_comes_once_and_first(client, http):
+    for settings in ({"max_tokens": 8, "n": 2}, {"max_tokens": 8, "logit_bias": {str(TOKENIZER.encode_special("<|assistant_end|>")): 100}}):
+        deltas: dict[int, list] = {}
+        for chunk in client.chat.completions.create(model=MODEL, messages=said("a"), temperature=0, stream=True, **settings):
+            deltas.setdefault(chunk.choices[0].index, []).append(chunk.choices[0])
+        assert len(deltas) == settings.get("n", 1)
+        for choices in deltas.values():
+            assert [choice.delta.role for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
+            assert [bool(choice.finish_reason) for choice in choices] == [False] * (len(choices) - 1) + [True]
+    assert len(choices) == 2, "the last answer is empty"
+
+
+def test_as_many_tokens_as_fit(client):
+    answer = client.completions.create(model=MODEL, prompt=[1] * 2000, max_tokens=-1, temperature=0)
+    assert answer.usage.total_tokens == 2048 and answer.choices[0].finish_reason == "length"
+
+
+def test_the_context_error_is_the_one_that_clients_know(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=MODEL, prompt=[1] * 2048, max_tokens=1)
+    assert error.value.code == "context_length_exceeded" and "maximum context length is 2048 tokens" in error.value.message
+
+
+def test_many_prompts_are_answered_in_order(client):
+    prompts = [f"Number {i}" for i in range(20)]
+    together = client.completions.create(model=MODEL, prompt=prompts, max_tokens=4, temperature=1, seed=5, n=2, extra_body={"top_k": 0})
+    assert [choice.index for choice in together.choices] == list(range(40))
+    alone = client.completions.create(model=MODEL, prompt=prompts[7], max_tokens=4, temperature=1, seed=6, extra_body={"top_k": 0})
+    assert together.choices[15].text == alone.choices[0].text, "the seed of a choice counts within its prompt"
+
+
+# -----------------------------------------------------------------------------
+# Sampling and log-probabilities
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1e-8, "top_k": 0}, {"temperature": 2, "top_p": 0},
+                                      {"temperature": 2, "min_p": 1}, {"temperature": 2, "top_p": 1e-40, "top_k": 0}])
+def test_what_leaves_one_token_is_greedy(http, settings):
+    body = {"model": MODEL, "messages": said("hello"), "max_tokens": 8, **settings}
+    assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == expected(said("hello"), 8)
+
+
+def test_bias_and_penalties(client):
+    ask = lambda **settings: client.completions.create(model=MODEL, prompt="a", max_tokens=12, temperature=0, logprobs=0, **settings).choices[0].logprobs.tokens
+    [letter] = TOKENIZER.encode("x")
+    assert ask(logit_bias={letter: 100}) == ["x"] * 12
+    assert len(set(ask(logit_bias={letter: 2}, frequency_penalty=2))) > 1
+    for penalty in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 10}}):
+        assert len(set(ask(**penalty))) >= len(set(ask()))
+
+
+def test_logprobs(client):
+    """Of a chat, streamed or not, and of a prompt that is echoed: they are the model's own."""
+    ask = lambda **settings: client.chat.completions.create(model=MODEL, messages=said("hello"), max_tokens=6, temperature=0, logprobs=True, top_logprobs=3, **settings)
+    whole = ask().choices[0]
+    tokens = whole.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace") == whole.message.content and len(tokens) == 6
+    assert all(token.top_logprobs[0].logprob == token.logprob and len(token.top_logprobs) == 3 for token in tokens), "the likeliest was taken"
+    streamed = [token for chunk in ask(stream=True) if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert [token.bytes for token in streamed] == [token.bytes for token in tokens]
+
+    prompt = TOKENIZER.encode("One two three", prepend="<|bos|>")
+    for sent, known in ((prompt, prompt), ("One two three", prompt[1:]), ("<|bos|>One two three", prompt)):
+        echoed = client.completions.create(model=MODEL, prompt=sent, max_tokens=1, temperature=0, logprobs=1, echo=True).choices[0]
+        logprobs = echoed.logprobs
+        assert logprobs.tokens[:-1] == [TOKENIZER.decode([id]) for id in known] and echoed.text == "".join(logprobs.tokens)
+        assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
+        with torch.inference_mode():
+            model = torch.log_softmax(build_model(CONFIG, seed=5)(torch.tensor([prompt]))[0].float(), -1)
+        wanted = [model[i, id].item() for i, id in enumerate(prompt[1:])]
+        assert logprobs.token_logprobs[-1 - len(wanted):-1] == pytest.approx(wanted, abs=1e-3)
+        assert (logprobs.token_logprobs[0] is None) == (known is prompt)
+        assert list(logprobs.top_logprobs[-2].values()) == pytest.approx([model[-2].max().item()], abs=1e-3)
+
+
+def test_echo_without_an_answer(client):
+    scored = client.completions.create(model=MODEL, prompt="One two", max_tokens=0, logprobs=1, echo=True)
+    assert scored.choices[0].text == "One two" and scored.usage.completion_tokens == 0
+    assert client.completions.create(model=MODEL, prompt=["One", "two"], max_tokens=1, echo=True, stop=["One"]).choices[0].text.startswith("One")
+
+
+def test_tokenizer_for_lm_eval(http):
+    assert http.get("/tokenizer_info").json()["bos_token"] == "<|bos|>"
+    ids = http.post("/tokenize", json={"prompt": "One <|bos|>", "add_special_tokens": False}).json()["tokens"]
+    assert ids == TOKENIZER.encode("One <|bos|>")
+    assert http.post("/tokenize", json={"prompt": "<|bos|>"}).json()["tokens"] == [TOKENIZER.get_bos_token_id()]
+    assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "One <|bos|>"}
+    assert http.post("/detokenize", json={"tokens": [512]}).status_code == 422
+
+
+# -----------------------------------------------------------------------------
+# Who may ask
+
+
+def test_other_origins_may_not_ask(http):
+    for response in (http.get("/v1/models", headers={"Origin": "http://elsewhere"}),
+                     http.options("/v1/completions", headers={"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"})):
+        assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("host, status", [("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("192.168.1.7:80", 200),
+                                          (socket.gethostname(), 200), ("chat.localhost", 200), ("evil.example", 403), ("evil.example:8000", 403),
+                                          ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("", 403)])
+def test_a_name_made_to_point_here_is_refused(http, host, status):
+    assert http.get("/info", headers={"Host": host}).status_code == status
+
+
+def test_a_key_is_asked_of_everyone(checkpoints):
+    with serving(checkpoints, "--cors-origin=https://example.org", NANOCHAT_API_KEY="se:cret") as process:
+        with httpx.Client(base_url=process.url) as http:
+            assert http.get("/health", headers={"Host": "any.example"}).status_code == 200
+            for path in ("/", "/info", "/stats", "/v1/models", "/nothing", "/tokenizer_info"):
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "Basic !"}, {"Authorization": "Bearer se:crét"}):
+                    assert http.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()}).status_code == 401
+                assert http.get(path, headers={"Authorization": "Bearer se:cret", "Host": "any.example"}).status_code in (200, 404)
+                assert http.get(path, auth=("anyone", "se:cret")).status_code in (200, 404)
+            assert http.get("/").headers["www-authenticate"].startswith("Basic"), "a browser asks for it"
+            assert http.post("/v1/completions", json={}).json()["error"]["code"] == "invalid_api_key"
+            asked = http.options("/v1/completions", headers={"Origin": "https://example.org", "Access-Control-Request-Method": "POST",
+                                                             "Access-Control-Request-Headers": "authorization"})
+            assert asked.headers["access-control-allow-origin"] == "https://example.org"
+            assert "access-control-allow-origin" not in http.get("/info", headers={"Origin": "https://example.com"}).headers
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{process.url}/v1", api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{process.url}/v1", api_key="se:cret", max_retries=0).models.list().data
 
 
 # -----------------------------------------------------------------------------
@@ -311,10 +502,10 @@ def wait_for(http, running: int, waiting: int) -> None:
 @pytest.mark.parametrize("path, stream", [("/chat/completions", True), ("/v1/chat/completions", True), ("/v1/chat/completions", False)])
 def test_a_client_that_goes_away_frees_its_slot(chat_server, http, path, stream):
     body = json.dumps({"model": MODEL, "messages": said("a long one"), "max_tokens": 2000, "temperature": 0, "stream": stream})
-    request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    request = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
     host, port = chat_server.url.removeprefix("http://").split(":")
     sockets = []
-    for _ in range(6):  # of 4 slots
+    for _ in range(6):  # of 4 places
         sockets.append(socket.create_connection((host, int(port))))
         sockets[-1].sendall(request)
     wait_for(http, 4, 2)
@@ -359,6 +550,7 @@ def test_a_base_model_continues_the_text(checkpoints):
 @pytest.mark.parametrize("flags, reason", [
     (["--model-tag=../d2"], "not a plain name"), (["--model-tag=d9"], "there is d2"), (["--step=7"], "there is step 20"), (["--source=rl"], "no model"),
     (["--temperature=nan"], "0 or more"), (["--temperature=3"], "temperature"), (["--top-k=300"], "top_k"), (["--max-tokens=5000"], "max_tokens"),
+    (["--api-key="], "API key is empty"), (["--api-key=a\nb"], "API key"), (["--cors-origin=example.org"], "no origin"), (["--cors-origin=https://a.org/"], "no origin"),
     (["--num-gpus=2"], "not so many GPUs"), (["--port=70000"], "no port 70000"), (["--host=256.1.1.1"], "cannot serve at"), (["--host=203.0.113.7"], "cannot serve at"),
 ])
 def test_flags_that_cannot_be(checkpoints, monkeypatch, capsys, flags, reason):
@@ -371,9 +563,90 @@ def test_flags_that_cannot_be(checkpoints, monkeypatch, capsys, flags, reason):
 
 
 def test_a_taken_port_is_said_before_the_model_loads(base_dir, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert chat_web.main([f"--port={taken.getsockname()[1]}"]) == 2
+    with chat_web.bind("127.0.0.1", 0) as first:  # a server that is still loading
+        assert chat_web.main([f"--port={first.getsockname()[1]}"]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_a_server_for_everyone_says_so(checkpoints):
+    for flags, warned in ((["--host=0.0.0.0"], True), (["--host=0.0.0.0", "--api-key=a"], False), (["--host=127.0.0.2"], False)):
+        with serving(checkpoints, *flags) as process:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+        assert ("warning: everyone who can reach this machine" in "".join(process.log)) == warned
+
+
+class Transport(asyncio.Transport):
+    """A client that only the clock can end."""
+
+    def __init__(self):
+        super().__init__()
+        self.ended, self.written = False, b""
+
+    def get_extra_info(self, name, default=None):
+        return default
+
+    def is_closing(self):
+        return self.ended
+
+    def write(self, data):
+        self.written += data
+
+    def abort(self):
+        self.ended = True
+
+    close = abort
+
+    def pause_reading(self):
+        pass
+
+    resume_reading = pause_reading
+
+
+class Clock:
+    """An event loop whose timers fire when they are told to."""
+
+    def __init__(self, loop):
+        self.loop, self.timers = loop, []
+
+    def call_later(self, seconds, callback, *args):
+        timer = self.loop.call_later(10**6, callback, *args)
+        self.timers.append((timer, callback))
+        return timer
+
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def ring(self):
+        for timer, callback in self.timers:
+            if not timer.cancelled():
+                timer.cancel()
+                callback()
+
+
+@pytest.mark.parametrize("sent, ends", [
+    ([], True), ([b"GET / HT"], True), ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"a", b"b"], True),
+    ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"], False), ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n", b"a"], False), (["pause"], True),
+    ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "pause"], True), ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "pause", "resume"], False)])
+def test_connections_that_stand_still_are_ended(sent, ends):
+    """An unfinished request and an unread answer; but not one that the server has to answer."""
+    async def app(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def serve():
+        config = uvicorn.Config(app, log_config=None)
+        config.load()
+        connection, transport = Connection(config, uvicorn.server.ServerState(), {}), Transport()
+        connection.loop = Clock(asyncio.get_running_loop())
+        connection.connection_made(transport)
+        for data in sent:
+            {"pause": connection.pause_writing, "resume": connection.resume_writing}.get(data, lambda data=data: connection.data_received(data))()
+        connection.loop.ring()
+        for task in connection.tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+        return transport.ended
+    assert asyncio.run(serve()) == ends
 
 
 # -----------------------------------------------------------------------------
@@ -395,7 +668,8 @@ def test_prompts_are_rendered_as_the_model_was_trained():
     assert chat_prompt(TOKENIZER, [(m["role"], m["content"]) for m in messages[:-1]], base=False) == TOKENIZER.render_for_completion({"messages": messages})
 
 
-@pytest.mark.parametrize("stops, text, wanted", [([], "abc", "abc"), (["b"], "abc", "a"), (["bc", "cd"], "abxbcd", "abx"), (["bcx"], "abc", "abc"), (["aab"], "aaab", "a")])
+@pytest.mark.parametrize("stops, text, wanted", [([], "abc", "abc"), (["b"], "abc", "a"), (["bc", "cd"], "abxbcd", "abx"), (["bcx"], "abc", "abc"), (["aab"], "aaab", "a"),
+                                                 (["zz", "bc", "b"], "abc", "a"), (["cd", "bcde"], "abcdx", "ab"), (["a"] * 900, "xa", "x"), ([".*"], "ab.*c", "ab")])
 def test_text_ends_before_the_first_stop(stops, text, wanted):
     stream, out = Text(TOKENIZER, stops), ""
     for letter in text:
@@ -412,6 +686,37 @@ def test_an_unfinished_character_is_not_lost():
 
 
 def test_prompts_of_ids_are_taken_as_they_are():
-    assert completion_prompts(TOKENIZER, [1, 2]) == [[1, 2]]
-    with pytest.raises(server.ApiError):
-        completion_prompts(TOKENIZER, [[1], []])
+    assert completion_prompts(TOKENIZER, [1, 2], 10) == ([[1, 2]], [0])
+    with pytest.raises(ApiError):
+        completion_prompts(TOKENIZER, [[1], []], 10)
+
+
+def test_checks_look_at_counts_before_contents():
+    """A list of things that are none is refused after the first; so is one that is too long, whatever it holds."""
+    class Counting(list):
+        looks = 0
+
+        def __getitem__(self, i):
+            self.looks += 1
+            return super().__getitem__(i)
+
+        def __iter__(self):
+            for item in super().__iter__():
+                self.looks += 1
+                yield item
+    for prompt in (Counting([{}] * 1000), Counting([1] * 1000), Counting([[1]] * 1000)):
+        with pytest.raises(ApiError):
+            completion_prompts(TOKENIZER, prompt, 100)
+        assert prompt.looks <= 3
+
+
+@pytest.mark.parametrize("field", ["messages", "prompt", "stop", "logit_bias", "stream_options", "temperature", "n", "logprobs", "model", "max_tokens"])
+@pytest.mark.parametrize("value", [{}, [], "", 0, 1.5, True, None, [[]], [{}], {"a": {}}, "x" * 1000, -1, 2**100, float("nan"), [None]])
+def test_no_value_of_any_type_is_the_servers_fault(field, value):
+    """Whatever is refused is refused with a reason."""
+    for read, extra in ((read_chat, {"messages": said("a")}), (read_completion, {"prompt": "a"})):
+        args = (TOKENIZER, False, Defaults(), MODEL) if read is read_chat else (TOKENIZER, Defaults(), MODEL, 2048)
+        try:
+            read(json.dumps({"model": MODEL, **extra, field: value}).encode(), *args)
+        except ApiError as error:
+            assert error.status_code in (400, 404, 422) and 0 < len(error.detail) < 400
