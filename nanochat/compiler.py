@@ -17,10 +17,25 @@ import tempfile
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 
 from nanochat.common import print0
+
+
+def _without_a_bad_cache() -> str:
+    """PyTorch's compiler cannot even be imported with a cache folder that cannot be made: takes it out of the environment. Returns what was wrong."""
+    if not (folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        return ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return ""
+    except OSError as error:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        return f"no folder can be made at TORCHINDUCTOR_CACHE_DIR={folder} ({error.strerror})"
+
+
+_BAD_CACHE = _without_a_bad_cache()
+import torch._dynamo  # noqa: E402
 
 # Of one function. A model has two graphs in each stage of growth, of training and of evaluation, and so has a block for each shape of a layer: 200 for
 # five stages of 20 layers whose ranks all differ. PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
@@ -37,7 +52,7 @@ def why_not_compile(device_type: str) -> str:
         return "TORCHDYNAMO_DISABLE is set"
     if device_type not in ("cpu", "cuda"):
         return f"torch.compile is not reliable on {device_type}"
-    return _missing(device_type) or _failure(device_type)
+    return _BAD_CACHE or _missing(device_type) or _failure(device_type)
 
 
 def _missing(device_type: str) -> str:

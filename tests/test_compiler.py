@@ -201,7 +201,7 @@ def test_eager_with_a_compiler_that_cannot_compile(tmp_path):
 def test_eager_where_nothing_can_be_cached(tmp_path):
     (tmp_path / "file").write_text("")
     why = why_not_on_a_cpu(tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
-    assert "a test failed" in why and "file" in why
+    assert why.startswith("no folder can be made at TORCHINDUCTOR_CACHE_DIR=") and why.endswith("(Not a directory)")
 
 
 def test_what_triton_needs(monkeypatch, tmp_path):
