@@ -30,6 +30,7 @@ from nanochat.cli import ArgumentParser, command, fraction, positive_float, posi
 from nanochat.common import COMPUTE_DTYPE, get_peak_flops
 from nanochat.compiler import why_not_compile
 from nanochat.gpt import GPTConfig
+from nanochat.kernel_choice import chosen, chosen_backward
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import gpt_config, plan_horizon
 
@@ -84,13 +85,13 @@ def _loss(ledger: Ledger, *args):
         ledger.role = role
 
 
-def _blocked_backward(ledger: Ledger, grad, q, k, v, window):
+def _attention_backward(ledger: Ledger, grad, q, k, v, window):
     sums = [torch.empty_like(x, dtype=torch.float32) for x in (k, v)]
     return torch.empty_like(q), *(x.to(k.dtype) for x in sums)
 
 
 INSIDE: dict[Any, Callable] = {torch.ops.nanochat.softcap_cross_entropy.default: _loss,
-                               torch.ops.nanochat.blocked_attention_backward.default: _blocked_backward}
+                               torch.ops.nanochat.causal_attention_backward.default: _attention_backward}
 
 
 # -----------------------------------------------------------------------------
@@ -127,14 +128,18 @@ _flash.register_autograd(lambda ctx, grad, _: _flash_backward(grad.contiguous(),
 def _attention(device_type: str, compiled: bool) -> Callable:
     """`flash_attn_func` as it is on such a device (flash_attention.py has the table; compiled on CUDA means that there is Triton)."""
     def attend(q, k, v, causal=True, window_size=(-1, -1)):
-        limited, gqa = 0 <= window_size[0] < q.size(1) - 1, q.size(2) != k.size(2)
-        blocked = limited and not (device_type == "cuda" and compiled) or device_type == "cpu" and q.dtype == torch.bfloat16
-        if not blocked and device_type != "mps":
-            return _flash(q, k, v)[0]
+        T, limited = q.size(1), 0 <= window_size[0] < q.size(1) - 1
+        if device_type == "cpu":
+            forward, backward = chosen("window" if limited else "attention"), chosen_backward(T)
+        else:
+            forward = backward = "blocked" if limited and not (device_type == "cuda" and compiled) else "torch"
+        if forward == backward == "torch" and q.size(-1) == v.size(-1) and not (limited and device_type == "cpu"):
+            if device_type != "mps":
+                return _flash(q, k, v)[0]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if blocked:
-            return flash_attention._blocked_attention(q, k, v, window_size[0] if limited else -1, gqa).transpose(1, 2)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+        return flash_attention.causal_attention(q, k, v, window_size[0] if limited else -1, forward).transpose(1, 2)
     return attend
 
 
