@@ -230,7 +230,7 @@ class BatchedEngine(Engine):
             left = (PAUSE * self.step_seconds if self.rows else IDLE_PAUSE) - used
             if used and left < SMALLEST * self.token_seconds and not self.patient:
                 return
-            size = self.context if self.patient else max(SMALLEST, min(LARGEST, int(left / self.token_seconds)))
+            size = self.context if self.patient else max(SMALLEST, min(LARGEST, int(left / self.token_seconds) // SMALLEST * SMALLEST))
             self.pieces += 1
             unread = lambda row: len(row.request.prompt) - row.read
             row = min(self.entering, key=unread if self.pieces % 2 and not self.patient else lambda row: row.number)

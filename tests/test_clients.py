@@ -20,12 +20,13 @@ def url(checkpoints):  # noqa: F811
 
 def test_openai(url):
     import openai
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_max_retries=0)
     assert client.chat.completions.create(model=MODEL, messages=said("hello"), **ANSWER).choices[0].message.content == expected(said("hello"), 12)
-    with client.chat.completions.stream(model=MODEL, messages=said("hello"), **ANSWER) as stream:
+    whole = expected(said("hello"), 40)
+    with client.chat.completions.stream(model=MODEL, messages=said("hello"), temperature=0, max_tokens=40, stop=whole[12:15]) as stream:
         stream.until_done()
         reply = stream.get_final_completion().choices[0].message
-    assert reply.content == expected(said("hello"), 12)
+    assert reply.content == whole[:whole.index(whole[12:15])]
     history = [*said("hello"), reply, *said("go on")]
     assert client.chat.completions.create(model=MODEL, messages=history, **ANSWER).choices[0].message.content == expected(said("hello", reply.content, "go on"), 12)
     with pytest.raises(openai.BadRequestError):
@@ -39,7 +40,7 @@ def litellm(monkeypatch):
 
 
 def test_litellm(url, litellm):
-    settings = dict(model=f"openai/{MODEL}", api_base=f"{url}/v1", api_key="secret", num_retries=0)
+    settings = dict(model=f"openai/{MODEL}", api_base=f"{url}/v1", api_num_retries=0)
     answer = litellm.completion(messages=said("hello"), **settings, **ANSWER)
     assert answer.choices[0].message.content == expected(said("hello"), 12) and answer.usage.completion_tokens == 12
     history = [*said("hello"), answer.choices[0].message.model_dump(), *said("go on")]
@@ -57,7 +58,7 @@ def test_litellm(url, litellm):
 def test_langchain(url):
     langchain = pytest.importorskip("langchain_openai")
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-    settings = dict(model=MODEL, base_url=f"{url}/v1", api_key="secret", max_retries=0)
+    settings = dict(model=MODEL, base_url=f"{url}/v1", api_max_retries=0)
     chat = langchain.ChatOpenAI(**settings, **ANSWER)
     assert chat.invoke("hello").content == expected(said("hello"), 12)
     assert "".join(chunk.content for chunk in chat.stream("hello")) == expected(said("hello"), 12)
@@ -82,15 +83,17 @@ def test_llm(url, tmp_path, monkeypatch):
 - model_id: nanochat-text
   model_name: {MODEL}
   api_base: {url}/v1
+  api_key_name: nanochat
   completion: true
 """)
+    (tmp_path / "keys.json").write_text('{"nanochat": "secret"}')
     llm = pytest.importorskip("llm")
     model = llm.get_model("nanochat")
     conversation = model.conversation()
-    first = conversation.prompt("hello", key="secret", temperature=0, max_tokens=12).text()
+    first = conversation.prompt("hello", temperature=0, max_tokens=12).text()
     assert first == expected(said("hello"), 12)
-    assert conversation.prompt("go on", key="secret", temperature=0, max_tokens=12, stream=False).text() == expected(said("hello", first, "go on"), 12)
-    text = llm.get_model("nanochat-text").prompt("One", key="secret", temperature=0, max_tokens=12, logprobs=2)
+    assert conversation.prompt("go on", temperature=0, max_tokens=12, stream=False).text() == expected(said("hello", first, "go on"), 12)
+    text = llm.get_model("nanochat-text").prompt("One", temperature=0, max_tokens=12, logprobs=2)
     assert len(text.text()) > 1
 
 
