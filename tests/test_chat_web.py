@@ -668,6 +668,18 @@ def test_prompts_are_rendered_as_the_model_was_trained():
     assert chat_prompt(TOKENIZER, [(m["role"], m["content"]) for m in messages[:-1]], base=False) == TOKENIZER.render_for_completion({"messages": messages})
 
 
+def test_an_answer_is_gone_on_with(http):
+    """What is sent as the last message is the beginning of the answer, which ends as if it had never been cut."""
+    whole = expected([{"role": "user", "content": "hello"}], 12)
+    start = expected([{"role": "user", "content": "hello"}], 5)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": start}]
+    prompt = chat_prompt(TOKENIZER, [(message["role"], message["content"]) for message in messages], base=False, go_on=True)
+    assert prompt[-1] != TOKENIZER.encode_special("<|assistant_end|>") and prompt[:-1] != chat_prompt(TOKENIZER, [("user", "hello")], base=False)
+    answer = http.post("/chat/completions", json={"messages": messages, "continue_final_message": True, "temperature": 0, "max_tokens": 7}).text
+    rest = "".join(json.loads(line[6:]).get("token", "") for line in answer.splitlines() if line.startswith("data: "))
+    assert start + rest == whole
+
+
 @pytest.mark.parametrize("stops, text, wanted", [([], "abc", "abc"), (["b"], "abc", "a"), (["bc", "cd"], "abxbcd", "abx"), (["bcx"], "abc", "abc"), (["aab"], "aaab", "a"),
                                                  (["zz", "bc", "b"], "abc", "a"), (["cd", "bcde"], "abcdx", "ab"), (["a"] * 900, "xa", "x"), ([".*"], "ab.*c", "ab")])
 def test_text_ends_before_the_first_stop(stops, text, wanted):

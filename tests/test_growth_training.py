@@ -88,8 +88,8 @@ def test_nothing_is_lost_when_the_larger_model_does_not_fit(base, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr("scripts.base_train.grow", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            tiny.train(*flags, "--model-tag=part")
+        assert tiny.train(*flags, "--model-tag=part") == 2
+    assert "out of memory" in capsys.readouterr().err
     assert checkpoints.list_steps(tiny.folder(base, "part")) == [grow["step"]]
     assert checkpoints.load_meta(tiny.folder(base, "part"), grow["step"])["model_config"]["n_embd"] == 64
     assert tiny.train(*flags, "--model-tag=part", "--resume") == 0

@@ -19,7 +19,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
-MODULE_OF = {"huggingface-hub": "huggingface_hub", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
+MODULE_OF = {"huggingface-hub": "huggingface_hub", "langchain-core": "langchain_core", "langchain-openai": "langchain_openai", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +41,8 @@ def imports(*folders):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"nanochat", "scripts", "tasks", "tests", "dev", "analysis"}
+    return found - set(sys.stdlib_module_names) - {"functorch",  # comes with torch
+                                                   "nanochat", "scripts", "tasks", "tests", "dev", "analysis"}
 
 
 def modules(distributions):

@@ -547,7 +547,10 @@ def interrupted(page) -> None:
     assert messages(page) == said("first", "One.", "second", "Half of")
 
 
-def test_a_reload_in_mid_answer_offers_another(scripted):
+def test_a_reload_in_mid_answer_offers_another(scripted, chat_server):
+    """Where the server cannot go on."""
+    about = httpx.get(f"{chat_server.url}/info").json() | {"continue_final_message": False}
+    scripted.route("**/info", lambda route: route.fulfill(json=about))
     interrupted(scripted)
     scripted.click("text=Answer again >> visible=true")
     feed(scripted, "Whole.")
