@@ -22,11 +22,12 @@ def pretrain(directory, patch) -> None:
 
     All layers start as 0, so all that the residual scalars and backout_lambda do before the first step is scale the stream, which the last
     norm cancels. Their gradients are exactly 0 but for rounding, and Adam (epsilon 1e-10) makes up to a whole step of that: backout_lambda
-    is 0.59 to 0.73 after 4 steps, by the CPU, and the whole of fine-tuning follows it. So here the noise is given: 0 for the residual scalars,
-    and for backout_lambda what leads to its value in nanochat's checkpoint of step 4 (found by bisection). Then losses are within 9e-6 of
-    nanochat's in pretraining and 2.3e-3 in fine-tuning (whose x0_lambdas begin 0.007 off in sum, nanochat's own noise), and other kernels
-    (MKL_CBWR=COMPATIBLE, AVX2; MKL_ENABLE_INSTRUCTIONS=SSE4_2; ATEN_CPU_CAPABILITY=avx2, default; ONEDNN_MAX_CPU_ISA=AVX2; 2 threads) move
-    them by 1e-6. The tolerances follow from these two numbers.
+    is 0.59 to 0.73 after 4 steps, by the CPU, and all of fine-tuning follows it. So here the noise is given: 0 for the residual scalars,
+    and for backout_lambda what leads to its value in nanochat's checkpoint of step 4 (found by bisection).
+
+    Then losses are within 9e-6 of nanochat's in pretraining and 2.3e-3 in fine-tuning (whose x0_lambdas begin 0.007 off in sum, nanochat's
+    own noise), and MKL_CBWR=COMPATIBLE, MKL_CBWR=AVX2, MKL_ENABLE_INSTRUCTIONS=SSE4_2, ATEN_CPU_CAPABILITY=avx2 and default,
+    ONEDNN_MAX_CPU_ISA=AVX2, 2 and 4 threads move them by 1e-6. The tolerances follow from these two numbers.
     """
     step = MuonAdamW.step
 
