@@ -20,7 +20,7 @@ def url(checkpoints):  # noqa: F811
 
 def test_openai(url):
     import openai
-    client = openai.OpenAI(base_url=f"{url}/v1", api_max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
     assert client.chat.completions.create(model=MODEL, messages=said("hello"), **ANSWER).choices[0].message.content == expected(said("hello"), 12)
     whole = expected(said("hello"), 40)
     with client.chat.completions.stream(model=MODEL, messages=said("hello"), temperature=0, max_tokens=40, stop=whole[12:15]) as stream:
@@ -40,7 +40,7 @@ def litellm(monkeypatch):
 
 
 def test_litellm(url, litellm):
-    settings = dict(model=f"openai/{MODEL}", api_base=f"{url}/v1", api_num_retries=0)
+    settings = dict(model=f"openai/{MODEL}", api_base=f"{url}/v1", api_key="secret", num_retries=0)
     answer = litellm.completion(messages=said("hello"), **settings, **ANSWER)
     assert answer.choices[0].message.content == expected(said("hello"), 12) and answer.usage.completion_tokens == 12
     history = [*said("hello"), answer.choices[0].message.model_dump(), *said("go on")]
@@ -58,7 +58,7 @@ def test_litellm(url, litellm):
 def test_langchain(url):
     langchain = pytest.importorskip("langchain_openai")
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-    settings = dict(model=MODEL, base_url=f"{url}/v1", api_max_retries=0)
+    settings = dict(model=MODEL, base_url=f"{url}/v1", api_key="secret", max_retries=0)
     chat = langchain.ChatOpenAI(**settings, **ANSWER)
     assert chat.invoke("hello").content == expected(said("hello"), 12)
     assert "".join(chunk.content for chunk in chat.stream("hello")) == expected(said("hello"), 12)
