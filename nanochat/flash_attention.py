@@ -250,9 +250,9 @@ def attend_to_all(q, k, v):
     return F.scaled_dot_product_attention(grouped, k, v).to(q.dtype).reshape(*q.shape[:3], v.size(3))
 
 
-def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
-    """Always causal, aligned to the end of the keys. q (B, H, Tq, D), k and v (B, Hkv, Tk, D), Tq <= Tk."""
-    window, queries, keys = window_size[0], q.size(2), k.size(2)
+def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool, unused: int = 0):
+    """Always causal, aligned to the end of the keys. q (B, H, Tq, D), k and v (B, Hkv, Tk, D), Tq <= Tk. Behind a filled cache the last `unused` keys are none."""
+    window, queries, keys = window_size[0], q.size(2), k.size(2) - unused
     limited = 0 <= window < keys - 1  # a window of Tk - 1 already sees every key
     if queries == 1:
         if limited:
@@ -268,11 +268,10 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool):
             return _flex_attention(q, k, v, window, enable_gqa)
         return causal_attention(q, k, v, window, "blocked")
     # a chunk behind a filled cache: its first query sees the most keys back
-    if limited and keys > queries + window:
-        k, v = k[:, :, keys - queries - window:], v[:, :, keys - queries - window:]
-        keys = queries + window
+    first = max(0, keys - queries - window) // BLOCK * BLOCK if limited else 0
+    k, v = k[:, :, first:], v[:, :, first:]
     rows = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    columns = torch.arange(keys, device=q.device)[None, :]
+    columns = torch.arange(first, first + k.size(2), device=q.device)[None, :]
     mask = columns <= rows
     if limited:
         mask &= rows - columns <= window
@@ -335,10 +334,14 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     if k is not None:
         k_cache[:, start:end] = k
         v_cache[:, start:end] = v
+    padded = end
+    if start and q.size(1) > 1 and q.device.type == "cpu":  # PyTorch keeps code for every length that it met in 16 bits: whole blocks bound its memory
+        padded = min(-(-end // BLOCK) * BLOCK, k_cache.size(1))
+        k_cache[:, end:padded] = v_cache[:, end:padded] = 0  # whatever was there before, hidden by a mask it must be finite
     # on Hopper PyTorch prefers cuDNN's kernel, which is prepared for each length anew: tens of milliseconds for every token (dev/LOG.md)
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():
-        y = _sdpa_attention(
-            q.transpose(1, 2), k_cache[:, :end].transpose(1, 2), v_cache[:, :end].transpose(1, 2), window_size, q.size(2) != k_cache.size(2))
+        y = _sdpa_attention(q.transpose(1, 2), k_cache[:, :padded].transpose(1, 2), v_cache[:, :padded].transpose(1, 2), window_size,
+                            q.size(2) != k_cache.size(2), padded - end)
     return y.transpose(1, 2)
 
 

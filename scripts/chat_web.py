@@ -107,7 +107,8 @@ def main(argv=None) -> None:
         if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
             raise UsageError(f"--cors-origin={origin} is no origin; it looks like https://example.org, without a path")
 
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # PyTorch's CPU library keeps code for the last 1024 shapes, of 2 MB each, and prompts have all lengths
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of code for matmuls of a shape: 1,024 of up to 2 MB each, and prompts have all lengths
+        os.environ.setdefault(cache, "32")
     sock = bind(args.host, args.port)
     source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
     *_, device = compute_init(args.device_type or autodetect_device_type())
