@@ -69,7 +69,7 @@ class _Row:
     scores: list[Scores] = field(default_factory=list)  # of the prompt
 
 
-def slots_for(model, at_most: int = 32) -> int:
+def slots_for(model, at_most: int = 64) -> int:
     """How many rows of the model's context fit into a quarter of the memory that is free."""
     device = model.get_device()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

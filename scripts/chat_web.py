@@ -92,7 +92,7 @@ def main(argv=None) -> None:
     parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
                         help="web pages that may use the server besides its own, such as https://example.org; may be given several times")
     parser.add_argument("--batch-size", type=positive_int,
-                        help="answers generated at the same time; more of them wait (default: as many as a quarter of the free memory holds, at most 32)")
+                        help="answers generated at the same time; more of them wait (default: as many as a quarter of the free memory holds, at most 64)")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
     try:
