@@ -158,7 +158,7 @@ def command(main: Callable) -> Callable[..., int]:
             return 130
         rank = int(os.environ.get("RANK", 0))
         if rank > 0:
-            time.sleep(2)  # still here afterwards: rank 0 did not meet it
+            time.sleep(10)  # still here after what rank 0 and torchrun need to end on a busy machine: rank 0 did not meet it
         print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return 2
     return run

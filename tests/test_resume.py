@@ -84,10 +84,10 @@ def train_and_die(rename: int) -> None:
         tiny.train()
 
 
-# the log is renamed first, then state, optimizer, meta and model of step 4, then those of step 8
+# the log is renamed first, then state, optimizer, meta and model of step 4 and, after the validation, the completed meta; then those of step 8
 @pytest.mark.parametrize("rename, steps", [
     (5, []), (9, [4]), *(pytest.param(*case, marks=pytest.mark.slow)
-                         for case in ((1, []), (2, []), (3, []), (4, []), (6, [4]), (7, [4]), (8, [4]), (10, [4, 8])))])
+                         for case in ((1, []), (2, []), (3, []), (4, []), (6, [4]), (7, [4]), (8, [4]), (10, [4]), (11, [4, 8])))])
 def test_kill_9_during_a_save(base, finished_run, rename, steps):
     process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(rename,))
     process.start()
