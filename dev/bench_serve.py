@@ -6,7 +6,8 @@
 
 Every client sends one request with a prompt and a length of its own, drawn once for both variants. The variants take turns, and the median
 of the rounds counts. Both include the reading of the prompts. With `--long` prompts of that length are read while answers are under way, and short
-requests come one after the other: their waits for a first token, and the longest pause between two tokens of an answer, in seconds and in decoding steps.
+requests come one after the other: their waits for a first token, and the pauses between two decoding steps with the later step included, in seconds and in
+steps as long as they were just before.
 """
 import random
 import statistics
@@ -48,31 +49,39 @@ def batched(engine: BatchedEngine, requests: list[tuple[list[int], int]]) -> lis
 
 
 class Timed(BatchedEngine):
-    """Keeps the seconds of its decoding steps."""
+    """Keeps the seconds of its decoding steps, and the pauses of those who were there for two in a row: seconds, and how many steps that is."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.steps: list[float] = []
+        self.pauses: list[tuple[float, float]] = []
+        self._last = 0.0
 
     def _decode_step(self) -> None:
-        start = time.perf_counter()
+        start, usual, others = time.perf_counter(), self.step_seconds, len(self.rows) > 1 or len(self.rows[0].state.current_tokens) > 1
         super()._decode_step()
-        self.steps.append(time.perf_counter() - start)
+        end = time.perf_counter()
+        self.steps.append(end - start)
+        if others:
+            self.pauses.append((end - self._last, (end - self._last) / max(usual, end - start)))
+        self._last = end
 
 
-def waits(engine: Timed, answers: int, long: list[int], choices: int, short: int) -> tuple[list[float], list[float], float]:
+def waits(engine: Timed, answers: int, long: list[int], choices: int, short: int) -> tuple[list[float], float]:
     """While `answers` are under way, `choices` are asked of a long prompt: waits of short requests until the long one's last choice begins (at least 8 of
-    them); pauses between two tokens of those answers, meanwhile; and the seconds of that."""
+    them), and the seconds of that."""
     engine.prefixes.entries.clear()
     vocab, room = engine.model.config.vocab_size, engine.context
-    tokens: list[list[float]] = [[] for _ in range(answers)]
-    greedy = Sampling(temperature=0)
-    running = [Request([random.randrange(vocab) for _ in range(short)], room - short, lambda *_, i=i: tokens[i].append(time.perf_counter()), greedy)  # type: ignore[misc]
-               for i in range(answers)]
+    counts, greedy = [0] * answers, Sampling(temperature=0)
+
+    def count(i: int) -> None:
+        counts[i] += 1
+    running = [Request([random.randrange(vocab) for _ in range(short)], room - short, lambda *_, i=i: count(i), greedy) for i in range(answers)]  # type: ignore[misc]
     engine.submit(*running)
-    while not all(len(times) > 5 for times in tokens):
+    while not all(count > 5 for count in counts):
         time.sleep(0.01)
     engine.steps.clear()
+    engine.pauses.clear()
     start, begun, group = time.perf_counter(), set(), object()
     asked = [Request(long, min(64, room - len(long)), lambda *_, i=i: begun.add(i), greedy, group=group) for i in range(choices)]  # type: ignore[misc]
     engine.submit(*asked)
@@ -82,12 +91,12 @@ def waits(engine: Timed, answers: int, long: list[int], choices: int, short: int
         engine.submit(Request([random.randrange(vocab) for _ in range(short)], 4, lambda *_, came=came: came.set(), greedy))  # type: ignore[misc]
         came.wait()
         first.append(time.perf_counter() - sent)
-    end = time.perf_counter()
+    seconds = time.perf_counter() - start
     for request in (*running, *asked):
         engine.cancel(request)
     while engine.running:
         time.sleep(0.01)
-    return first, [later - earlier for times in tokens for earlier, later in zip(times, times[1:]) if start < later < end], end - start
+    return first, seconds
 
 
 def bench_waits(model, slots: int, long: int, short: int) -> None:
@@ -95,13 +104,13 @@ def bench_waits(model, slots: int, long: int, short: int) -> None:
     engine.start()
     prompt = [random.randrange(model.config.vocab_size) for _ in range(long)]
     waits(engine, 1, prompt[:long // 8], 1, short)  # warms up
-    print(f"\n                                  short requests of {short} tokens: first token    answers: longest pause\n"
-          "answers  long prompt   seconds    median     longest                             step      pause   steps")
-    for answers, choices in ((0, 0), (0, 1), (1, 1), (8, 0), (8, 1), (8, 8), (0, 8)):
-        first, pauses, seconds = waits(engine, answers, prompt, choices, short)
-        step = statistics.median(engine.steps)
-        print(f"{answers:7} {f'{choices} x {long}' if choices else '-':>12} {seconds:9.2f} {statistics.median(first):9.3f} {max(first):11.3f} ({len(first):3})"
-              + (f"{step:29.3f} {max(pauses):10.3f} {max(pauses) / step:7.1f}" if pauses else ""), flush=True)
+    print(f"\n                                short requests of {short} tokens: first token  pauses of answers\n"
+          "answers  long prompt   seconds    median   longest                    median step   longest  in steps: 99 %  longest")
+    for answers, choices in ((0, 0), (0, 1), (8, 0), (8, 1), (0, 8)):
+        first, seconds = waits(engine, answers, prompt, choices, short)
+        ratios = sorted(ratio for _, ratio in engine.pauses)
+        print(f"{answers:7} {f'{choices} x {long}' if choices else '-':>12} {seconds:9.2f} {statistics.median(first):9.3f} {max(first):9.3f} ({len(first):3})"
+              f"{statistics.median(engine.steps):26.3f} {max(engine.pauses)[0]:9.3f} {ratios[int(0.99 * len(ratios))]:15.1f} {ratios[-1]:8.1f}", flush=True)
     engine.close()
 
 

@@ -31,7 +31,7 @@ from nanochat.sampling import Sampler, Sampling, Scores, score
 SMALLEST, LARGEST = 16, 512  # tokens of a piece of a prompt
 SCORED = 128  # at most, where there are logits for every one of them
 COPIED = 1024  # tokens taken from the prefix cache at a time
-PAUSE = 2  # steps: for how long prompts may be read between two of them
+PAUSE = 1.5  # steps: for how long prompts may be read between two of them, so that with the next step and what was misjudged it is three
 IDLE_PAUSE = 0.1  # seconds: the same while nobody waits for a next token, but a newcomer may come
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class BatchedEngine(Engine):
         self.rows: list[_Row] = []  # row i of the cache belongs to rows[i]
         self.entering: list[_Row] = []  # their prompts are being read, into the rows after those
         self.step_seconds = 0.05  # of a decoding step, lately
-        self.token_seconds = 0.001  # of a prompt's token, lately
+        self.pass_seconds, self.token_seconds = 0.01, 0.0005  # lately: of a piece of a prompt that is short, and of each token more
         self.admitted = self.pieces = 0
         self.closed = False
         self._changed = threading.Condition()
@@ -228,9 +228,10 @@ class BatchedEngine(Engine):
         used = 0.0
         while self.entering:
             left = (PAUSE * self.step_seconds if self.rows else IDLE_PAUSE) - used
-            if used and left < SMALLEST * self.token_seconds and not self.patient:
+            fitting = int((left - self.pass_seconds) / self.token_seconds)
+            if used and fitting < SMALLEST and not self.patient:
                 return
-            size = self.context if self.patient else max(SMALLEST, min(LARGEST, int(left / self.token_seconds) // SMALLEST * SMALLEST))
+            size = self.context if self.patient else max(SMALLEST, min(LARGEST, fitting // SMALLEST * SMALLEST))
             self.pieces += 1
             unread = lambda row: len(row.request.prompt) - row.read
             row = min(self.entering, key=unread if self.pieces % 2 and not self.patient else lambda row: row.number)
@@ -250,8 +251,11 @@ class BatchedEngine(Engine):
                                         kv_cache=_Rows(self, place, place + 1, last_logits_only=not request.prompt_logprobs))[0]
             if logits.is_cuda:
                 torch.cuda.synchronize()
-            if len(piece) == size:
-                self.token_seconds = (self.token_seconds + (time.perf_counter() - start) / len(piece)) / 2
+            took = time.perf_counter() - start
+            if len(piece) <= 2 * SMALLEST:
+                self.pass_seconds = (self.pass_seconds + took) / 2
+            else:
+                self.token_seconds = (self.token_seconds + max(took - self.pass_seconds, took / 10) / len(piece)) / 2
             row.read += len(piece)
             if request.prompt_logprobs:
                 known = request.prompt[row.read - len(piece) + 1:row.read + 1]  # the prompt's end is followed by none
@@ -399,9 +403,11 @@ class BatchedEngine(Engine):
     def _keep(self, place: int) -> None:
         """Copies what a row holds into the prefix cache."""
         row, filled = self._at(place), self.positions[place]
+        tokens = [*row.request.prompt, *row.state.current_tokens][:filled]
+        if self.prefixes.find(tokens)[1] > 0.9 * filled:
+            return  # reading the rest again takes less than this copy
         try:
-            self.prefixes.put([*row.request.prompt, *row.state.current_tokens][:filled],
-                              [cache[place, :filled] for cache in (*self.cache.k_cache, *self.cache.v_cache)])
+            self.prefixes.put(tokens, [cache[place, :filled] for cache in (*self.cache.k_cache, *self.cache.v_cache)])
         except RuntimeError:  # out of memory: others need it more
             logger.exception("the prefix cache is emptied")
             self.prefixes.entries.clear()

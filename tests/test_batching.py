@@ -474,4 +474,4 @@ def test_benchmark_runs(capsys):
     assert bench_serve.main(["--depth=1", "--vocab=64", "--prompt=4", "--answer=4", "--clients=1,3", "--rounds=1", "--device-type=cpu"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["1", "3"]
     assert bench_serve.main(["--depth=1", "--vocab=64", "--prompt=4", "--long=40", "--slots=16", "--device-type=cpu"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 11
+    assert len(capsys.readouterr().out.splitlines()) == 9
