@@ -47,7 +47,9 @@ def page_router() -> APIRouter:
 
     @router.post("/render")
     async def render(http: Request) -> Response:
-        """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`."""
+        """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`. A page elsewhere cannot declare JSON without the browser asking first."""
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "send JSON with the header Content-Type: application/json")
         body = await http.body()
         async with one_at_a_time:
             try:

@@ -157,14 +157,14 @@ def client():
 
 def test_texts_are_rendered(client):
     texts = ["# a", "b \ud800", "x" * (MAX_TEXT + 1), ""]
-    answer = client.post("/render", content=json.dumps({"texts": texts}))
+    answer = client.post("/render", json={"texts": texts})
     assert answer.status_code == 200
     assert answer.json() == {"trees": [[["h1", {}, "a"]], [["p", {}, "b \ud800"]], None, []]}
 
 
 @pytest.mark.parametrize("body", ["", "no JSON", "[]", "{}", '{"texts": null}', '{"texts": "a"}', '{"texts": [1]}', '{"texts": [["a"]]}', json.dumps({"texts": [""] * 51}), "[" * 100_000, b"\xff\xfe"])
 def test_bodies_that_are_none(client, body):
-    answer = client.post("/render", content=body)
+    answer = client.post("/render", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "texts" in answer.json()["detail"]
 
 
