@@ -157,9 +157,14 @@ def client():
 
 def test_texts_are_rendered(client):
     texts = ["# a", "b \ud800", "x" * (MAX_TEXT + 1), ""]
-    answer = client.post("/render", json={"texts": texts})
+    answer = client.post("/render", content=json.dumps({"texts": texts}), headers={"Content-Type": "application/json"})
     assert answer.status_code == 200
     assert answer.json() == {"trees": [[["h1", {}, "a"]], [["p", {}, "b \ud800"]], None, []]}
+
+
+def test_a_page_elsewhere_cannot_ask(client):
+    """A browser sends a text of no declared type to anyone without asking first."""
+    assert client.post("/render", content='{"texts": []}', headers={"Content-Type": "text/plain"}).status_code == 415
 
 
 @pytest.mark.parametrize("body", ["", "no JSON", "[]", "{}", '{"texts": null}', '{"texts": "a"}', '{"texts": [1]}', '{"texts": [["a"]]}', json.dumps({"texts": [""] * 51}), "[" * 100_000, b"\xff\xfe"])
