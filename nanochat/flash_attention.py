@@ -338,7 +338,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     if start and q.size(1) > 1 and q.device.type == "cpu":  # PyTorch keeps code for every length that it met in 16 bits: whole blocks bound its memory
         padded = min(-(-end // BLOCK) * BLOCK, k_cache.size(1))
         k_cache[:, end:padded] = v_cache[:, end:padded] = 0  # whatever was there before, hidden by a mask it must be finite
-    # on Hopper PyTorch prefers cuDNN's kernel, which is prepared for each length anew: tens of milliseconds for every token (dev/LOG.md)
+    # on Hopper PyTorch prefers cuDNN's kernel, and a step took 48 ms there, as if it were prepared for each length anew: suspected, not proved (dev/LOG.md)
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():
         y = _sdpa_attention(q.transpose(1, 2), k_cache[:, :padded].transpose(1, 2), v_cache[:, :padded].transpose(1, 2), window_size,
                             q.size(2) != k_cache.size(2), padded - end)

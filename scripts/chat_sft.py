@@ -266,7 +266,7 @@ def muon_momentum(step: int) -> float:
     return 0.85 + (0.95 - 0.85) * min(step / 300, 1)
 
 
-def agreed(state: dict, device: torch.device) -> tuple[bool, float]:
+def furthest(state: dict, device: torch.device) -> tuple[bool, float]:
     """(at the end, progress) of the rank that is furthest, so that all ranks stop at the same step and use the same learning rates."""
     values = torch.tensor([float(state["last"]), state["progress"]], device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     if is_ddp_initialized():
@@ -420,7 +420,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
                             total_training_time=total_training_time))
 
     metrics: dict = {}
-    last, progress = agreed(state, device)
+    last, progress = furthest(state, device)
     last = last and step > 0  # however few batches there are, there is one step
     first_step = step
     while True:
@@ -464,7 +464,7 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
         synchronize()
         started = time.perf_counter()
         loss = accumulate(step_batches(), accumulation)
-        last, progress = agreed(state, device)
+        last, progress = furthest(state, device)
         only = last and step == 0  # its learning rate is that of a beginning, as it would be 0 at the end
         multiplier = lr_multiplier(0.0 if only else progress, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
         for group in optimizer.param_groups:
