@@ -278,6 +278,12 @@ def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool, unu
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
+def _without_cudnn(q: torch.Tensor):
+    """For attention to a cache: on Hopper PyTorch prefers cuDNN's kernel, and a step took 48 ms there, as if that were prepared for each
+    length anew: suspected, not proved (dev/LOG.md)."""
+    return sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext()
+
+
 def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
     """The decoding step of rows at different positions. Arguments as for `flash_attn_with_kvcache`, with one new position per row.
 
@@ -298,7 +304,8 @@ def _attend_by_row(q, k_cache, v_cache, k, v, starts: list[int], window: int):
     distance = positions[:, None] - torch.arange(longest, device=q.device)
     seen = (distance >= 0) if window < 0 else (distance >= 0) & (distance <= window)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache[:, :longest], v_cache[:, :longest]))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    with _without_cudnn(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
 def _takes_fa3(q: torch.Tensor, v: torch.Tensor) -> bool:
@@ -338,8 +345,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
     if start and q.size(1) > 1 and q.device.type == "cpu":  # PyTorch keeps code for every length that it met in 16 bits: whole blocks bound its memory
         padded = min(-(-end // BLOCK) * BLOCK, k_cache.size(1))
         k_cache[:, end:padded] = v_cache[:, end:padded] = 0  # whatever was there before, hidden by a mask it must be finite
-    # on Hopper PyTorch prefers cuDNN's kernel, and a step took 48 ms there, as if it were prepared for each length anew: suspected, not proved (dev/LOG.md)
-    with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():
+    with _without_cudnn(q):
         y = _sdpa_attention(q.transpose(1, 2), k_cache[:, :padded].transpose(1, 2), v_cache[:, :padded].transpose(1, 2), window_size,
                             q.size(2) != k_cache.size(2), padded - end)
     return y.transpose(1, 2)
