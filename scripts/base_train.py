@@ -98,7 +98,6 @@ from nanochat.training import (
     fit_device_batch,
     get_exact_state,
     init_wandb,
-    load_optimizer,
     optimizer_step,
     set_exact_state,
     training_parser,
@@ -397,10 +396,10 @@ class Training:
             check_output(self.folder, [build_gpt(stage.config) for stage in self.stages] or [model], self.rank == 0)
         self.report = get_report()
         self.resume_step = find_resume_step(args, self.folder)
-        meta = train_state = optimizer_data = None
+        meta = train_state = None
         self.growth_history: list[dict] = []
         if self.resume_step is not None:
-            model, meta, train_state, optimizer_data = self.load(model)
+            model, meta, train_state = self.load(model)
         share_weights(model)
         self.core_every = args.core_metric_every
         if self.core_every > 0:
@@ -418,8 +417,8 @@ class Training:
             matrix_lr=args.matrix_lr * horizon.lr_scale, weight_decay=self.weight_decay, scalar_lr=args.scalar_lr * horizon.lr_scale,
             matrix_optimizer=args.matrix_optimizer)
         optimizer = leave_out_frozen(model.setup_optimizer(**self.optimizer_setup))
-        if optimizer_data is not None:
-            load_optimizer(optimizer, optimizer_data)
+        if self.resume_step is not None:
+            checkpoints.load_optimizer(self.folder, self.resume_step, optimizer, self.rank, self.world_size)
         self.scaler = torch.amp.GradScaler(self.device.type) if COMPUTE_DTYPE == torch.float16 else None
         self.adopt(model, optimizer)
 
@@ -428,7 +427,7 @@ class Training:
         if train_state is not None:
             self.positions = train_state["loader_states"]
             if len(self.positions) != len(self.my_streams):
-                raise UsageError(f"the checkpoint was written with other --data-streams than {self.streams}; use the same number")
+                raise UsageError(f"the checkpoint was written with --data-streams={len(self.positions) * self.world_size}, not {self.streams}; use the same number")
         elif meta is not None:
             self.positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
             print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
@@ -471,15 +470,12 @@ class Training:
         self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
 
     def load(self, model: GPT) -> tuple:
-        """Meta data, exact training state and optimizer state of the checkpoint to continue; its weights go into `model`."""
+        """Meta data and exact training state of the checkpoint to continue; its weights go into `model`."""
         step, folder = self.resume_step, self.folder
         assert step is not None
         print0(f"Resuming from step {step} in {folder}")
-        written_by = checkpoints.load_meta(folder, step).get("world_size") or len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
-        if written_by not in (0, self.world_size):
-            raise UsageError(f"the checkpoint of step {step} was written by {written_by} ranks, not {self.world_size}; use as many as then")
-        model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, step, self.device, load_optimizer=True, rank=self.rank)
-        train_state = checkpoints.load_train_state(folder, step, self.rank)
+        model_data, _, meta = checkpoints.load_checkpoint(folder, step, self.device)
+        train_state = checkpoints.load_train_state(folder, step, self.rank, self.world_size)
         self.growth_history = meta.get("growth", [])
         if self.stages and len(self.growth_history) < len(self.stages):
             if self.growth_history:
@@ -496,7 +492,7 @@ class Training:
         checkpoints.load_weights(model, model_data, self.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in meta.get("frozen", ()))
-        return model, meta, train_state, optimizer_data
+        return model, meta, train_state
 
     def adopt(self, model: GPT, optimizer: MuonAdamW) -> None:
         """Goes on with this model, whose layers are still plain ones: FP8 is put on here."""

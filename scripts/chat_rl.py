@@ -55,7 +55,6 @@ from nanochat.training import (
     find_resume_step,
     get_exact_state,
     init_wandb,
-    load_optimizer,
     optimizer_step,
     set_exact_state,
     training_parser,
@@ -190,15 +189,14 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     report = get_report()
     resume_step = find_resume_step(args, folder)
     first_step = 0
-    optimizer_data = train_state = None
+    train_state = None
     if resume_step is None:
         model, tokenizer, meta = checkpoints.build_model(sft_folder, sft_step, device, phase="train")
     else:
         print0(f"Resuming after step {resume_step} in {folder}")
         model, tokenizer, meta = checkpoints.build_model(folder, resume_step, device, phase="train")
         train_state = checkpoints.load_train_state(folder, resume_step, rank)
-        optimizer_data = checkpoints.load_optimizer_state("rl", device, rank, folder.name, resume_step)
-        if train_state is None or optimizer_data is None:
+        if train_state is None:
             raise UsageError(f"the checkpoint of step {resume_step} in {folder} has no optimizer state to resume from; start a new run")
         names = ("task_name", "examples_per_step", "num_samples", "device_batch_size", "max_new_tokens", "temperature", "top_k")
         now, then = {**user_config, "world_size": world_size}, {**meta["user_config"], "world_size": meta["world_size"]}
@@ -214,8 +212,8 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"] * args.init_lr_frac
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
-    if optimizer_data is not None and train_state is not None:
-        load_optimizer(optimizer, optimizer_data)
+    if resume_step is not None and train_state is not None:
+        checkpoints.load_optimizer(folder, resume_step, optimizer, rank, world_size)
         set_exact_state(train_state, device, scaler)
 
     log = RunLog(folder / "log.jsonl" if master else None, resume_step=None if resume_step is None else first_step)

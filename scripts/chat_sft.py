@@ -66,7 +66,6 @@ from nanochat.training import (
     find_resume_step,
     get_exact_state,
     init_wandb,
-    load_optimizer,
     optimizer_step,
     set_exact_state,
     training_parser,
@@ -360,20 +359,10 @@ def train(args, user_config: dict, rank: int, world_size: int, device: torch.dev
                                       matrix_optimizer=matrix_optimizer)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"] * args.init_lr_frac
-    optimizer_data = None
     if resume_step is not None:
-        optimizer_data = checkpoints.load_optimizer_state("sft", device, rank, folder.name, resume_step)
-        if optimizer_data is None:
-            raise UsageError(f"the checkpoint of step {resume_step} in {folder} has no optimizer state to resume from; start a new run")
-    elif args.load_optimizer:
-        shards = len(list(base_folder.glob(f"optim_{base_step:06d}_rank*.pt")))
-        if shards == world_size:
-            optimizer_data = checkpoints.load_optimizer_state("base", device, rank, base_folder.name, base_step)
-        else:
-            print0(f"A new optimizer: the base model's state is of {shards} ranks, here are {world_size}")
-    if optimizer_data is not None:
-        load_optimizer(optimizer, optimizer_data)
-        del optimizer_data
+        checkpoints.load_optimizer(folder, resume_step, optimizer, rank, world_size)
+    elif args.load_optimizer and checkpoints.saved_ranks(base_folder, base_step):
+        checkpoints.load_optimizer(base_folder, base_step, optimizer, rank, world_size)
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
 
     compiled = compile_model(model, device.type)
