@@ -186,16 +186,27 @@ class MuonAdamW(torch.optim.Optimizer):
         if rank is None or world is None:
             rank, world = rank_and_world()
         self.lay_out(world)
+        known = set(whole)  # `in` and `get` of a mapping would ask for the entry, and take every KeyError on the way for its absence
+
+        def moments(p: torch.Tensor, group: dict) -> dict:
+            """Of a whole parameter; none where they are those of the other kind of optimizer."""
+            name, shapes = self.names[p], moment_shapes(group, p)
+            state = whole[name] if name in known else {}
+            for key, shape in shapes.items():
+                if key in state and tuple(state[key].shape) != shape:
+                    raise ValueError(f"{key} of {name} has the shape {tuple(state[key].shape)}, not {shape}")
+            return state if state.keys() & shapes.keys() else {}
+
         loaded: dict = {}
         for group in self.param_groups:
             for first, shapes in kept_shapes(group, rank, world):
                 if group["kind"] == "adamw":
-                    if state := self._of(whole, first, group):
+                    if state := moments(first, group):
                         loaded[first] = {key: self._part(first, value, rank, world) if torch.is_tensor(value) else value for key, value in state.items()}
                     continue
                 kept: dict = {}
                 for i, p in enumerate(group["params"]):
-                    state = self._of(whole, p, group)  # also where it is another rank's: they are gathered together
+                    state = moments(p, group)  # also where it is another rank's: they are gathered together
                     owner, slot = owner_of(group, i, world)
                     if state and not kept:
                         kept = {key: first.new_zeros(shape) for key, shape in shapes.items()}
@@ -205,14 +216,6 @@ class MuonAdamW(torch.optim.Optimizer):
                     loaded[first] = kept
         self.state.clear()
         self.state.update(loaded)
-
-    def _of(self, whole: State, p: torch.Tensor, group: dict) -> dict:
-        """The moments of p, none where they are those of the other kind of optimizer."""
-        state, shapes = whole.get(self.names[p], {}), moment_shapes(group, p)
-        for key, shape in shapes.items():
-            if key in state and tuple(state[key].shape) != shape:
-                raise ValueError(f"{key} of {self.names[p]} has the shape {tuple(state[key].shape)}, not {shape}")
-        return state if state.keys() & shapes.keys() else {}
 
     @staticmethod
     def _part(p: torch.Tensor, value: torch.Tensor, rank: int, world: int) -> torch.Tensor:

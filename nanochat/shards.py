@@ -8,7 +8,7 @@
 Two layouts say who updates a matrix. nanochat's gives ceil(K/W) of a group's K matrices to each of W ranks until none are left, so its files can be read
 and written; it is that of stock models, of which all layers are alike. Where layers differ, groups are small (one matrix for each layer, if each has a
 rank of its own): then rank 0 would have all the work, and the others empty places of the same size in memory and in the
-collectives. There the matrices of all groups are dealt (`deal`), and the group says so: the layout is in the file, not in this code.
+collectives. There the matrices of all groups are dealt (`deal`), and the groups say so: the layout is in the file, not in this code.
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -26,17 +26,26 @@ def is_sharded(p: torch.Tensor, world: int) -> bool:
 
 
 def deal(groups: Iterable[dict], world: int) -> None:
-    """Writes into each Muon group which rank updates which matrix, `owners`: the costliest first, each to the rank that has the least to do."""
+    """Writes into each Muon group which rank updates which matrix, `owners`: the costliest first, each to the rank that has the least to do.
+
+    Leaves nanochat's layout where its busiest rank has no more to do than here.
+    """
     def cost(group: dict) -> int:  # multiplications of an iteration of Polar Express: A = X X^T, A A and B X
         short, long = sorted(group["params"][0].shape)
         return short * short * (2 * long + short)
 
-    work = [0] * world
-    for group in sorted((group for group in groups if group["kind"] == "muon" and group["params"]), key=cost, reverse=True):
-        group["owners"] = []
-        for _ in group["params"]:
-            group["owners"].append(work.index(min(work)))
-            work[group["owners"][-1]] += cost(group)
+    groups = [group for group in groups if group["kind"] == "muon" and group["params"]]
+    nanochats, work = [0] * world, [0] * world
+    dealt: list[list[int]] = []
+    for group in sorted(groups, key=cost, reverse=True):
+        dealt.append([])
+        for rank in owners(group, world):
+            nanochats[rank] += cost(group)
+            dealt[-1].append(work.index(min(work)))
+            work[dealt[-1][-1]] += cost(group)
+    if max(work, default=0) < max(nanochats, default=0):
+        for group, ranks in zip(sorted(groups, key=cost, reverse=True), dealt, strict=True):
+            group["owners"] = ranks
 
 
 def owners(group: dict, world: int) -> list[int]:
@@ -102,6 +111,9 @@ class _ByName(Mapping):
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -142,12 +154,11 @@ class SavedState(_ByName):
 
     def __init__(self, optimizer, shards: Sequence[dict]):
         self.shards = shards
-        self.groups = shards[0]["param_groups"]
-        sizes = [(group["kind"], len(group["params"])) for group in self.groups]
-        if sizes != [(group["kind"], len(group["params"])) for group in optimizer.param_groups]:
-            raise ValueError("it has other parameter groups")
+        sizes = lambda groups: [(group["kind"], len(group["params"])) for group in groups]
+        if any(sizes(shard["param_groups"]) != sizes(optimizer.param_groups) or shard["state"].keys() != shards[0]["state"].keys() for shard in shards):
+            raise ValueError("it has other parameters")
         self.places = {}
-        for group, saved in zip(optimizer.param_groups, self.groups):
+        for group, saved in zip(optimizer.param_groups, shards[0]["param_groups"], strict=True):
             for i, p in enumerate(group["params"]):
                 if self._state(0, saved, i):
                     self.places[optimizer.names[p]] = (saved, i, p.shape)
