@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 
 from nanochat.common import COMPUTE_DTYPE, all_gather, rank_and_world, reduce_scatter, share
 from nanochat.compiler import jit
-from nanochat.shards import (
+from nanochat.optim_state import (
     GatheredState,
     SavedState,
     State,

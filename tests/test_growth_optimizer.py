@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.growth import grow, grown_config
-from nanochat.shards import SavedState
+from nanochat.optim_state import SavedState
 from tests.growing import STOCK, float64, loss_and_gradients, mixed, random_model, uniform
 from tests.tiny import identical
 

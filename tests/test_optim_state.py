@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.optim import MuonAdamW
-from nanochat.shards import deal, kept_shapes, matrices, owner_of, owners, stacks
+from nanochat.optim_state import deal, kept_shapes, matrices, owner_of, owners, stacks
 from tests.tiny import identical
 
 HYPER = dict(lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.1)
