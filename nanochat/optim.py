@@ -139,6 +139,29 @@ def matrix_groups(params: Iterable, lr: float, weight_decay: float, optimizer: s
     return groups
 
 
+# Both are functions, so that the moments they are given are forgotten before the next ones are put together
+
+
+def _rows(p: torch.Tensor, state: dict, rank: int, world: int) -> dict:
+    """A rank's rows of the moments of AdamW's parameter p; of those that are not sharded all ranks get the same bits."""
+    rows = {}
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            part = value.chunk(world)[rank] if is_sharded(p, world) else value
+            value = p.new_empty(part.shape).copy_(part)
+            if not is_sharded(p, world):
+                share(value)
+        rows[key] = value
+    return rows
+
+
+def _put(stacks: dict, slot: int | None, state: dict) -> bool:
+    """Writes the moments of a matrix into their place in the stacks, if they have one here. Whether there are any."""
+    for key, value in state.items() if slot is not None else ():
+        stacks[key][slot] = value
+    return bool(state)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Takes param_groups with `kind`: `adamw` (lr, betas, eps, weight_decay) or `muon` (lr, momentum, ns_steps, beta2,
     weight_decay; all parameters of one shape). Raises ValueError for another kind.
@@ -201,28 +224,16 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for first, shapes in kept_shapes(group, rank, world):
                 if group["kind"] == "adamw":
-                    if state := moments(first, group):
-                        loaded[first] = {key: self._part(first, value, rank, world) if torch.is_tensor(value) else value for key, value in state.items()}
+                    loaded[first] = _rows(first, moments(first, group), rank, world)
                     continue
-                kept: dict = {}
-                for i, p in enumerate(group["params"]):
-                    state = moments(p, group)  # also where it is another rank's: they are gathered together
-                    owner, slot = owner_of(group, i, world)
-                    if state and not kept:
-                        kept = {key: first.new_zeros(shape) for key, shape in shapes.items()}
-                    for key, value in state.items() if owner == rank else ():
-                        kept[key][slot] = value
-                if kept:
+                kept = {key: first.new_zeros(shape) for key, shape in shapes.items()}
+                places = [owner_of(group, i, world) for i in range(len(group["params"]))]
+                # what is another rank's is asked for as well: it is gathered together
+                found = [_put(kept, slot if owner == rank else None, moments(p, group)) for p, (owner, slot) in zip(group["params"], places, strict=True)]
+                if any(found):
                     loaded[first] = kept
         self.state.clear()
-        self.state.update(loaded)
-
-    @staticmethod
-    def _part(p: torch.Tensor, value: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-        """A copy of a rank's rows; of what is not sharded all ranks get the same bits."""
-        part = value.chunk(world)[rank] if is_sharded(p, world) else value
-        own = p.new_empty(part.shape).copy_(part)
-        return own if is_sharded(p, world) else share(own)
+        self.state.update({p: state for p, state in loaded.items() if state})
 
     def load_shards(self, shards: Sequence[dict]) -> None:
         """Takes state and hyper-parameters from the state dicts of a run of any number of ranks. Raises ValueError for those of another model."""

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_ranks_of_each_layer_of_its_own_keep_all_ranks_busy():
     assert busiest(groups, 8) == 2 * share
     deal(groups, 8)
     assert busiest(groups, 8) < 1.05 * share
+
+
+class Watched(dict):
+    """A whole state that is made when it is asked for; `most` is how many entries were ever alive at once."""
+
+    def __init__(self, whole):
+        super().__init__(whole)
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def __getitem__(self, name):
+        state = {key: value.clone() if torch.is_tensor(value) else value for key, value in super().__getitem__(name).items()}
+        self.alive.add(next(value for value in state.values() if torch.is_tensor(value)))
+        self.most = max(self.most, len(self.alive))
+        return state
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_no_more_than_one_whole_parameter_is_held(world):
+    optimizer, _ = train(lambda *where: gradient(0, *where))
+    whole = Watched(optimizer.full_state_dict())
+    for rank in range(world):
+        optimizer.load_full_state_dict(whole, rank, world)
+    assert whole.most == 1
 
 
 # -----------------------------------------------------------------------------
