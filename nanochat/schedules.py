@@ -1,0 +1,59 @@
+"""How learning rates, Muon's momentum and weight decay change over a run.
+
+A learning rate rises over a warm-up, stays, and falls over a warm-down (Zhai et al. 2106.04560 call it warm-up, stable, decay). Pretraining counts its
+position in steps (in a growing run in FLOPs, as if they were steps of the final model), fine-tuning in its share of the data.
+"""
+import math
+from collections.abc import Callable
+
+# By the share of the warm-down that is done, the share of the fall that is left
+WARMDOWN_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,  # nanochat's
+    "sqrt": lambda done: 1 - math.sqrt(done),  # 1-sqrt (Haegele et al. 2405.18392)
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "log": lambda done: 1 - math.log2(1 + done),
+}
+
+
+def lr_multiplier(step: float, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float, shape: str = "linear") -> float:
+    """Of pretraining: linear warm-up over steps, constant, warm-down over the last share of the run to `final_lr_frac`."""
+    warmdown = round(warmdown_ratio * num_iterations)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step <= num_iterations - warmdown:
+        return 1.0
+    left = (num_iterations - step) / warmdown
+    if shape != "linear":
+        left = WARMDOWN_SHAPES[shape](min(1.0, 1 - left))
+    return left + (1 - left) * final_lr_frac
+
+
+def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> float:
+    """Of pretraining: 0.85 to 0.97 over 400 steps, back to 0.90 over the warm-down; the warm-up has priority."""
+    warmdown = round(warmdown_ratio * num_iterations)
+    if step < 400:
+        return 0.85 + (0.97 - 0.85) * step / 400
+    if step >= num_iterations - warmdown:
+        return 0.97 + (0.90 - 0.97) * (step - (num_iterations - warmdown)) / warmdown
+    return 0.97
+
+
+def muon_weight_decay(step: float, num_iterations: int, weight_decay: float) -> float:
+    """Of pretraining: half a cosine from `weight_decay` to 0."""
+    return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))
+
+
+def sft_lr_multiplier(progress: float, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float, shape: str = "linear") -> float:
+    """Of fine-tuning: linear warm-up, constant, warm-down to `final_lr_frac`, over the run's progress from 0 to 1 (and a little beyond)."""
+    if progress < warmup_ratio:
+        return (progress + 1e-8) / warmup_ratio
+    if progress <= 1 - warmdown_ratio:
+        return 1.0
+    done = min(1.0, (progress - (1 - warmdown_ratio)) / warmdown_ratio)
+    left = WARMDOWN_SHAPES[shape](done)
+    return left + (1 - left) * final_lr_frac
+
+
+def sft_muon_momentum(step: int) -> float:
+    """Of fine-tuning: 0.85 to 0.95 over 300 steps."""
+    return 0.85 + (0.95 - 0.85) * min(step / 300, 1)
