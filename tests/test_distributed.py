@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch.distributed.run import get_args_parser
 
 from nanochat import common, flash_attention
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, settings_parser
 from nanochat.optim import MuonAdamW
 from scripts.base_train import Settings
 from tests import tiny
