@@ -158,6 +158,10 @@ class TrainLoop:
         """The share of the run that is done, from 0 to 1."""
         raise NotImplementedError
 
+    def shown_progress(self) -> float:
+        """The share that stands in a step's line."""
+        return min(1.0, self.progress())
+
     def of_how_many(self) -> str:
         """What stands behind the number of a step, where the last one is known."""
         return ""
@@ -283,7 +287,7 @@ class TrainLoop:
         self.mfu = 100 * self.flops_per_token * speed / (self.gpu_peak_flops * self.world_size)
         progress, number, facts = self.progress(), self.step + self.first_number, self.data_facts()
         eta = f" | eta: {self.total_training_time * max(0.0, 1 / progress - 1) / 60:.1f}m" if self.total_training_time and progress > 0 else ""
-        live_line(f"step {number:05d}{self.of_how_many()} ({100 * min(1.0, progress):.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
+        live_line(f"step {number:05d}{self.of_how_many()} ({100 * self.shown_progress():.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
                   f"tok/sec: {int(speed):,} | {self.mfu_name}: {self.mfu:.2f} | {' '.join(f'{name}: {value}' for name, value in facts.items())} | "
                   f"total time: {self.total_training_time / 60:.2f}m{eta}")
         self.log.log("train", self.step, loss=debiased, raw_loss=losses[-1].item(), lrm=multiplier, dt=dt, tok_per_sec=int(speed), mfu=self.mfu,

@@ -367,6 +367,9 @@ class Pretraining(TrainLoop):
     def progress(self) -> float:
         return self.flops / self.budget
 
+    def shown_progress(self) -> float:
+        return super().shown_progress() if self.growth else self.step / self.horizon.num_iterations  # nanochat's: before the step
+
     def of_how_many(self) -> str:
         return "" if self.growth else f"/{self.horizon.num_iterations:05d}"
 
