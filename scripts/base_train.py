@@ -238,10 +238,12 @@ class Pretraining(TrainLoop):
         core_every = settings.core_metric_every
         if core_every > 0:
             try:
-                load_bundle(find_eval_bundle(), settings.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
+                bundle = find_eval_bundle()
             except UsageError as error:
                 print0(f"No CORE metric in this run: {error}")
                 core_every = -1
+            else:
+                load_bundle(bundle, settings.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
         self.core_metric: float | None = None
         self.events = [Event(core_every, self.measure_core), Event(settings.sample_every, self.sample)]
 

@@ -135,7 +135,7 @@ def test_never_validating_is_obeyed(base, monkeypatch, capsys, tmp_path_factory)
         raise AssertionError("a validation")
 
     with monkeypatch.context() as patch:
-        patch.setattr(base_train, "evaluate_bpb", refuse)
+        patch.setattr("nanochat.train_loop.evaluate_bpb", refuse)
         assert tiny.train(*AT, "--eval-every=-1") == 0
     (grow,) = grows(base)
     assert grow["loss_before"] is grow["loss_after"] is None and "bpb unknown -> unknown" in capsys.readouterr().out
