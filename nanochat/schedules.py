@@ -5,6 +5,10 @@ position in steps (in a growing run in FLOPs, as if they were steps of the final
 """
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanochat.cli import flag, fraction, non_negative_int
 
 # By the share of the warm-down that is done, the share of the fall that is left
 WARMDOWN_SHAPES: dict[str, Callable[[float], float]] = {
@@ -41,6 +45,63 @@ def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> fl
 def muon_weight_decay(step: float, num_iterations: int, weight_decay: float) -> float:
     """Of pretraining: half a cosine from `weight_decay` to 0."""
     return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))
+
+
+class Now(NamedTuple):
+    """The hyper-parameters of a step."""
+
+    lr: float  # multiplier of the learning rates
+    momentum: float  # Muon's
+    weight_decay: float  # of the blocks' matrices
+
+    def set(self, param_groups: list[dict]) -> None:
+        for group in param_groups:
+            group["lr"] = group["initial_lr"] * self.lr
+            if group["kind"] == "muon":
+                group["momentum"], group["weight_decay"] = self.momentum, self.weight_decay
+
+
+@dataclass
+class ScheduleSettings:
+    """The flags of pretraining's schedule."""
+
+    warmup_steps: int = flag(40, "steps over which the learning rates rise; default of ngpt: 0", type=non_negative_int)
+    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rates fall", type=fraction)
+    warmdown_shape: str = flag("linear", "how they fall", choices=WARMDOWN_SHAPES)
+    final_lr_frac: float = flag(0.05, "share of the learning rates that is left at the end", type=fraction)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of a run of pretraining with `num_iterations` steps; weight_decay is that of its beginning."""
+
+    settings: ScheduleSettings
+    num_iterations: int
+    weight_decay: float
+
+    def at(self, step: float) -> Now:
+        settings, N = self.settings, self.num_iterations
+        return Now(lr_multiplier(step, N, settings.warmup_steps, settings.warmdown_ratio, settings.final_lr_frac, settings.warmdown_shape),
+                   muon_momentum(step, N, settings.warmdown_ratio), muon_weight_decay(step, N, self.weight_decay))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Off another run, the trunk, whose hyper-parameters were `trunk` where it stood at step `start`: nothing but a warm-down over `steps` steps.
+
+    Learning rates and weight decay fall together. Muon's momentum is that of a run of this length.
+    """
+
+    settings: ScheduleSettings
+    trunk: Now
+    start: int
+    steps: int
+
+    def at(self, step: float) -> Now:
+        N = self.start + self.steps
+        share = self.steps / N
+        left = lr_multiplier(step, N, 0, share, self.settings.final_lr_frac, self.settings.warmdown_shape)
+        return Now(self.trunk.lr * left, muon_momentum(step, N, share), self.trunk.weight_decay * left)
 
 
 def sft_lr_multiplier(progress: float, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float, shape: str = "linear") -> float:

@@ -198,7 +198,7 @@ class TrainLoop:
             self.smooth_train_loss, self.total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
             self.flops = loop_state.get("flops", self.flops_per_token * self.tokens)
         except (KeyError, TypeError) as error:
-            raise UsageError(f"{self.folder}/meta_{self.resume_step:06d}.json is corrupt or not of such a run ({error}); use another step") from error
+            raise UsageError(f"{self.folder}/meta_{meta.get('step', 0):06d}.json is corrupt or not of such a run ({error}); use another step") from error
         if train_state is not None:
             set_exact_state(train_state, self.device, self.scaler)
         self.first_step = self.step

@@ -11,27 +11,24 @@ import os
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import flash_attention
+from nanochat import flash_attention, origin
 from nanochat.cli import (
     UsageError,
     command,
     flag,
     folder_name,
-    fraction,
     int_or_off,
     non_negative_float,
-    non_negative_int,
     parse_settings,
     positive_int,
     seed,
@@ -59,8 +56,9 @@ from nanochat.growth.plan import Shape, describe, plan_stages
 from nanochat.layered_gpt import build_gpt
 from nanochat.memory import memory_table
 from nanochat.optim import MATRIX_OPTIMIZERS, MuonAdamW
+from nanochat.origin import Checkpoint, OriginSettings
 from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
-from nanochat.schedules import WARMDOWN_SHAPES, lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, Process, TrainLoop, training_process
 from nanochat.training import RunSettings, check_output, find_resume_step, fit_device_batch, load_optimizer
@@ -68,7 +66,7 @@ from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 @dataclass
-class Settings(HorizonSettings, GrowthSettings, ModelSettings, RunSettings):
+class Settings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
     fp8: bool = flag(False, "FP8 matmuls (CUDA compute capability 8.9 and newer)")
     fp8_recipe: str = flag("tensorwise", "how FP8 numbers are scaled", choices=RECIPES)
     grow_plan: bool = flag(False, "print the stages of growth and end")
@@ -80,10 +78,6 @@ class Settings(HorizonSettings, GrowthSettings, ModelSettings, RunSettings):
     matrix_lr: float = flag(0.02, "learning rate of the blocks' matrices", type=non_negative_float)
     matrix_optimizer: str = flag("muon", "of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
     scalar_lr: float = flag(0.5, "learning rate of the residual scalars", type=non_negative_float)
-    warmup_steps: int = flag(40, "steps over which the learning rates rise; default of ngpt: 0", type=non_negative_int)
-    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rates fall", type=fraction)
-    warmdown_shape: str = flag("linear", "how they fall", choices=WARMDOWN_SHAPES)
-    final_lr_frac: float = flag(0.05, "share of the learning rates that is left at the end", type=fraction)
     # evaluation
     eval_every: int = flag(250, "steps between validations; -1: never", type=int_or_off)
     eval_tokens: int = flag(80 * 524288, "tokens of a validation", type=positive_int)
@@ -107,10 +101,15 @@ class Settings(HorizonSettings, GrowthSettings, ModelSettings, RunSettings):
 
 
 def parse(argv) -> Settings:
-    """The flags. Raises UsageError for weight decay of normalized layers."""
+    """The flags, of which a branch takes its trunk's as defaults. Raises UsageError for those that contradict each other."""
     settings = parse_settings(Settings, argv, "Pretrain a base model")
+    settings.check_origin()
+    defaults = origin.inherited(Settings, settings.branch_from.meta()) if settings.branch_from else {}
+    if defaults.get("block", settings.block) == "ngpt":
+        defaults = dict(weight_decay=0.0, warmup_steps=0) | defaults
+    if defaults:
+        settings = parse_settings(Settings, argv, "Pretrain a base model", **defaults)
     if settings.block == "ngpt":
-        settings = parse_settings(Settings, argv, "Pretrain a base model", weight_decay=0.0, warmup_steps=0)
         if settings.weight_decay:
             raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
                              "leave it out")
@@ -152,7 +151,7 @@ class Pretraining(TrainLoop):
     settings: Settings
 
     def __init__(self, settings: Settings, process: Process):
-        super().__init__(settings, process, Path(), asdict(settings))
+        super().__init__(settings, process, Path(), {name: str(value) if isinstance(value, Checkpoint) else value for name, value in asdict(settings).items()})
         if self.device.type == "cuda":
             print0(f"Attention: {flash_attention.describe()}")
         self.tokenizer = get_tokenizer()
@@ -163,8 +162,8 @@ class Pretraining(TrainLoop):
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
         self.my_streams = range(self.rank, self.streams, self.world_size)
         self.plan()
-        depth = self.growth.stages[-1].shape.depth if self.growth else settings.depth
-        self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or f"d{depth}")
+        depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
+        self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
 
     # -- before the first step
 
@@ -175,6 +174,10 @@ class Pretraining(TrainLoop):
             raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
         vocab_size = self.tokenizer.get_vocab_size()
         first, final = settings.first_and_final(vocab_size)
+        if settings.init_from:  # its shape counts, not that of the flags
+            first = checkpoints.model_from_config(settings.init_from.meta()["model_config"]).config
+            final = plan_stages(first, path, settings.grow_depth_mode)[-1].config if (path := settings.path()) else first
+            self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
         for remark in settings.dials().remarks(final):
             print0(remark)
         torch.manual_seed(settings.seed)
@@ -201,6 +204,9 @@ class Pretraining(TrainLoop):
             if self.budget < self.growth.stages[0].flops_per_token * total:
                 raise UsageError(f"--grow-budget={settings.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
             print0(self.growth.show_plan())
+        self.schedule_of_run: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, settings.weight_decay * self.horizon.weight_decay_scale)
+        if settings.branch_from:
+            final_model = self.model = self.branch_off(settings.branch_from)
         T, B = settings.max_seq_len, settings.device_batch_size
         if B == -1:
             rows, rest = divmod(total, T * self.streams)
@@ -220,6 +226,18 @@ class Pretraining(TrainLoop):
         print0(f"Number of iterations{' of the final model alone' if self.growth else ''}: {self.horizon.num_iterations:,} = {tokens:,} tokens, "
                f"{tokens / scaling_params(final_model):.2f} per parameter, {final_model.estimate_flops() * tokens:e} FLOPs")
 
+    def branch_off(self, trunk: Checkpoint) -> GPT:
+        """Makes the rest of the run a warm-down from where the trunk stands; a trunk that grows does so no further. Returns its model, still empty."""
+        meta, steps = trunk.meta(), self.settings.warmdown_steps or 0
+        model = checkpoints.model_from_config(meta["model_config"])
+        step, flops = meta["step"], meta["loop_state"].get("flops", model.estimate_flops() * meta["step"] * self.total_batch_size)
+        now = self.schedule_of_run.at(self.horizon.num_iterations * flops / self.budget if self.growth else step)
+        self.schedule_of_run = Branch(self.settings, now, step, steps)
+        self.growth = None
+        self.horizon = replace(self.horizon, num_iterations=step + steps)
+        self.budget = flops + steps * self.total_batch_size * model.estimate_flops()
+        return model
+
     def initialize(self) -> None:
         """Fills the model, which is still empty."""
         self.model.to_empty(device=self.device)
@@ -233,7 +251,18 @@ class Pretraining(TrainLoop):
         self.resume_step = self.saved_step = find_resume_step(settings, self.folder)
         meta = train_state = optimizer_data = None
         if self.resume_step is not None:
-            meta, train_state, optimizer_data = self.load(self.resume_step)
+            meta, train_state, optimizer_data = self.load(self.folder, self.resume_step)
+            if not self.growth and self.resume_step > horizon.num_iterations:
+                raise UsageError(f"the checkpoint of step {self.resume_step} is beyond the horizon of {horizon.num_iterations} steps; raise it to train on")
+        elif settings.branch_from:
+            self.saved_step = settings.branch_from.meta()["step"]
+            meta, train_state, optimizer_data = self.load(settings.branch_from.folder, self.saved_step)
+        elif settings.init_from:
+            _, _, optimizer_data = self.load(settings.init_from.folder, settings.init_from.meta()["step"])
+            if settings.init_optimizer == "new":
+                optimizer_data = None
+            if self.growth:  # it counts the growths of this run
+                self.growth_history = self.growth.history = []
         share_weights(self.model)
         core_every = settings.core_metric_every
         if core_every > 0:
@@ -247,10 +276,9 @@ class Pretraining(TrainLoop):
         self.core_metric: float | None = None
         self.events = [Event(core_every, self.measure_core), Event(settings.sample_every, self.sample)]
 
-        self.weight_decay = settings.weight_decay * horizon.weight_decay_scale
         self.optimizer_setup: dict[str, Any] = dict(
             unembedding_lr=settings.unembedding_lr * horizon.lr_scale, embedding_lr=settings.embedding_lr * horizon.lr_scale,
-            matrix_lr=settings.matrix_lr * horizon.lr_scale, weight_decay=self.weight_decay, scalar_lr=settings.scalar_lr * horizon.lr_scale,
+            matrix_lr=settings.matrix_lr * horizon.lr_scale, weight_decay=settings.weight_decay * horizon.weight_decay_scale, scalar_lr=settings.scalar_lr * horizon.lr_scale,
             matrix_optimizer=settings.matrix_optimizer)
         optimizer = leave_out_frozen(self.model.setup_optimizer(**self.optimizer_setup))
         if optimizer_data is not None:
@@ -279,10 +307,10 @@ class Pretraining(TrainLoop):
             device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type)
         self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
 
-    def load(self, step: int) -> tuple:
+    def load(self, folder: Path, step: int) -> tuple:
         """Meta data, exact training state and optimizer state of the checkpoint to continue; its weights go into the model."""
-        folder, growth = self.folder, self.growth
-        print0(f"Resuming from step {step} in {folder}")
+        growth = self.growth
+        print0(f"{'Resuming' if folder == self.folder else 'Beginning'} from step {step} in {folder}")
         written_by = checkpoints.load_meta(folder, step).get("world_size") or len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
         if written_by not in (0, self.world_size):
             raise UsageError(f"the checkpoint of step {step} was written by {written_by} ranks, not {self.world_size}; use as many as then")
@@ -294,11 +322,7 @@ class Pretraining(TrainLoop):
             if 0 < len(growth.history) < len(growth.stages):
                 with torch.device("meta"):
                     self.model = build_gpt(growth.stage().config)
-        elif step > self.horizon.num_iterations:
-            raise UsageError(f"the checkpoint of step {step} is beyond the horizon of {self.horizon.num_iterations} steps; raise it to train on")
-        if meta["model_config"] != (mine := json.loads(json.dumps(asdict(self.model.config)))):  # JSON knows no tuples
-            differing = ", ".join(f"{key} {meta['model_config'].get(key)} -> {value}" for key, value in mine.items() if meta["model_config"].get(key) != value)
-            raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then, or another --model-tag")
+        origin.check_shape(self.model.config, meta)
         checkpoints.check_tokenizer(self.tokenizer, self.model.config, meta)
         checkpoints.load_weights(self.model, model_data, self.device)
         for name, parameter in self.model.named_parameters():
@@ -337,15 +361,11 @@ class Pretraining(TrainLoop):
             self.x, self.y, self.loader_state = next(self.train_loader)
 
     def schedule(self) -> float:
-        settings, N, position = self.settings, self.horizon.num_iterations, self.position
-        multiplier = lr_multiplier(position, N, settings.warmup_steps, settings.warmdown_ratio, settings.final_lr_frac, settings.warmdown_shape)
-        multiplier *= self.growth.rewarming(self.step) if self.growth else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-            if group["kind"] == "muon":
-                group["momentum"] = muon_momentum(position, N, settings.warmdown_ratio)
-                group["weight_decay"] = muon_weight_decay(position, N, self.weight_decay)
-        return multiplier
+        now = self.schedule_of_run.at(self.position)
+        if self.growth:
+            now = now._replace(lr=now.lr * self.growth.rewarming(self.step))
+        now.set(self.optimizer.param_groups)
+        return now.lr
 
     @property
     def position(self) -> float:
