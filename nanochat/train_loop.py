@@ -42,6 +42,7 @@ from nanochat.report import get_report
 from nanochat.run_log import FILENAME, RunLog
 from nanochat.training import (
     Accumulator,
+    Process,
     RunSettings,
     check_ranks,
     collect_garbage_rarely,
@@ -52,18 +53,6 @@ from nanochat.training import (
 )
 
 UNTIMED_STEPS = 10  # at the beginning of a run: caches fill, and kernels are compiled
-
-
-class Process(NamedTuple):
-    """This process among those of a run."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def master(self) -> bool:
-        return self.rank == 0
 
 
 @contextmanager

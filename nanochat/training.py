@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,18 @@ class RunSettings:
     resume_from_step: int = flag(-1, "continue from this checkpoint; -1: a new run", type=step_or_off)
     resume: bool = flag(False, "continue from the newest complete checkpoint, or begin if there is none")
     save_every: int = flag(-1, "steps between checkpoints; -1: only at the end", type=int_or_off)
+
+
+class Process(NamedTuple):
+    """This process among those of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
 
 
 class Wandb:

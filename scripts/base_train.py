@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from nanochat.cli import (
     int_or_off,
     non_negative_float,
     parse_settings,
-    positive_int,
-    seed,
 )
 from nanochat.common import (
     autodetect_device_type,
@@ -48,56 +46,33 @@ from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.growth.controller import GrowthController, GrowthSettings
-from nanochat.growth.model import empty_model
+from nanochat.gpt import GPT
 from nanochat.growth.optimizer import leave_out_frozen
-from nanochat.growth.plan import Shape, describe, plan_stages
 from nanochat.layered_gpt import build_gpt
-from nanochat.memory import memory_table
-from nanochat.optim import MATRIX_OPTIMIZERS, MuonAdamW
-from nanochat.origin import Checkpoint, OriginSettings
-from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
-from nanochat.schedules import Branch, Schedule, ScheduleSettings
+from nanochat.optim import MuonAdamW
+from nanochat.origin import Checkpoint
+from nanochat.recipe import scaling_params
+from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-from nanochat.train_loop import Event, Process, TrainLoop, training_process
-from nanochat.training import RunSettings, check_output, find_resume_step, fit_device_batch, load_optimizer
+from nanochat.train_loop import Event, TrainLoop, training_process
+from nanochat.training import Process, check_output, find_resume_step, load_optimizer
 from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 @dataclass
-class Settings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
+class Settings(PlanSettings):
     fp8: bool = flag(False, "FP8 matmuls (CUDA compute capability 8.9 and newer)")
     fp8_recipe: str = flag("tensorwise", "how FP8 numbers are scaled", choices=RECIPES)
     grow_plan: bool = flag(False, "print the stages of growth and end")
     memory: bool = flag(False, "print what a training step of each stage takes, also on a device that is not here, and end")
-    # optimization
     embedding_lr: float = flag(0.3, "learning rate of the embeddings", type=non_negative_float)
     unembedding_lr: float = flag(0.008, "learning rate of the head", type=non_negative_float)
-    weight_decay: float = flag(0.28, "of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
     matrix_lr: float = flag(0.02, "learning rate of the blocks' matrices", type=non_negative_float)
-    matrix_optimizer: str = flag("muon", "of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
     scalar_lr: float = flag(0.5, "learning rate of the residual scalars", type=non_negative_float)
-    # evaluation
-    eval_every: int = flag(250, "steps between validations; -1: never", type=int_or_off)
-    eval_tokens: int = flag(80 * 524288, "tokens of a validation", type=positive_int)
     core_metric_every: int = flag(2000, "steps between CORE evaluations; -1: never", type=int_or_off)
     core_metric_max_per_task: int = flag(500, "problems of each task of CORE; -1: all", type=int_or_off)
     sample_every: int = flag(2000, "steps between samples; -1: never", type=int_or_off)
-    # output and data
     model_tag: str | None = flag(None, "name of the checkpoint folder (default: d<depth>)", type=folder_name)
-    seed: int = flag(42, "of the initialization; the data keep their order", type=seed)
-    data_streams: int = flag(-1, "shares that the row groups are dealt into; -1: one per rank. With the same number, runs on fewer ranks see the same batches",
-                             type=int_or_off)
-
-    def path(self) -> list[Shape]:
-        return self.growth_path(self.depth, self.aspect_ratio, self.head_dim, self.eval_every)
-
-    def first_and_final(self, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
-        """The models that the run begins and ends with."""
-        path = self.path()
-        first, final = (self.config(vocab_size, shape.depth, shape.width, shape.rank) for shape in (path[0], path[-1])) if path else [self.config(vocab_size)] * 2
-        return first, final
 
 
 def parse(argv) -> Settings:
@@ -116,27 +91,14 @@ def parse(argv) -> Settings:
     return settings
 
 
-def show_memory(settings: Settings, device_type: str) -> None:
-    """The memory of each stage, without a GPU, data or a tokenizer (whose vocabulary would be nanochat's)."""
-    if settings.device_batch_size == -1:
-        raise UsageError("--memory needs the rows per pass; give --device-batch-size a positive number")
-    try:
-        vocab_size = get_tokenizer().get_vocab_size()
-    except UsageError:
-        vocab_size = GPTConfig.vocab_size
-    first, _ = settings.first_and_final(vocab_size)
-    stages = [stage.config for stage in plan_stages(first, path, settings.grow_depth_mode)] if (path := settings.path()) else [first]
-    print0(memory_table([(describe(stage), stage) for stage in stages], settings.device_batch_size, device_type, matrix_optimizer=settings.matrix_optimizer))
-    if settings.fp8:
-        print0("Counted without FP8")
-
-
 @command
 def main(argv=None) -> None:
     settings = parse(argv)
     print_banner()
     if settings.memory:
         show_memory(settings, settings.device_type or autodetect_device_type())
+        if settings.fp8:
+            print0("Counted without FP8")
         return
     with training_process(settings) as process:
         training = Pretraining(settings, process)
@@ -157,91 +119,16 @@ class Pretraining(TrainLoop):
         self.tokenizer = get_tokenizer()
         check_agreement("the tokenizer", self.tokenizer.checksum(), "all nodes need the same files below NANOCHAT_BASE_DIR")
         self.token_bytes = get_token_bytes(device=self.device)
-        self.streams = self.world_size if settings.data_streams == -1 else settings.data_streams
-        if self.streams % self.world_size:
-            raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
-        self.my_streams = range(self.rank, self.streams, self.world_size)
-        self.plan()
+        self.plan = plan = RunPlan(settings, self.tokenizer.get_vocab_size(), process)
+        self.settings, self.model, self.horizon, self.growth, self.budget = plan.settings, plan.model, plan.horizon, plan.growth, plan.budget  # type: ignore[assignment]
+        self.growth_history: list[dict] = self.growth.history if self.growth else []
+        self.total_batch_size, self.accumulation = plan.horizon.total_batch_size, plan.passes
+        self.eval_every, self.eval_steps = settings.eval_every, plan.eval_steps
+        self.my_streams = range(self.rank, plan.streams, self.world_size)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
 
     # -- before the first step
-
-    def plan(self) -> None:
-        """The model at its initialization, the horizon and the sizes of the batches."""
-        settings = self.settings
-        if settings.max_seq_len < 2:
-            raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
-        vocab_size = self.tokenizer.get_vocab_size()
-        first, final = settings.first_and_final(vocab_size)
-        if settings.init_from:  # its shape counts, not that of the flags
-            first = checkpoints.model_from_config(settings.init_from.meta()["model_config"]).config
-            final = plan_stages(first, path, settings.grow_depth_mode)[-1].config if (path := settings.path()) else first
-            self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
-        for remark in settings.dials().remarks(final):
-            print0(remark)
-        torch.manual_seed(settings.seed)
-        with torch.device("meta"):
-            self.model, final_model = build_gpt(first), build_gpt(final)
-        self.initialize()
-        padded_vocab = self.model.transformer.wte.num_embeddings
-        if padded_vocab != vocab_size:
-            print0(f"Padding the vocabulary from {vocab_size} to {padded_vocab}: faster matmuls")
-        for key, value in self.model.num_scaling_params().items():
-            print0(f"{key:24s}: {value:,}")
-        print0(f"Estimated FLOPs per token: {self.model.estimate_flops():e}")
-        shape = dict(aspect_ratio=settings.aspect_ratio, head_dim=settings.head_dim, sequence_len=settings.max_seq_len, vocab_size=vocab_size,
-                     window_pattern=settings.window_pattern)
-        self.horizon = plan_horizon(final_model, shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
-                                    settings.total_batch_size, settings.dials())
-        self.total_batch_size = total = self.horizon.total_batch_size
-        self.budget = final_model.estimate_flops() * self.horizon.total_tokens
-        self.growth: GrowthController | None = None
-        self.growth_history: list[dict] = []
-        if path := settings.path():
-            self.growth = GrowthController(settings, first, path, self.budget, padded_vocab, settings.seed, measured=settings.eval_every > 0)
-            self.budget, self.growth_history = self.growth.budget, self.growth.history
-            if self.budget < self.growth.stages[0].flops_per_token * total:
-                raise UsageError(f"--grow-budget={settings.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
-            print0(self.growth.show_plan())
-        self.schedule_of_run: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, settings.weight_decay * self.horizon.weight_decay_scale)
-        if settings.branch_from:
-            final_model = self.model = self.branch_off(settings.branch_from)
-        T, B = settings.max_seq_len, settings.device_batch_size
-        if B == -1:
-            rows, rest = divmod(total, T * self.streams)
-            if rest:
-                raise UsageError(f"--total-batch-size={total} is no multiple of {T * self.streams} (context * streams)")
-            B = fit_device_batch(self.model, rows, T)
-            for stage in self.growth.stages[1:] if self.growth else ():  # all of them must fit
-                B = min(B, fit_device_batch(empty_model(stage.config, padded_vocab, self.device), rows, T))
-            print0(f"Device batch size: {B} rows per pass")
-        self.accumulation = settings.passes(total, B, T, self.world_size, self.streams)
-        self.device_batch = B
-        self.eval_every, self.eval_steps = settings.eval_every, settings.eval_tokens // (B * T * self.streams) * len(self.my_streams)
-        if settings.eval_every > 0 and self.eval_steps == 0:
-            raise UsageError(f"--eval-tokens={settings.eval_tokens} is less than one batch; use at least {B * T * self.streams}")
-        print0(f"Total batch size {total:,} => gradient accumulation steps: {self.accumulation}")
-        tokens = self.horizon.total_tokens
-        print0(f"Number of iterations{' of the final model alone' if self.growth else ''}: {self.horizon.num_iterations:,} = {tokens:,} tokens, "
-               f"{tokens / scaling_params(final_model):.2f} per parameter, {final_model.estimate_flops() * tokens:e} FLOPs")
-
-    def branch_off(self, trunk: Checkpoint) -> GPT:
-        """Makes the rest of the run a warm-down from where the trunk stands; a trunk that grows does so no further. Returns its model, still empty."""
-        meta, steps = trunk.meta(), self.settings.warmdown_steps or 0
-        model = checkpoints.model_from_config(meta["model_config"])
-        step, flops = meta["step"], meta["loop_state"].get("flops", model.estimate_flops() * meta["step"] * self.total_batch_size)
-        now = self.schedule_of_run.at(self.horizon.num_iterations * flops / self.budget if self.growth else step)
-        self.schedule_of_run = Branch(self.settings, now, step, steps)
-        self.growth = None
-        self.horizon = replace(self.horizon, num_iterations=step + steps)
-        self.budget = flops + steps * self.total_batch_size * model.estimate_flops()
-        return model
-
-    def initialize(self) -> None:
-        """Fills the model, which is still empty."""
-        self.model.to_empty(device=self.device)
-        self.model.init_weights()
 
     def start(self) -> None:
         """The state before the first step: that of a new run, or that of a checkpoint."""
@@ -278,7 +165,7 @@ class Pretraining(TrainLoop):
 
         self.optimizer_setup: dict[str, Any] = dict(
             unembedding_lr=settings.unembedding_lr * horizon.lr_scale, embedding_lr=settings.embedding_lr * horizon.lr_scale,
-            matrix_lr=settings.matrix_lr * horizon.lr_scale, weight_decay=settings.weight_decay * horizon.weight_decay_scale, scalar_lr=settings.scalar_lr * horizon.lr_scale,
+            matrix_lr=settings.matrix_lr * horizon.lr_scale, weight_decay=self.plan.weight_decay, scalar_lr=settings.scalar_lr * horizon.lr_scale,
             matrix_optimizer=settings.matrix_optimizer)
         optimizer = leave_out_frozen(self.model.setup_optimizer(**self.optimizer_setup))
         if optimizer_data is not None:
@@ -290,7 +177,7 @@ class Pretraining(TrainLoop):
         if train_state is not None:
             self.positions = train_state["loader_states"]
             if len(self.positions) != len(self.my_streams):
-                raise UsageError(f"the checkpoint was written with other --data-streams than {self.streams}; use the same number")
+                raise UsageError(f"the checkpoint was written with other --data-streams than {self.plan.streams}; use the same number")
         elif meta is not None:
             self.positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
             print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
@@ -347,8 +234,8 @@ class Pretraining(TrainLoop):
 
     def loader(self, split: str, positions: list | None = None) -> Iterator:
         """Batches (x, y, state) of this rank's streams in turn."""
-        loaders = [data_loader(self.tokenizer, self.device_batch, self.settings.max_seq_len, split=split, device=self.device, resume_state_dict=position,
-                               stream=stream, num_streams=self.streams)
+        loaders = [data_loader(self.tokenizer, self.plan.rows, self.settings.max_seq_len, split=split, device=self.device, resume_state_dict=position,
+                               stream=stream, num_streams=self.plan.streams)
                    for stream, position in zip(self.my_streams, positions or [None] * len(self.my_streams), strict=True)]
         return itertools.chain.from_iterable(zip(*loaders, strict=True))
 
@@ -361,7 +248,7 @@ class Pretraining(TrainLoop):
             self.x, self.y, self.loader_state = next(self.train_loader)
 
     def schedule(self) -> float:
-        now = self.schedule_of_run.at(self.position)
+        now = self.plan.schedule.at(self.position)
         if self.growth:
             now = now._replace(lr=now.lr * self.growth.rewarming(self.step))
         now.set(self.optimizer.param_groups)
@@ -436,7 +323,7 @@ class Pretraining(TrainLoop):
     def meta_data(self) -> dict:
         growing = dict(frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad]) if self.growth else {}
         return dict(
-            step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.device_batch,
+            step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.plan.rows,
             max_seq_len=self.settings.max_seq_len, total_batch_size=self.total_batch_size, world_size=self.world_size,
             tokenizer=self.tokenizer.checksum(), growth=self.growth_history,
             dataloader_state_dict={key: self.loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},

@@ -36,8 +36,8 @@ from nanochat.cli import (
 from nanochat.common import get_dist_info, is_ddp_initialized, live_line, locked, print0, share_weights, with_progress
 from nanochat.engine import Engine
 from nanochat.objectives import policy_gradient
-from nanochat.train_loop import Event, Process, TrainLoop, training_process
-from nanochat.training import RunSettings, check_output, check_same, find_resume_step, load_optimizer, set_exact_state
+from nanochat.train_loop import Event, TrainLoop, training_process
+from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer, set_exact_state
 from tasks.registry import TASKS
 
 PROBLEMS = {name: entry.problems for name, entry in TASKS.items() if entry.problems}

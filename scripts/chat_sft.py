@@ -41,8 +41,8 @@ from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier
 from nanochat.schedules import sft_muon_momentum as muon_momentum
 from nanochat.tokenizer import get_token_bytes
-from nanochat.train_loop import Event, Process, TrainLoop, training_process
-from nanochat.training import RunSettings, check_output, check_same, find_resume_step, load_optimizer
+from nanochat.train_loop import Event, TrainLoop, training_process
+from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer
 from scripts.chat_eval import evaluate
 from tasks.common import Task
 from tasks.registry import CHATCORE, TASKS, build_mixture, chatcore, parts

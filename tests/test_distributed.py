@@ -136,17 +136,17 @@ def test_rank_0_decides(tmp_path):
 DIVERGENT = """
 import os, sys, torch
 from nanochat import common, loss_eval
-from nanochat import train_loop
+from nanochat import run_plan, train_loop
 from nanochat.growth import controller
 from scripts import base_train
 if os.environ["RANK"] == "1":
-    initialize, evaluate = base_train.Pretraining.initialize, train_loop.evaluate_bpb
-    def other_weights(self):
-        initialize(self)
+    initialize, evaluate = run_plan.RunPlan.initialize, train_loop.evaluate_bpb
+    def other_weights(self, device):
+        initialize(self, device)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(0.01)
-    base_train.Pretraining.initialize = other_weights
+    run_plan.RunPlan.initialize = other_weights
     train_loop.evaluate_bpb = lambda *args: evaluate(*args) + 5  # it would never reach the target
     controller.final_loss_of_earlier_run = lambda *args: controller.Prediction(0.01, "a file that only rank 1 has")
 finish = base_train.Pretraining.finish

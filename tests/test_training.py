@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import run_plan
 from nanochat.cli import parse_settings
 from nanochat.gpt import GPT
 from nanochat.training import Accumulator, RunSettings, fit_device_batch, init_wandb, is_out_of_memory
-from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import batch, build_model
 
@@ -143,7 +143,7 @@ def test_full_memory_in_the_optimizers_step(base, monkeypatch, capsys):
 
 def test_every_stage_of_a_growing_run_must_fit(base, monkeypatch, capsys):
     """In memory, by the device batch; and on the disk, with a checkpoint before each growth."""
-    monkeypatch.setattr(base_train, "fit_device_batch", lambda model, rows, sequence_len: {1: 4, 2: 2, 3: 4}[model.config.n_layer])
+    monkeypatch.setattr(run_plan, "fit_device_batch", lambda model, rows, sequence_len: {1: 4, 2: 2, 3: 4}[model.config.n_layer])
     flags = ("--grow-path=1x64,2x64,3x96", "--head-dim=32", "--grow-at=0.2,0.4", "--device-batch-size=-1", "--eval-every=-1", "--eval-tokens=512")
     assert tiny.train(*flags) == 0
     assert "Device batch size: 2 rows" in capsys.readouterr().out

@@ -23,7 +23,6 @@ from nanochat.growth.plan import (
     latest_growths,
     parse_fractions,
     parse_path,
-    plan_stages,
     show_plan,
 )
 from nanochat.growth.target import DEPTH_MODES, spelled_out
@@ -81,9 +80,9 @@ class GrowthController:
     budget: FLOPs of the whole run. Raises UsageError for a path that cannot be grown along, before the run begins.
     """
 
-    def __init__(self, settings: GrowthSettings, first: GPTConfig, path: list[Shape], budget: int, padded_vocab: int, seed: int, measured: bool):
+    def __init__(self, settings: GrowthSettings, stages: list[Stage], budget: int, padded_vocab: int, seed: int, measured: bool):
         self.settings, self.seed, self.measured = settings, seed, measured
-        self.stages: list[Stage] = plan_stages(first, path, settings.grow_depth_mode)
+        self.stages = stages
         width = width_mode(settings.grow_mode, **settings.growth_parameters())
         for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
             model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
