@@ -183,7 +183,7 @@ def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int, wo
         return None
     load = lambda r: _load(folder / f"state_{step:06d}_rank{r}.pt", "cpu")
     if world in (None, ranks):
-        return load(rank)
+        return load(rank) if rank < ranks else None
     states = [load(r) for r in range(ranks)]
     mine = states[rank if rank < ranks else 0]
     if "loader_states" not in mine:
