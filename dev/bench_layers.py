@@ -148,7 +148,7 @@ class Layer:
         config = LayeredGPTConfig(sequence_len=length, vocab_size=64, n_layer=1, n_head=spec.n_head, n_kv_head=spec.n_kv_head, n_embd=width,
                                   layers=(spec,))
         with torch.device("meta"):
-            self.model = LayeredGPT(config)
+            self.model = build_gpt(config)
         self.model.to_empty(device=device)
         for p in self.model.parameters():  # the spectral initialization would take minutes at the largest widths
             torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)

@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import Linear, linear
+from nanochat.gpt import Fill, Linear, linear, uniform
 
 RANK_SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
 DECODE_ROWS = 16  # up to so many rows a product costs what reading its weights costs
@@ -69,6 +69,14 @@ class LowRankLinear(nn.Module):
         saved = self.in_features * self.out_features - self.rank * (self.in_features + self.out_features)
         if saved <= call_cost(self.U.weight.device.type, COMPUTE_DTYPE):
             self.merge()
+
+    def init(self, fill: Fill) -> None:
+        """The best copy of a dense layer that is filled so."""
+        self.init_from_dense(fill(torch.empty(self.out_features, self.in_features, device=self.U.weight.device)))
+
+    def init_to_zero(self) -> None:
+        self.init(uniform())
+        nn.init.zeros_(self.U.weight)
 
     @torch.no_grad()
     def init_from_dense(self, weight: torch.Tensor) -> None:

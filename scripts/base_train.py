@@ -26,6 +26,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import flash_attention
+from nanochat.blocks import BLOCKS
 from nanochat.cli import (
     ArgumentParser,
     UsageError,
@@ -79,8 +80,8 @@ from nanochat.growth.plan import (
     plan_stages,
     show_plan,
 )
-from nanochat.growth.target import DEPTH_MODES, spelled_out
-from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, build_gpt
+from nanochat.growth.target import DEPTH_MODES, layered_config
+from nanochat.layered_gpt import ACTIVATIONS, ORDERS, build_gpt
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.lowrank import RANK_SCHEDULES
 from nanochat.memory import memory_table
@@ -354,7 +355,7 @@ class Training:
         if self.stages:
             width = width_mode(args.grow_mode, **self.growth_parameters)
             for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
-                model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
+                model_maps(width, layered_config(before.config), layered_config(after.config), after.layers, padded_vocab)
             self.budget = round(args.grow_budget * self.budget)
             if self.budget < self.stages[0].flops_per_token * self.horizon.total_batch_size:
                 raise UsageError(f"--grow-budget={args.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
