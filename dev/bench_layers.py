@@ -28,7 +28,7 @@ from nanochat.cli import ArgumentParser, UsageError, command, positive_float, po
 from nanochat.common import COMPUTE_DTYPE, atomic_path, autodetect_device_type, compute_init, write_text_atomic
 from nanochat.compiler import compile_model, why_not_compile
 from nanochat.gpt import GPT, Linear, run_layer
-from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig, LayerSpec, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import LayerDials, gpt_config

@@ -19,6 +19,7 @@ from nanochat.optim import adamw_group
 SCALES_SHARE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
 ACTIVATIONS = ("relu2", "swiglu")
 ORDERS = ("attn-mlp", "mlp-attn", "parallel")
+Scales = dict[str, tuple[float, list[nn.Parameter]]]  # by name where they start, and which they are
 Names = dict[str, tuple[str | None, ...]]  # of the axes of each part, see `LayeredGPT.axes`
 
 
@@ -42,6 +43,7 @@ class LayerSpec:
 
     @property
     def kind(self) -> "type[LayeredBlock]":
+        """The class of its block."""
         from nanochat.blocks import BLOCKS  # it imports this file
         return BLOCKS[self.block]
 
@@ -53,7 +55,7 @@ class LayerSpec:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
         if self.qk_dim % 2:
             raise ValueError(f"queries of width {self.qk_dim} cannot be rotated in pairs; use an even number")
-        from nanochat.blocks import BLOCKS
+        from nanochat.blocks import BLOCKS  # it imports this file
         for name, value, known in (("block", self.block, BLOCKS), ("activation", self.activation, ACTIVATIONS), ("order", self.order, ORDERS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
@@ -138,7 +140,6 @@ class LayeredAttention(CausalSelfAttention):
 class LayeredMLP(nn.Module):
     """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`, or one layer of SwiGLU (Shazeer, 2002.05202)."""
 
-    c_gate: Any
     c_hidden: Any
 
     def __init__(self, n_embd: int, spec: LayerSpec):
@@ -200,13 +201,13 @@ class LayeredBlock(nn.Module):
         """The axes of its parts, by name (`LayeredGPT.axes`). Those that begin with a dot are the layer's own."""
         return {f"{name}.{part}": axes for name in ("attn", "mlp") for part, axes in getattr(self, name).axes().items()}
 
-    def scales(self) -> list[tuple[float, list[nn.Parameter]]]:
-        """Numbers that multiply single entries, trained by AdamW: lists of them, each with the value that they start near. All blocks have equally many lists."""
-        return []
+    def scales(self) -> Scales:
+        """What AdamW trains: numbers that multiply single entries. Those of one name, of all blocks, are one group."""
+        return {}
 
     def matrices(self) -> list[nn.Parameter]:
         """What the matrices' optimizer trains: all the rest."""
-        scales = {p for _, params in self.scales() for p in params}
+        scales = {p for _, params in self.scales().values() for p in params}
         return [p for p in self.parameters() if p not in scales]
 
     def forward(self, x, ve, cos_sin, window_size, kv_cache):
@@ -269,7 +270,7 @@ class LayeredGPT(GPT):
         """Along which spaces of the network the dimensions of its parts run, by name: what growth needs to know (growth/axes.py).
 
         Of a matrix the axis that it writes and the one that it reads (None if that never grows), of an embedding the one that it writes, of other
-        parameters those of their dimensions.
+        parameters those of their dimensions. A part that a layer may have and has not may be named all the same.
         """
         axes: Names = {"transformer.wte": ("stream",), "lm_head": ("logits", "stream"), "resid_lambdas": ("depth",), "x0_lambdas": ("depth",),
                        "smear_gate": (None, f"stream[:{SMEAR_GATE_CHANNELS}]"), "smear_lambda": (), "backout_lambda": ()}
@@ -293,9 +294,12 @@ class LayeredGPT(GPT):
         return stock + self._scale_groups(scalar_lr)
 
     def _scale_groups(self, scalar_lr: float) -> list[dict]:
-        """The scales of all blocks, list by list; they move by a share of where they start."""
-        return [adamw_group([p for _, scales in alike for p in scales], alike[0][0] * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0)
-                for alike in zip(*(block.scales() for block in self.transformer.h))]
+        """They move by a share of where they start."""
+        groups: Scales = {}
+        for block in self.transformer.h:
+            for name, (start, scales) in block.scales().items():
+                groups.setdefault(name, (start, []))[1].extend(scales)
+        return [adamw_group(scales, start * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0) for start, scales in groups.values()]
 
 
 def build_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:

@@ -102,7 +102,7 @@ class LowRankLinear(nn.Module):
         return layer
 
 
-def linear_or_low_rank(in_features: int, out_features: int, rank: int) -> nn.Module:
+def linear_or_low_rank(in_features: int, out_features: int, rank: int) -> Linear | LowRankLinear:
     """Rank 0 is dense."""
     return LowRankLinear(in_features, out_features, rank) if rank else Linear(in_features, out_features)
 

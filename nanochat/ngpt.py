@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from nanochat.compiler import jit
 from nanochat.gpt import Linear
-from nanochat.layered_gpt import SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names
+from nanochat.layered_gpt import SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
 from nanochat.lowrank import LowRankLinear
 from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
@@ -110,7 +110,7 @@ class NormalizedBlock(LayeredBlock):
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.normal_(module.weight)
-        for start, scales in self.scales():
+        for start, scales in self.scales().values():
             for scale in scales:
                 nn.init.constant_(scale, start)
         for scale in self.mlp.s_hidden:
@@ -123,10 +123,10 @@ class NormalizedBlock(LayeredBlock):
     def axes(self) -> Names:
         return super().axes() | {"alpha_attn": ("stream[scale]",), "alpha_mlp": ("stream[scale]",)}
 
-    def scales(self) -> list[tuple[float, list[nn.Parameter]]]:
+    def scales(self) -> Scales:
         attn, mlp, root = self.attn, self.mlp, self.alpha_attn.numel() ** 0.5
-        return [(self.alpha_start, [self.alpha_attn, self.alpha_mlp]), (1.0, [attn.s_qk, attn.s_head]),
-                (root, [mlp.s_u] if mlp.s_v is None else [mlp.s_u, mlp.s_v]), (2 * root, [*mlp.s_hidden])]
+        return {"alpha": (self.alpha_start, [self.alpha_attn, self.alpha_mlp]), "heads": (1.0, [attn.s_qk, attn.s_head]),
+                "hidden": (root, [mlp.s_u] if mlp.s_v is None else [mlp.s_u, mlp.s_v]), "deeper": (2 * root, [*mlp.s_hidden])}
 
     def matrices(self) -> list[nn.Parameter]:
         return [p for p in super().matrices() if self.attn.ve_gate is None or p is not self.attn.ve_gate.weight]  # the gates have a group of their own
