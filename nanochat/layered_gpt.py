@@ -18,7 +18,7 @@ from nanochat.optim import adamw_group
 
 SCALES_SHARE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
 ACTIVATIONS = ("relu2", "swiglu")
-ORDERS = ("attn-mlp", "mlp-attn", "parallel")
+ORDERS = {"attn-mlp": (("attn",), ("mlp",)), "mlp-attn": (("mlp",), ("attn",)), "parallel": (("attn", "mlp"),)}  # the modules of each step
 Scales = dict[str, tuple[float, list[nn.Parameter]]]  # by name where they start, and which they are
 Names = dict[str, tuple[str | None, ...]]  # of the axes of each part, see `LayeredGPT.axes`
 
@@ -182,7 +182,7 @@ class LayeredBlock(nn.Module):
         super().__init__()
         self.attn: Any = self.Attention(n_embd, spec, layer_idx)
         self.mlp: Any = self.MLP(n_embd, spec)
-        self.order = spec.order
+        self.steps = ORDERS[spec.order]
 
     @classmethod
     def model(cls) -> "type[LayeredGPT]":
@@ -210,15 +210,13 @@ class LayeredBlock(nn.Module):
         scales = {p for _, params in self.scales().values() for p in params}
         return [p for p in self.parameters() if p not in scales]
 
-    def forward(self, x, ve, cos_sin, window_size, kv_cache):
-        if self.order == "parallel":
+    def forward(self, x, *attention):
+        """x (B, T, C) -> (B, T, C); the other arguments are those of the attention, after its first."""
+        for modules in self.steps:
             u = norm(x)
-            return x + self.attn(u, ve, cos_sin, window_size, kv_cache) + self.mlp(u)
-        if self.order == "mlp-attn":
-            x = x + self.mlp(norm(x))
-            return x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
-        x = x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
-        return x + self.mlp(norm(x))
+            for name in modules:
+                x = x + (self.attn(u, *attention) if name == "attn" else self.mlp(u))
+        return x
 
 
 class LayeredGPT(GPT):

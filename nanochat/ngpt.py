@@ -38,7 +38,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return (y * y.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
 
-def step_towards(h: torch.Tensor, alpha: tuple, *outputs: torch.Tensor) -> torch.Tensor:
+def step_towards(h: torch.Tensor, alpha: list, outputs: list) -> torch.Tensor:
     """The unit vector reached from h (..., C) by stepping, per channel, alpha[i] (C,) of the way towards each output (2410.01131, equations 10, 11)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     start = end = h.to(dtype)
@@ -131,15 +131,12 @@ class NormalizedBlock(LayeredBlock):
     def matrices(self) -> list[nn.Parameter]:
         return [p for p in super().matrices() if self.attn.ve_gate is None or p is not self.attn.ve_gate.weight]  # the gates have a group of their own
 
-    def forward(self, x, ve, cos_sin, window_size, kv_cache):
+    def forward(self, x, *attention):
         h = unit(x)  # what enters is a mix of the stream and the first embedding
-        if self.order == "parallel":
-            return step_towards(h, (self.alpha_attn, self.alpha_mlp), self.attn(h, ve, cos_sin, window_size, kv_cache), self.mlp(h))
-        if self.order == "mlp-attn":
-            h = step_towards(h, (self.alpha_mlp,), self.mlp(h))
-            return step_towards(h, (self.alpha_attn,), self.attn(h, ve, cos_sin, window_size, kv_cache))
-        h = step_towards(h, (self.alpha_attn,), self.attn(h, ve, cos_sin, window_size, kv_cache))
-        return step_towards(h, (self.alpha_mlp,), self.mlp(h))
+        for modules in self.steps:
+            outputs = [self.attn(h, *attention) if name == "attn" else self.mlp(h) for name in modules]
+            h = step_towards(h, [self.alpha_attn if name == "attn" else self.alpha_mlp for name in modules], outputs)
+        return h
 
 
 class NormalizedGPT(LayeredGPT):

@@ -31,24 +31,12 @@ class DepthMode(Protocol):
         """For each of `new` layers the one of `old` layers (no more than new) that it continues, or None. All of the old ones must be continued."""
 
 
-def identity(old: int, new: int) -> list[int | None]:
-    repeated = interleave(old, new)
-    return [layer if t == repeated.index(layer) else None for t, layer in enumerate(repeated)]
-
-
-def append(old: int, new: int) -> list[int | None]:
-    return [*range(old), *[None] * (new - old)]
-
-
-def stack(old: int, new: int) -> list[int | None]:
-    return [t % old for t in range(new)]
-
-
-def interleave(old: int, new: int) -> list[int | None]:
-    return [t * old // new for t in range(new)]
-
-
-DEPTH_MODES: dict[str, DepthMode] = {"identity": identity, "append": append, "stack": stack, "interleave": interleave}
+DEPTH_MODES: dict[str, DepthMode] = {
+    "identity": lambda old, new: [None if t and t * old // new == (t - 1) * old // new else t * old // new for t in range(new)],
+    "append": lambda old, new: [*range(old), *[None] * (new - old)],
+    "stack": lambda old, new: [t % old for t in range(new)],
+    "interleave": lambda old, new: [t * old // new for t in range(new)],
+}
 
 
 def continued_layers(old: int, new: int, mode: str = "identity") -> list[int | None]:
