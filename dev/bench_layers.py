@@ -31,7 +31,7 @@ from nanochat.gpt import GPT, Linear, run_layer
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
-from nanochat.recipe import LayerDials, gpt_config
+from nanochat.recipe import LayerChanges, gpt_config
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -479,12 +479,12 @@ def compare_models(args, device: torch.device) -> None:
     machine = describe(device)
     print(machine)
     stock = gpt_config(args.depth, 64, 128, 2048, 32768, "SSSL")
-    large = [counted(stock), counted(LayerDials(attn_rank=args.rank, mlp_rank=args.rank).apply(stock))]
+    large = [counted(stock), counted(LayerChanges(attn_rank=args.rank, mlp_rank=args.rank).apply(stock))]
     print_comparison(f"counted: d{args.depth} of width {stock.n_embd}, rank {args.rank}", *large)
     small = gpt_config(args.measured_depth, 64, args.head_dim, args.max_seq_len, 4096, "L")
     rank = max(1, round(args.rank * small.n_embd / stock.n_embd))
     rows = max(1, (args.tokens or 8192) // args.max_seq_len)
-    runs = [Training(config, rows, device) for config in (small, LayerDials(attn_rank=rank, mlp_rank=rank).apply(small))]
+    runs = [Training(config, rows, device) for config in (small, LayerChanges(attn_rank=rank, mlp_rank=rank).apply(small))]
     times = in_turns({"dense": runs[0].step, "low-rank": runs[1].step}, args.rounds, args.seconds)
     measured: list[dict[str, float]] = [{"tokens/s": rows * args.max_seq_len / statistics.median(seconds), **run.bytes()}
                                         for run, seconds in zip(runs, times.values())]

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, print0
 from nanochat.counting import Counting
 from nanochat.cross_entropy import softcap_cross_entropy
@@ -143,17 +144,17 @@ class CausalSelfAttention(nn.Module):
             for part, rows in zip(parts, self.qkv.split([part.out_features for part in parts])):
                 part.weight.data = rows
 
-    def project(self, x, cos_sin):
-        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D); queries and keys rotated."""
+    def project(self, x_BTC, cos_sin):
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D); queries and keys rotated. K is the number of key heads."""
         if self.qkv is None:
-            q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
-            return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
-        qk, v = linear(x, self.qkv.to(x.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
-        qk = apply_rotary_emb(qk.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)
-        return *qk.split([self.n_head, self.n_kv_head], dim=2), v.unflatten(-1, (self.n_kv_head, -1))
+            q_BTHD, k_BTKD, v_BTKD = (c(x_BTC).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
+            return apply_rotary_emb(q_BTHD, *cos_sin), apply_rotary_emb(k_BTKD, *cos_sin), v_BTKD
+        qk_BTE, v_BTE = linear(x_BTC, self.qkv.to(x_BTC.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
+        qk_BTJD = apply_rotary_emb(qk_BTE.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)  # the heads of both
+        return *qk_BTJD.split([self.n_head, self.n_kv_head], dim=2), v_BTE.unflatten(-1, (self.n_kv_head, -1))
 
     def forward(self, x_BTC, ve_BTE, cos_sin, window_size, kv_cache):
-        """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
+        """x normed (B, T, C), ve (B, T, K*D) or None -> (B, T, C)."""
         q_BTHD, k_BTKD, v_BTKD = self.project(x_BTC, cos_sin)
         if ve_BTE is not None:
             gate_BTK = 3 * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
@@ -167,12 +168,12 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q_BTHD, k_BTKD, v_BTKD, window_size, kv_cache):
         """The values that each query sees, mixed: (B, T, H, D). With a cache it sees what that holds too, and the new keys and values are appended.
-        Raises ValueError for a cache where attention is not causal: what it holds would change with every token."""
+        Raises UsageError for a cache where attention is not causal: what it holds would change with every token."""
         attention = dict(causal=self.causal, window_size=window_size)
         if kv_cache is None:
             return flash_attn.flash_attn_func(q_BTHD, k_BTKD, v_BTKD, **attention)
         if not self.causal:
-            raise ValueError("a model that looks both ways cannot decode with a cache of keys and values")
+            raise UsageError("a model that looks both ways cannot decode with a cache of keys and values: use one that was trained to predict the next token")
         k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
         y_BTHD = flash_attn.flash_attn_with_kvcache(q_BTHD, k_cache, v_cache, k=k_BTKD, v=v_BTKD, cache_seqlens=kv_cache.cache_seqlens, **attention)
         if self.layer_idx == kv_cache.n_layers - 1:
@@ -395,9 +396,6 @@ class GPT(Counting):
         """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar."""
         return self.backout_lambda if self.backout_layer < self.config.n_layer - 1 else inert(self.backout_lambda)
 
-    # -------------------------------------------------------------------------
-    # Optimizer
-
     def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
                         weight_decay: float = 0.0, scalar_lr: float = 0.5, matrix_optimizer: str = "muon") -> MuonAdamW:
         """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format."""
@@ -425,8 +423,6 @@ class GPT(Counting):
             adamw_group([self.smear_gate.weight, self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
             *matrix_groups(self._matrices(), matrix_lr, weight_decay, matrix_optimizer),
         ]
-
-    # -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

@@ -33,7 +33,7 @@ def gpt_config(depth: int, aspect_ratio: int, head_dim: int, sequence_len: int, 
 
 
 @dataclass(frozen=True)
-class LayerDials:
+class LayerChanges:
     """What makes the layers differ from the stock ones; -1 and 0 stand for the stock choice."""
 
     attn_rank: int = 0
@@ -50,12 +50,12 @@ class LayerDials:
     order: str = "attn-mlp"
 
     def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
-        """The stock configuration itself if no dial is turned, else a layered one. Raises UsageError for layers that cannot be.
+        """The stock configuration itself if there is nothing to change, else a layered one. Raises UsageError for layers that cannot be.
 
         For the `reference` model, whose depth the user did not choose, what does not fit is cut to what does: key heads to a
         divisor of its heads, ranks to its matrices. The schedule does not matter there, only the sum of the ranks counts.
         """
-        if self == LayerDials():
+        if self == LayerChanges():
             return stock
         with torch.device("meta"):
             plain = LayeredGPTConfig.from_gpt(GPT(stock))
@@ -117,8 +117,8 @@ class Horizon:
 
 
 def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: float, target_param_data_ratio: float,
-                 total_batch_size: int, dials: LayerDials | None = None) -> Horizon:
-    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `dials` what the layers differ in.
+                 total_batch_size: int, changes: LayerChanges | None = None) -> Horizon:
+    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `changes` what the layers differ in.
 
     The batch grows with tokens^0.383 (Power Lines, 2505.13738), the learning rates with its square root, and weight decay
     with sqrt(batch)/tokens. The number of steps is `num_iterations`, else what `target_flops` pays for, else what the
@@ -128,7 +128,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
         raise UsageError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio a positive value")
     ratio = target_param_data_ratio or 1.0  # its sign and size cancel where the horizon is explicit
     with torch.device("meta"):
-        reference = build_gpt((dials or LayerDials()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
+        reference = build_gpt((changes or LayerChanges()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
     target_tokens = int(ratio * scaling_params(model))
     reference_tokens = ratio * scaling_params(reference)
     if total_batch_size <= 0:

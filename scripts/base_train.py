@@ -86,7 +86,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.lowrank import RANK_SCHEDULES
 from nanochat.memory import memory_table
 from nanochat.optim import MATRIX_OPTIMIZERS, MuonAdamW
-from nanochat.recipe import LayerDials, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon, scaling_params
+from nanochat.recipe import LayerChanges, gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon, scaling_params
 from nanochat.report import get_report
 from nanochat.run_log import RunLog
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -186,8 +186,8 @@ def build_parser() -> ArgumentParser:
 # Setting up
 
 
-def layer_dials(args) -> LayerDials:
-    return LayerDials(
+def layer_dials(args) -> LayerChanges:
+    return LayerChanges(
         attn_rank=args.rank if args.attn_rank is None else args.attn_rank, mlp_rank=args.rank if args.mlp_rank is None else args.mlp_rank,
         lm_head_rank=args.lm_head_rank, rank_schedule=args.rank_schedule, n_head=args.n_head, n_kv_head=args.n_kv_head, qk_dim=args.qk_dim,
         mlp_ratio=args.mlp_ratio, mlp_depth=args.mlp_depth, block=args.block, activation=args.activation, order=args.order)
