@@ -115,24 +115,6 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if has_ve(layer_idx, config.n_layer) else None
 
-    def init_weights(self) -> None:
-        for projection in (self.c_q, self.c_k, self.c_v):
-            projection.init(uniform())
-        self.c_proj.init_to_zero()  # every block starts as the identity
-
-    def init_gate(self) -> None:
-        if self.ve_gate is not None:
-            nn.init.uniform_(self.ve_gate.weight, 0.0, 0.02)
-
-    def shape(self) -> tuple[int, int, int, int]:
-        """Query heads, key heads, width of a query or key head, width of a value head."""
-        return self.n_head, self.n_kv_head, self.c_q.out_features // self.n_head, self.c_v.out_features // self.n_kv_head
-
-    def macs(self, pairs: int) -> int:
-        """Multiply-adds between that many (query, key) pairs: scores and mixing of values."""
-        n_head, _, qk_dim, v_dim = self.shape()
-        return n_head * (qk_dim + v_dim) * pairs
-
     qkv: torch.Tensor | None = None  # the three projections as one matrix
 
     @torch.no_grad()
@@ -144,14 +126,14 @@ class CausalSelfAttention(nn.Module):
             for part, rows in zip(parts, self.qkv.split([part.out_features for part in parts])):
                 part.weight.data = rows
 
-    def project(self, x_BTC, cos_sin):
-        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D); queries and keys rotated. K is the number of key heads."""
+    def project(self, x, cos_sin):
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D); queries and keys rotated."""
         if self.qkv is None:
-            q_BTHD, k_BTKD, v_BTKD = (c(x_BTC).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
-            return apply_rotary_emb(q_BTHD, *cos_sin), apply_rotary_emb(k_BTKD, *cos_sin), v_BTKD
-        qk_BTE, v_BTE = linear(x_BTC, self.qkv.to(x_BTC.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
-        qk_BTJD = apply_rotary_emb(qk_BTE.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)  # the heads of both
-        return *qk_BTJD.split([self.n_head, self.n_kv_head], dim=2), v_BTE.unflatten(-1, (self.n_kv_head, -1))
+            q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
+            return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
+        qk, v = linear(x, self.qkv.to(x.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
+        qk = apply_rotary_emb(qk.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)
+        return *qk.split([self.n_head, self.n_kv_head], dim=2), v.unflatten(-1, (self.n_kv_head, -1))
 
     def forward(self, x_BTC, ve_BTE, cos_sin, window_size, kv_cache):
         """x normed (B, T, C), ve (B, T, K*D) or None -> (B, T, C)."""
@@ -179,6 +161,24 @@ class CausalSelfAttention(nn.Module):
         if self.layer_idx == kv_cache.n_layers - 1:
             kv_cache.advance(q_BTHD.size(1))
         return y_BTHD
+
+    def init_weights(self) -> None:
+        for projection in (self.c_q, self.c_k, self.c_v):
+            projection.init(uniform())
+        self.c_proj.init_to_zero()  # every block starts as the identity
+
+    def init_gate(self) -> None:
+        if self.ve_gate is not None:
+            nn.init.uniform_(self.ve_gate.weight, 0.0, 0.02)
+
+    def shape(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, width of a query or key head, width of a value head."""
+        return self.n_head, self.n_kv_head, self.c_q.out_features // self.n_head, self.c_v.out_features // self.n_kv_head
+
+    def macs(self, pairs: int) -> int:
+        """Multiply-adds between that many (query, key) pairs: scores and mixing of values."""
+        n_head, _, qk_dim, v_dim = self.shape()
+        return n_head * (qk_dim + v_dim) * pairs
 
 
 class MLP(nn.Module):
