@@ -182,7 +182,7 @@ class LayeredBlock(nn.Module):
         super().__init__()
         self.attn: Any = self.Attention(n_embd, spec, layer_idx)
         self.mlp: Any = self.MLP(n_embd, spec)
-        self.steps = ORDERS[spec.order]
+        self.order = spec.order
 
     @classmethod
     def model(cls) -> "type[LayeredGPT]":
@@ -212,7 +212,7 @@ class LayeredBlock(nn.Module):
 
     def forward(self, x, *attention):
         """x (B, T, C) -> (B, T, C); the other arguments are those of the attention, after its first."""
-        for modules in self.steps:
+        for modules in ORDERS[self.order]:
             u = norm(x)
             for name in modules:
                 x = x + (self.attn(u, *attention) if name == "attn" else self.mlp(u))

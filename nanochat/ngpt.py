@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from nanochat.compiler import jit
 from nanochat.gpt import Linear
-from nanochat.layered_gpt import SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
+from nanochat.layered_gpt import ORDERS, SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
 from nanochat.lowrank import LowRankLinear
 from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
@@ -133,7 +133,7 @@ class NormalizedBlock(LayeredBlock):
 
     def forward(self, x, *attention):
         h = unit(x)  # what enters is a mix of the stream and the first embedding
-        for modules in self.steps:
+        for modules in ORDERS[self.order]:
             outputs = [self.attn(h, *attention) if name == "attn" else self.mlp(h) for name in modules]
             h = step_towards(h, [self.alpha_attn if name == "attn" else self.alpha_mlp for name in modules], outputs)
         return h

@@ -75,6 +75,7 @@ def test_it_trains():
 
 def test_it_decodes_through_a_cache():
     model = random_model(bottleneck())
+    model.cast_for_inference()
     text = tokens(1)[:1]
     with torch.no_grad():
         cache = Engine(model, ByteTokenizer(load("decode")["generate"]["special"]))._new_cache(1, 24)
