@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nanochat.cli import UsageError
 from nanochat.common import is_ddp_initialized
 
 # PyTorch 2.13 renamed the two collectives
