@@ -5,7 +5,7 @@
 | Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
 | other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, whole context | PyTorch's built-in kernel |
-| CPU | PyTorch's kernel, or blocks of queries by batched matmuls: what is faster there (kernel_choice.py), forward and backward apart |
+| CPU | PyTorch's kernel, blocks of queries by batched matmuls, or flash_attention.cpp: what is fastest there (kernel_choice.py), forward and backward apart |
 | anywhere else, whole context | PyTorch's built-in kernel |
 | anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 
@@ -14,8 +14,10 @@ A window (left, right) lets query i see the keys j with i - left <= j <= i + rig
 the right. Below it is a band of two such numbers, where -1 stands for every limit that hides nothing.
 """
 import contextlib
+import ctypes
 import functools
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -187,26 +189,80 @@ def _empty(x, width: int, **kwargs):
     return x.new_empty(x.size(0), x.size(2), x.size(1), width, **kwargs).transpose(1, 2)
 
 
+# -----------------------------------------------------------------------------
+# flash_attention.cpp
+
+
+@functools.cache
+def _library():
+    """flash_attention.cpp, compiled, or None: in vain without AVX512-BF16 or AMX, without a compiler, and where oneDNN was told to do without."""
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()) or why_not_compile("cpu"):
+        return None
+    try:
+        from torch._inductor.codecache import CppCodeCache
+        library = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), device_type="cpu",
+                                    extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))  # PyTorch, which writes vectors itself, has both off
+        _fused_forward(library, *torch.zeros(3, 1, 1, 2, 32, dtype=torch.bfloat16), -1, -1)
+        return library
+    except Exception:
+        return None
+
+
+@torch.compiler.assume_constant_result
+def has_fused() -> bool:
+    """Whether this CPU can run flash_attention.cpp. The first call may compile it, once per machine, in 5 to 10 seconds."""
+    return _library() is not None
+
+
+def _matrix(x):
+    """(B, H, T, D) as the library's `Matrix`."""
+    assert x.dtype == torch.bfloat16 and x.stride(3) == 1
+    return (ctypes.c_int64 * 4)(x.data_ptr(), *x.stride()[:3])
+
+
+def _rows(x):
+    """`x` if its rows are whole and begin at an even number, as the library wants them, else a copy."""
+    return x if x.stride(3) == 1 and not any(stride % 2 for stride in (*x.stride()[:3], x.storage_offset())) else x.contiguous()
+
+
+def _call(function, q, left: int, right: int, *tensors) -> None:
+    """Tensors in the order of the function's arguments: of four dimensions a `Matrix`, else float32."""
+    pointers = [_matrix(x) if x.dim() == 4 else ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    if function((ctypes.c_int64 * 6)(*q.shape, left, right), torch.get_num_threads(), *pointers):
+        raise RuntimeError("oneDNN has no bfloat16 tiles on this CPU")
+
+
+def _fused_forward(library, q, k, v, left: int, right: int):
+    out, log_sum = _empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _call(library.attention_forward, q, left, right, *map(_rows, (q, k, v)), out, log_sum)
+    return out, log_sum
+
+
 def _builtin(q, k, v, causal: bool, mask=None):
-    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `_empty`."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
+    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `_empty`, and (B, H, T), the logarithm of the sum of each query's exponentials."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
 
 
 @torch.library.custom_op("nanochat::attention", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str) -> torch.Tensor:
-    if kernel == "torch" and left < 0 and right <= 0:
-        return _builtin(q, k, v, right == 0)
-    out = _empty(q, v.size(3))
-    if kernel == "blocked":
-        for queries, keys, _, _, probs in _pieces(q, k, left, right):
-            out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
-    else:
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str, backward: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and what the fused backward wants: (B, H, T) float32, empty for another one."""
+    if kernel == "fused":
+        out, log_sum = _fused_forward(_library(), q, k, v, left, right)
+    elif kernel == "torch" and left < 0 and right <= 0:
+        out, log_sum = _builtin(q, k, v, right == 0)
+    elif kernel == "torch":
+        out, log_sum = _empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
         for start in range(0, q.size(2), BLOCK):
             end = min(start + BLOCK, q.size(2))
             first_key, last_key = _span(start, end, q.size(2), left, right)
             mask = _additive_mask(end - start, last_key - first_key, start - first_key, left, right, q.dtype, q.device)
-            out[:, :, start:end] = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
-    return out
+            piece = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
+            out[:, :, start:end], log_sum[:, :, start:end] = piece
+    else:
+        out, log_sum = _empty(q, v.size(3)), q.new_empty(0, dtype=torch.float32)
+        for queries, keys, _, _, probs in _pieces(q, k, left, right):
+            out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
+    return out, log_sum.contiguous() if backward == "fused" else q.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("nanochat::attention_backward", mutates_args=())
@@ -226,33 +282,62 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return grad_q.mul_(scale), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+@torch.library.custom_op("nanochat::attention_fused_backward", mutates_args=())
+def _fused_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, log_sum: torch.Tensor, left: int,
+                    right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = tuple(_empty(x, x.size(3)) for x in (q, k, v))
+    _call(_library().attention_backward, q, left, right, *map(_rows, (grad, q, k, v, out)), log_sum, *grads)
+    return grads
+
+
 @_forward.register_fake
-def _(q, k, v, left, right, kernel):
-    return _empty(q, v.size(3))
+def _(q, k, v, left, right, kernel, backward):
+    return _empty(q, v.size(3)), q.new_empty(q.shape[:3] if backward == "fused" else (0,), dtype=torch.float32)
 
 
-@_backward.register_fake
-def _(grad, q, k, v, left, right):
+def _fake_backward(grad, q, k, v, *rest):
     return _empty(q, q.size(3)), _empty(k, k.size(3)), _empty(v, v.size(3))
 
 
+_backward.register_fake(_fake_backward)
+_fused_backward.register_fake(_fake_backward)
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.band, _ = inputs
-    ctx.save_for_backward(q, k, v)
+    q, k, v, *ctx.band, _, ctx.backward = inputs
+    ctx.save_for_backward(q, k, v, *(output if ctx.backward == "fused" else ()))
+    ctx.set_materialize_grads(False)
 
 
-_forward.register_autograd(lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors, *ctx.band), None, None, None), setup_context=_setup_context)
+def _gradients(ctx, grad, _):
+    backward = _fused_backward if ctx.backward == "fused" else _backward
+    return *backward(grad, *ctx.saved_tensors, *ctx.band), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def band_attention(q, k, v, left: int, right: int, forward: str, backward: str = "blocked"):
-    """O(T * band) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py."""
+    """O(T * band) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py.
+
+    What a kernel cannot do another one does: PyTorch's takes one width, and no window backward; the fused one takes bfloat16 of one even width, and
+    its backward pass wants what the blocked forward pass does not compute.
+    """
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    if q.size(3) != v.size(3):  # PyTorch's kernel takes one width
+    fused = "fused" in (forward, backward) and q.dtype == torch.bfloat16 and q.size(3) % 2 == 0 and (q.device.type == "meta" or has_fused())
+    if q.size(3) != v.size(3):
         forward = backward = "blocked"
+    elif not fused:
+        forward, backward = ("blocked" if kernel == "fused" else kernel for kernel in (forward, backward))
+    elif forward == "blocked" and backward == "fused":
+        forward = "fused"
     if left < 0 and right <= 0 and forward == backward == "torch":
         return F.scaled_dot_product_attention(q, k, v, is_causal=right == 0)
-    return _forward(q, k, v, left, right, forward)
+    return _forward(q, k, v, left, right, forward, backward)[0]
+
+
+# -----------------------------------------------------------------------------
 
 
 def attend_to_all(q, k, v):

@@ -36,7 +36,7 @@ def choose(patch, **choices: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), length=st.integers(2, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
-       window=st.one_of(st.just(-1), st.integers(0, 500)), forward=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+       window=st.one_of(st.just(-1), st.integers(0, 500)), forward=st.sampled_from(["torch", "blocked", "fused"]), backward=st.sampled_from(["torch", "blocked", "fused"]))
 def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group, window, forward, backward):
     q, k, v = qkv(seed, 2, length, kv_heads * group, kv_heads, 8)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), length=st.integers(1, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
        window=st.one_of(st.just((-1, -1)), st.integers(0, 500).map(lambda w: (w, w)), st.tuples(st.integers(-1, 500), st.integers(-1, 500))),
-       widths=st.sampled_from([(8, 8), (8, 16)]), kernel=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+       widths=st.sampled_from([(8, 8), (8, 16)]), kernel=st.sampled_from(["torch", "blocked", "fused"]), backward=st.sampled_from(["torch", "blocked", "fused"]))
 def test_both_sides_equal_the_definition(seed, length, kv_heads, group, window, widths, kernel, backward):
     q, k, _ = qkv(seed, 2, length, kv_heads * group, kv_heads, widths[0])
     _, _, v = qkv(seed + 1, 2, length, kv_heads * group, kv_heads, widths[1])
@@ -88,8 +88,8 @@ def test_what_has_no_meaning_is_refused():
         fa.flash_attn_func(q[:, :2], k, v)
 
 
-@pytest.mark.parametrize("backward", ["torch", "blocked"])
-@pytest.mark.parametrize("forward", ["torch", "blocked"])
+@pytest.mark.parametrize("backward", ["torch", "blocked", "fused"])
+@pytest.mark.parametrize("forward", ["torch", "blocked", "fused"])
 @pytest.mark.parametrize("window", [(-1, 0), (0, 0), (5, 0), (128, 0), (200, 0), (-1, -1), (60, 60)])
 def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backward):
     """The error must stay of the size that rounding to bf16 makes anyway."""
@@ -119,7 +119,7 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
-    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel))
+    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel, "blocked"))
 
 
 def test_values_of_another_width():
