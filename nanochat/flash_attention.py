@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
-from nanochat.compiler import why_not_compile
+from nanochat.compiler import native, why_not_compile
 from nanochat.kernel_choice import chosen, chosen_backward
 
 
@@ -195,17 +196,16 @@ def _empty(x, width: int, **kwargs):
 
 @functools.cache
 def _library():
-    """flash_attention.cpp, compiled, or None: in vain without AVX512-BF16 or AMX, without a compiler, and where oneDNN was told to do without."""
-    if not (torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()) or why_not_compile("cpu"):
+    """flash_attention.cpp, compiled, or None: without AVX512-BF16 or AMX, without a compiler, and where oneDNN was told to do without."""
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()):
         return None
+    library = native(Path(__file__).with_suffix(".cpp"))
     try:
-        from torch._inductor.codecache import CppCodeCache
-        library = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), device_type="cpu",
-                                    extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))  # PyTorch, which writes vectors itself, has both off
-        _fused_forward(library, *torch.zeros(3, 1, 1, 2, 32, dtype=torch.bfloat16), -1, -1)
-        return library
-    except Exception:
+        with _disable_current_modes():  # the first call may come while something is traced
+            _fused_forward(library, *torch.zeros(3, 1, 1, 2, 32, dtype=torch.bfloat16), -1, -1)
+    except (AttributeError, RuntimeError):
         return None
+    return library
 
 
 @torch.compiler.assume_constant_result

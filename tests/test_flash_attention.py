@@ -102,7 +102,7 @@ def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backwar
     got = torch.autograd.grad(y, (q, k, v), upstream)
     expected = torch.autograd.grad(want, (q, k, v), upstream.double())
     for a, b in zip((y, *got), (want, *expected)):
-        assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-6
+        assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-4  # with a window of 0 scores have no gradient at all
 
 
 def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
@@ -120,6 +120,46 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
 def test_attention_is_a_well_behaved_operator(kernel, window):
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
     torch.library.opcheck(fa._forward, (q, k, v, *window, kernel, "blocked"))
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
+def test_fused_attention_is_a_well_behaved_operator(window):
+    if not fa.has_fused():
+        pytest.skip("no AVX512-BF16, or no compiler")
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 32, torch.bfloat16))
+    torch.library.opcheck(fa._forward, (q, k, v, *window, "fused", "fused"))
+
+
+@pytest.mark.parametrize("kernel", ["torch", "blocked", "fused"])
+def test_no_number_goes_unnoticed(monkeypatch, kernel):
+    """A NaN in one query's row of scores must reach its output, whatever tricks the exponential plays."""
+    choose(monkeypatch, attention=kernel, backward="blocked")
+    q, k, v = (x.detach() for x in qkv(2, 1, 150, 1, 1, 32, torch.bfloat16))
+    q[0, 140, 0, 3] = float("nan")
+    y = fa.flash_attn_func(q, k, v, causal=True)
+    assert y[0, 140].isnan().all() and y[0, :140].isfinite().all() and y[0, 141:].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [2, 6, 40, 96, 256])
+def test_fused_attention_of_any_even_width(monkeypatch, width):
+    """Also with operands whose rows do not begin at even numbers."""
+    choose(monkeypatch, attention="fused", backward="fused")
+    q, k, v = qkv(5, 1, 90, 2, 1, width, torch.bfloat16)
+    odd = torch.randn(1, 90, 1, width + 1).bfloat16()[..., 1:]
+    for values in (v, odd):
+        y, want = fa.flash_attn_func(q, k, values, causal=True), by_definition(q, k, values, -1)
+        assert (y.double() - want).norm() <= 0.012 * want.norm()
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(monkeypatch):
+    choose(monkeypatch, attention="fused", backward="fused")
+    answers = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        q, k, v = qkv(6, 2, 200, 3, 3, 32, torch.bfloat16)
+        y = fa.flash_attn_func(q, k, v, causal=True)
+        answers.append((y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))))
+    assert all(torch.equal(a, b) for answer in answers[1:] for a, b in zip(answers[0], answer))
 
 
 def test_values_of_another_width():

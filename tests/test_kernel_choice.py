@@ -147,7 +147,7 @@ def test_rank_0_decides_for_all(base_dir, tmp_path):
     process = tiny.start(base_dir, ranks=2, script=[str(script)], NANOCHAT_KERNELS="", PYTHONPATH=str(tiny.ROOT))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert sorted(line for line in out.splitlines() if line.startswith("rank")) == ["rank 0: blocked 1", "rank 1: blocked 0"]
+    assert sorted(line for line in out.splitlines() if line.startswith("rank")) == ["rank 0: fused 1", "rank 1: fused 0"]
     assert err.count("Kernels:") == 1
 
 
