@@ -3,7 +3,7 @@
 * CUDA: the whole model is one graph. Layers compiled one by one are 11 % slower on an H100, where a small model waits for its CPU
   (d12, 16 rows; dev/LOG.md), so each growth compiles anew: half a minute for d12.
 * CPU: each block is compiled (all layers share one or two graphs, so the wait does not grow with depth); the kernels that
-  PyTorch has no fast CPU version of (attention, loss) are written by hand and stay outside.
+  PyTorch has no fast CPU version of (attention, loss) are written by hand, partly in C++, and stay outside.
 * No compiler, or one that cannot compile a function of one line, no Triton, MPS, or TORCHDYNAMO_DISABLE=1: eager, with one line that says so.
 * Nothing turns eager behind one's back: a function that needs more than `MOST_GRAPHS` graphs is an error.
 """
@@ -122,8 +122,9 @@ def native(path: Path) -> ctypes.CDLL | None:
         return None
     try:
         from torch._inductor.codecache import CppCodeCache
+        source = "".join(part.read_text(encoding="utf-8") for part in (path.with_name("vector.h"), path))  # one text, so that the cache knows all of it
         # PyTorch writes vectors itself and has both off
-        return CppCodeCache.load(path.read_text(encoding="utf-8"), device_type="cpu", extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+        return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
     except Exception as error:
         logger.warning(f"{path.name} cannot be compiled, slower kernels serve: {str(error).strip().splitlines()[0][:160]}")
         return None

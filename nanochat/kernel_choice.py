@@ -129,14 +129,20 @@ def _valid(choices) -> dict[str, str]:
 def _remembered() -> dict[str, str]:
     """What was measured on this machine before; nothing if the file is absent, damaged or of another version."""
     try:
-        return _valid(json.loads(_path().read_text(encoding="utf-8")))
+        kept = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError, UsageError):
         return {}
+    # what was not among the alternatives then was not measured
+    return _valid(kept) if isinstance(kept, dict) and kept.pop("of", None) == _alternatives() else {}
+
+
+def _alternatives() -> str:
+    return " ".join("|".join(alternatives) for alternatives in KERNELS.values())
 
 
 def _remember(choices: dict[str, str]) -> None:
     try:
-        write_text_atomic(_path(), json.dumps(choices, indent=2) + "\n")
+        write_text_atomic(_path(), json.dumps(choices | {"of": _alternatives()}, indent=2) + "\n")
     except (OSError, UsageError):  # a folder that cannot be written to: measured again next time
         pass
 
