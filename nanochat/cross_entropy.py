@@ -84,7 +84,8 @@ def _forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, 
         if need_grad:
             # dL/dz is `scale` times `grad`, row by row: 1 or, fused, the denominator is left out of the large matrix
             grad, scale = (_capped_softmax_grad(z, total, cap), valid) if fused is None else (z, valid / total)
-            grad.scatter_add_(1, t[:, None], (-slope if fused is None else -slope * total).to(grad.dtype)[:, None])
+            at_target = grad.gather(1, t[:, None]) - (slope if fused is None else slope * total).to(grad.dtype)[:, None]
+            grad.scatter_(1, t[:, None], at_target)  # scatter_add_ would copy a bfloat16 matrix there and back
             scale = scale[:, None].to(grad.dtype)
             torch.mm(grad, weight, out=grad_hidden[start:start + chunk])
             grad_hidden[start:start + chunk] *= scale
