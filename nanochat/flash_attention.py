@@ -5,7 +5,7 @@
 | Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
 | other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, whole context | PyTorch's built-in kernel |
-| CPU | PyTorch's kernel, blocks of queries by batched matmuls, or flash_attention.cpp: what is fastest there (kernel_choice.py), forward and backward apart |
+| CPU | PyTorch's kernel, blocks of queries by batched matmuls, or fused_attention.cpp: what is fastest there (kernel_choice.py), forward and backward apart |
 | anywhere else, whole context | PyTorch's built-in kernel |
 | anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 
@@ -14,20 +14,18 @@ A window (left, right) lets query i see the keys j with i - left <= j <= i + rig
 the right. Below it is a band of two such numbers, where -1 stands for every limit that hides nothing.
 """
 import contextlib
-import ctypes
 import functools
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
-from nanochat.compiler import native, why_not_compile
+from nanochat.compiler import why_not_compile
+from nanochat.fused_attention import empty, fused_backward, fused_forward, has_fused
 from nanochat.kernel_choice import chosen, chosen_backward
 
 
@@ -185,61 +183,8 @@ def _flat(x):
     return x.reshape(-1, x.size(2), x.size(3)).contiguous()
 
 
-def _empty(x, width: int, **kwargs):
-    """(B, H, T, width) for x (B, H, T, D), laid out as (B, T, H, width): the layout of the projections before and after attention."""
-    return x.new_empty(x.size(0), x.size(2), x.size(1), width, **kwargs).transpose(1, 2)
-
-
-# -----------------------------------------------------------------------------
-# flash_attention.cpp
-
-
-@functools.cache
-def _library():
-    """flash_attention.cpp, compiled, or None: without AVX512-BF16 or AMX, without a compiler, and where oneDNN was told to do without."""
-    if not (torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()):
-        return None
-    library = native(Path(__file__).with_suffix(".cpp"))
-    try:
-        with _disable_current_modes():  # the first call may come while something is traced
-            _fused_forward(library, *torch.zeros(3, 1, 1, 2, 32, dtype=torch.bfloat16), -1, -1)
-    except (AttributeError, RuntimeError):
-        return None
-    return library
-
-
-@torch.compiler.assume_constant_result
-def has_fused() -> bool:
-    """Whether this CPU can run flash_attention.cpp. The first call may compile it, once per machine, in 5 to 10 seconds."""
-    return _library() is not None
-
-
-def _matrix(x):
-    """(B, H, T, D) as the library's `Matrix`."""
-    assert x.dtype == torch.bfloat16 and x.stride(3) == 1
-    return (ctypes.c_int64 * 4)(x.data_ptr(), *x.stride()[:3])
-
-
-def _rows(x):
-    """`x` if its rows are whole and begin at an even number, as the library wants them, else a copy."""
-    return x if x.stride(3) == 1 and not any(stride % 2 for stride in (*x.stride()[:3], x.storage_offset())) else x.contiguous()
-
-
-def _call(function, q, left: int, right: int, *tensors) -> None:
-    """Tensors in the order of the function's arguments: of four dimensions a `Matrix`, else float32."""
-    pointers = [_matrix(x) if x.dim() == 4 else ctypes.c_void_p(x.data_ptr()) for x in tensors]
-    if function((ctypes.c_int64 * 6)(*q.shape, left, right), torch.get_num_threads(), *pointers):
-        raise RuntimeError("oneDNN has no bfloat16 tiles on this CPU")
-
-
-def _fused_forward(library, q, k, v, left: int, right: int):
-    out, log_sum = _empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _call(library.attention_forward, q, left, right, *map(_rows, (q, k, v)), out, log_sum)
-    return out, log_sum
-
-
 def _builtin(q, k, v, causal: bool, mask=None):
-    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `_empty`, and (B, H, T), the logarithm of the sum of each query's exponentials."""
+    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `empty`, and (B, H, T), the logarithm of the sum of each query's exponentials."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
 
 
@@ -247,11 +192,11 @@ def _builtin(q, k, v, causal: bool, mask=None):
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str, backward: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and what the fused backward wants: (B, H, T) float32, empty for another one."""
     if kernel == "fused":
-        out, log_sum = _fused_forward(_library(), q, k, v, left, right)
+        out, log_sum = fused_forward(q, k, v, left, right)
     elif kernel == "torch" and left < 0 and right <= 0:
         out, log_sum = _builtin(q, k, v, right == 0)
     elif kernel == "torch":
-        out, log_sum = _empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, log_sum = empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
         for start in range(0, q.size(2), BLOCK):
             end = min(start + BLOCK, q.size(2))
             first_key, last_key = _span(start, end, q.size(2), left, right)
@@ -259,7 +204,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right
             piece = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
             out[:, :, start:end], log_sum[:, :, start:end] = piece
     else:
-        out, log_sum = _empty(q, v.size(3)), q.new_empty(0, dtype=torch.float32)
+        out, log_sum = empty(q, v.size(3)), q.new_empty(0, dtype=torch.float32)
         for queries, keys, _, _, probs in _pieces(q, k, left, right):
             out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
     return out, log_sum.contiguous() if backward == "fused" else q.new_empty(0, dtype=torch.float32)
@@ -270,8 +215,8 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
               right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Recomputes the probabilities piece by piece (Dao et al., 2205.14135) instead of keeping them."""
     scale = q.size(-1) ** -0.5
-    grad_q = _empty(q, q.size(3))
-    grad_k, grad_v = (_empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
+    grad_q = empty(q, q.size(3))
+    grad_k, grad_v = (empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
     for queries, keys, q_piece, k_piece, probs in _pieces(q, k, left, right):
         g = _flat(grad[queries])
         grad_v[keys].add_(torch.bmm(probs.mT, g).view_as(grad_v[keys]))  # not +=, which would copy the sum onto itself
@@ -285,18 +230,16 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 @torch.library.custom_op("nanochat::attention_fused_backward", mutates_args=())
 def _fused_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, log_sum: torch.Tensor, left: int,
                     right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = tuple(_empty(x, x.size(3)) for x in (q, k, v))
-    _call(_library().attention_backward, q, left, right, *map(_rows, (grad, q, k, v, out)), log_sum, *grads)
-    return grads
+    return fused_backward(grad, q, k, v, out, log_sum, left, right)
 
 
 @_forward.register_fake
 def _(q, k, v, left, right, kernel, backward):
-    return _empty(q, v.size(3)), q.new_empty(q.shape[:3] if backward == "fused" else (0,), dtype=torch.float32)
+    return empty(q, v.size(3)), q.new_empty(q.shape[:3] if backward == "fused" else (0,), dtype=torch.float32)
 
 
 def _fake_backward(grad, q, k, v, *rest):
-    return _empty(q, q.size(3)), _empty(k, k.size(3)), _empty(v, v.size(3))
+    return empty(q, q.size(3)), empty(k, k.size(3)), empty(v, v.size(3))
 
 
 _backward.register_fake(_fake_backward)
