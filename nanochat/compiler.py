@@ -3,17 +3,20 @@
 * CUDA: the whole model is one graph. Layers compiled one by one are 11 % slower on an H100, where a small model waits for its CPU
   (d12, 16 rows; dev/LOG.md), so each growth compiles anew: half a minute for d12.
 * CPU: each block is compiled (all layers share one or two graphs, so the wait does not grow with depth); the kernels that
-  PyTorch has no fast CPU version of (attention, loss) are written by hand and stay outside.
+  PyTorch has no fast CPU version of (attention, loss) are written by hand, partly in C++, and stay outside.
 * No compiler, or one that cannot compile a function of one line, no Triton, MPS, or TORCHDYNAMO_DISABLE=1: eager, with one line that says so.
 * Nothing turns eager behind one's back: a function that needs more than `MOST_GRAPHS` graphs is an error.
 """
+import ctypes
 import functools
+import logging
 import os
 import re
 import shutil
 import sys
 import sysconfig
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ def _without_a_bad_cache() -> str:
 
 _BAD_CACHE = _without_a_bad_cache()
 import torch._dynamo  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 # Of one function. A model has two graphs in each stage of growth, of training and of evaluation, and so has a block for each shape of a layer: 200 for
 # five stages of 20 layers whose ranks all differ. PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
@@ -105,6 +110,24 @@ def jit(*device_types: str, dynamic: bool = False):
             return compiled(tensor, *args, **kwargs)
         return call
     return decorate
+
+
+@functools.cache
+def native(path: Path) -> ctypes.CDLL | None:
+    """The functions of a C++ file, compiled for this CPU on the first call on a machine (3 to 10 s) and kept in PyTorch's cache; None without a compiler.
+
+    TORCHDYNAMO_DISABLE does not count here: nothing is traced.
+    """
+    if _BAD_CACHE or _missing("cpu"):
+        return None
+    try:
+        from torch._inductor.codecache import CppCodeCache
+        source = "".join(part.read_text(encoding="utf-8") for part in (path.with_name("vector.h"), path))  # one text, so that the cache knows all of it
+        # PyTorch writes vectors itself and has both off
+        return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ftree-loop-vectorize", "-ffp-contract=fast"))
+    except Exception as error:
+        logger.warning(f"{path.name} cannot be compiled, slower kernels serve: {str(error).strip().splitlines()[0][:160]}")
+        return None
 
 
 class CompiledLayers:
