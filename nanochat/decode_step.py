@@ -1,0 +1,132 @@
+"""The decoding step of a GPT, one new position for each row of a cache, in as few calls as PyTorch allows.
+
+`GPT.forward` says what is computed; this is the same for weights that no longer change. On a CPU a small model spends half of its step between
+the matrix products, so:
+
+* queries, keys, values and the value gate come out of one product; queries and keys are rotated and normalized together
+* a residual sum is part of the product before it
+* scalars are Python numbers, and what depends on the position alone is made once for all layers
+* one row is multiplied as a vector where that is faster (kernel_choice.py)
+
+`GPT.cast_for_inference` makes it, for every model but a normalized one and one whose modules stand in another order; those decode by `forward`.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat.flash_attention import flash_attn
+from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, Linear, norm
+from nanochat.kernel_choice import chosen
+
+
+def product(weight: torch.Tensor) -> Callable:
+    """Of positions (B, in) with weight (out, in): a function of them, and of what is added to it, (B, out) each."""
+    transposed = weight.t()
+    vector = weight.device.type == "cpu" and chosen("position") == "vector"
+
+    def multiply(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if vector and x.size(0) == 1:
+            y = torch.mv(weight, x.view(-1)) if residual is None else torch.addmv(residual.view(-1), weight, x.view(-1))
+            return y.view(1, -1)
+        return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
+    return multiply
+
+
+def call(layer: nn.Module) -> Callable:
+    """The same of any layer: a low-rank one is its product, if it has that, or two calls."""
+    weight = layer.weight if type(layer) is Linear else getattr(layer, "product", None)
+    return product(weight.detach()) if weight is not None else lambda x, residual=None: layer(x) if residual is None else residual + layer(x)
+
+
+class Attention:
+    def __init__(self, attn: CausalSelfAttention):
+        self.layer_idx, self.heads, self.kv_heads = attn.layer_idx, attn.n_head, attn.n_kv_head
+        self.gated = attn.ve_gate is not None
+        parts = (attn.c_q, attn.c_k, attn.c_v)
+        self.proj = call(attn.c_proj)
+        if all(type(part) is Linear for part in parts):
+            rows = [part.out_features for part in parts]
+            weights = [part.weight for part in parts]
+            if attn.ve_gate is not None:  # it reads the first channels only
+                weights.append(F.pad(attn.ve_gate.weight, (0, attn.c_q.in_features - VE_GATE_CHANNELS)))
+            fused = torch.cat(weights).detach()
+            for part, weight in zip(parts, fused.split([*rows, len(fused) - sum(rows)])):
+                part.weight.data = weight  # a view: nothing is kept twice
+            self.project = product(fused)
+            self.sizes = [rows[0] + rows[1], rows[2], len(fused) - sum(rows)]
+        else:
+            calls = [call(part) for part in parts]
+            gate = attn.ve_gate
+            self.project = lambda x: torch.cat([f(x) for f in calls] + ([gate(x[:, :VE_GATE_CHANNELS])] if gate is not None else []), dim=-1)
+            self.sizes = [attn.c_q.out_features + attn.c_k.out_features, attn.c_v.out_features, self.kv_heads if self.gated else 0]
+
+    def __call__(self, x, u, ve, rotary, window_size, kv_cache):
+        """x the stream and u the same, normed (B, C); ve (B, Hkv*D) or None; rotary two (1 or B, 1, D) -> the stream behind (B, C)."""
+        B = x.size(0)
+        qk, v, gate = self.project(u).split(self.sizes, dim=-1)
+        qk = qk.view(B, self.heads + self.kv_heads, -1)
+        cos, sin = rotary
+        qk = norm(torch.addcmul(qk * cos, qk.roll(cos.size(-1) // 2, dims=-1), sin)).mul_(1.2).unsqueeze(1)
+        v = v.view(B, self.kv_heads, -1)
+        if ve is not None:
+            v = torch.addcmul(v, torch.sigmoid(gate).mul_(3).unsqueeze(-1), ve.view(v.shape))
+        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
+        y = flash_attn.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k=k, v=v.unsqueeze(1), cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
+        return self.proj(y.reshape(B, -1), x)
+
+
+class MLP:
+    def __init__(self, mlp: nn.Module):
+        self.mlp = mlp
+        self.plain = getattr(mlp, "c_gate", None) is None and not len(getattr(mlp, "c_hidden", ()))  # type: ignore[arg-type]
+        self.fc, self.proj = call(mlp.c_fc), call(mlp.c_proj)  # type: ignore[arg-type]
+
+    def __call__(self, x, u):
+        """As for attention."""
+        if not self.plain:
+            return x + self.mlp(u)
+        hidden = self.fc(u).relu_()
+        return self.proj(hidden.mul_(hidden), x)
+
+
+class DecodeStep:
+    """Holds the weights as they are now; after any change it must be made anew."""
+
+    @staticmethod
+    def suits(model: GPT) -> bool:
+        return model.norm is norm and all(getattr(block, "order", "attn-mlp") == "attn-mlp" for block in model.transformer.h)
+
+    @torch.no_grad()
+    def __init__(self, model: GPT):
+        self.layers = [(Attention(block.attn), MLP(block.mlp)) for block in model.transformer.h]
+        self.resid_lambdas = model.resid_lambdas.tolist()
+        self.x0_lambdas = model.x0_lambdas.detach()[:, None, None]
+        self.smear_lambda, self.backout_lambda = model.smear_lambda.item(), model.backout_lambda.item()
+        self.head = call(model.lm_head)
+
+    def __call__(self, model: GPT, idx: torch.Tensor, kv_cache) -> torch.Tensor:
+        """idx (B, 1), appended to the cache -> float32 logits (B, 1, V)."""
+        embedded, previous = model.embed(idx), kv_cache.prev_embedding
+        rotary = {}
+        for cos, sin in (tables := model.cos_sin(kv_cache.get_pos(), 1)):
+            if id(cos) not in rotary:
+                rotary[id(cos)] = torch.cat((cos, cos), dim=-1)[:, 0], torch.cat((sin, -sin), dim=-1)[:, 0]
+        kv_cache.prev_embedding = embedded
+        x = embedded[:, 0]
+        if previous is not None:
+            x = x + self.smear_lambda * torch.sigmoid(model.smear_gate(x[:, :SMEAR_GATE_CHANNELS])) * previous[:, 0]
+        x_mid = x
+        from_x0 = (self.x0_lambdas * x).to(x.dtype).unbind()
+        for i, (attend, mlp) in enumerate(self.layers):
+            ve = model.value_embeds[str(i)](idx) if str(i) in model.value_embeds else None
+            x = torch.add(from_x0[i], x, alpha=self.resid_lambdas[i])
+            x = attend(x, norm(x), ve, rotary[id(tables[i][0])], model.window_sizes[i], kv_cache)
+            x = mlp(x, norm(x))
+            if i == model.backout_layer:
+                x_mid = x
+        kv_cache.advance(1)
+        return model._cap(self.head(norm(torch.sub(x, x_mid, alpha=self.backout_lambda))))[:, None]
