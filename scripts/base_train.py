@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import flash_attention
+from nanochat import compiler, flash_attention
 from nanochat.cli import (
     ArgumentParser,
     UsageError,
@@ -56,7 +56,6 @@ from nanochat.common import (
     share_weights,
     with_progress,
 )
-from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
@@ -421,6 +420,8 @@ class Training:
         if optimizer_data is not None:
             load_optimizer(optimizer, optimizer_data)
         self.scaler = torch.amp.GradScaler(self.device.type) if COMPUTE_DTYPE == torch.float16 else None
+        # checkpoints that do not say so were trained compiled
+        compiler.decide(self.device.type, self.budget / self.world_size, None if train_state is None else train_state.get("compiled", True))
         self.adopt(model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
@@ -505,7 +506,7 @@ class Training:
         self.model, self.optimizer = model, optimizer
         self.flops_per_token = model.estimate_flops()
         # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
-        compiled = model if self.args.fp8 and self.device.type == "cpu" else compile_model(model, self.device.type)
+        compiled = model if self.args.fp8 and self.device.type == "cpu" else compiler.compile_model(model, self.device.type)
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
         self.evaluated = compiled if self.device.type == "cuda" else model
         self.accumulate = Accumulator(compiled, model, self.scaler)
