@@ -28,7 +28,6 @@ from torch import nn
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0, write_text_atomic
-from nanochat.kernel_choice import machine
 
 
 def _without_a_bad_cache() -> str:
@@ -46,6 +45,8 @@ def _without_a_bad_cache() -> str:
 _BAD_CACHE = _without_a_bad_cache()
 import torch._dynamo  # noqa: E402
 
+from nanochat.kernel_choice import machine  # noqa: E402 (imports the compiler too)
+
 # Of one function. A model has two graphs in each stage of growth, of training and of evaluation, and so has a block for each shape of a layer: 200 for
 # five stages of 20 layers whose ranks all differ. PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
 MOST_GRAPHS = 1024
@@ -57,7 +58,7 @@ torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[assignme
 # The rule for short trainings on a CPU. Seconds of compiling with an empty cache on two cores, the share of an eager step that it saves, and a training's
 # share of the speed of a plain matrix product (small models, dev/LOG.md)
 COMPILING = 30.0
-SAVED = 0.3
+SAVED = 0.4
 SHARE_OF_MATMUL = 0.2
 
 _decided = ""  # why this process does not compile although it could
@@ -75,7 +76,7 @@ def _why_not(device_type: str) -> str:
         return "TORCHDYNAMO_DISABLE is set"
     if device_type not in ("cpu", "cuda"):
         return f"torch.compile is not reliable on {device_type}"
-    if device_type == "cpu":
+    if device_type == "cpu" and not _BAD_CACHE:
         _keep_what_is_compiled()
     return _BAD_CACHE or _missing(device_type) or _failure(device_type)
 
@@ -122,7 +123,8 @@ def state() -> bool | None:
 def _keep_what_is_compiled() -> None:
     """PyTorch's own place is a folder of temporary files. Machines have one each: ATen's instruction set is part of its name but not of PyTorch's
     keys, and code for other registers crashes or errs."""
-    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", "") in ("", default_cache_dir()):  # PyTorch puts its own place there
         try:
             folder = Path(get_base_dir(), "compiled", machine())
             folder.mkdir(parents=True, exist_ok=True)
