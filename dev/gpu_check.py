@@ -218,14 +218,14 @@ def train_growing(args, tag: str, path: str, *flags: str) -> None:
     from scripts import base_train
     prepare_data()
     torch._dynamo.utils.counters.clear()
-    train_step = base_train.Training.train_step
+    train_step = base_train.Pretraining.train_step
 
     def watched(self) -> None:
         torch._dynamo.config.error_on_recompile = self.step - self.first_step >= 2
         train_step(self)
         torch._dynamo.config.error_on_recompile = False  # a growth may compile
 
-    base_train.Training.train_step = watched
+    base_train.Pretraining.train_step = watched
     assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={path}", f"--model-tag={tag}", "--window-pattern=L", *flags]) == 0
     log = records(tag)
     growths = [record for record in log if record["kind"] == "grow"]

@@ -4,10 +4,12 @@
 * No command dies of its terminal: of an encoding that lacks a character, a pipe or window that was closed, a stream that never was open.
 * `ArgumentParser` takes `--flag-name` and `--flag_name` alike (older nanochat used underscores) and never
   guesses an abbreviated flag.
+* The flags of a command are the fields of a dataclass, so that what they are called and of which type they are is known to the type checker.
 * `positive_int` and friends check a number where it enters.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import math
@@ -15,7 +17,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 
 class UsageError(Exception):
@@ -89,6 +92,39 @@ def folder_name(text: str) -> str:
     if text in (".", "..") or "/" in text or "\\" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
+
+def flag(default: Any, help: str = "(default: %(default)s)", type: Callable | None = None, choices: Collection | None = None) -> Any:
+    """A field of a settings class that is the flag of its name. type: one of the above, or any function that raises ArgumentTypeError; by default
+    the text is taken as it is, and False as default makes a switch."""
+    options: dict[str, Any] = dict(default=default, help=help)
+    if default is False:
+        options["action"] = "store_true"
+    else:
+        options |= {name: value for name, value in (("type", type), ("choices", choices)) if value is not None}
+    return dataclasses.field(default=default, metadata=options)
+
+
+Settings = TypeVar("Settings")
+
+
+def settings_parser(settings: type, description: str) -> ArgumentParser:
+    """A parser with one flag for each field of a dataclass."""
+    parser = ArgumentParser(description=description)
+    for field in dataclasses.fields(settings):
+        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
+    return parser
+
+
+def parse_settings(settings: type[Settings], argv: Sequence[str] | None, description: str, **defaults: Any) -> Settings:
+    """The dataclass filled from the command line; `defaults` take the place of the fields' own."""
+    parser = settings_parser(settings, description)
+    parser.set_defaults(**defaults)
+    return settings(**vars(parser.parse_args(argv)))
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -92,7 +93,35 @@ logger = logging.getLogger(__name__)
 def print0(s: Any = "", **kwargs: Any) -> None:
     """`print` on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
+        _end_live_line()
         print(s, **kwargs)
+
+
+LASTING_SECONDS = 30
+_live: dict[str, Any] = {"shown": False, "lasted": 0.0}
+
+
+def live_line(line: str) -> None:
+    """Shows a line that the next one takes the place of, on rank 0; one every `LASTING_SECONDS` stays. In a pipe or file all of them do."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+        return
+    _end_live_line()
+    now = time.monotonic()
+    if now - _live["lasted"] >= LASTING_SECONDS:
+        _live["lasted"] = now
+        print(line, flush=True)
+    else:
+        print(line[:shutil.get_terminal_size().columns - 1], end="\r", flush=True)
+        _live["shown"] = True
+
+
+def _end_live_line() -> None:
+    if _live["shown"]:
+        _live["shown"] = False
+        print("\033[K", end="")
 
 
 PROGRESS_SECONDS = 30

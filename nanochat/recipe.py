@@ -1,4 +1,4 @@
-"""What base_train derives from its few dials: model shape, batch size, horizon, scaled hyper-parameters, schedules.
+"""What base_train derives from its few dials: model shape, batch size, horizon, scaled hyper-parameters.
 
 Depth is the one dial: width follows from it, and batch size, learning rates and weight decay follow from the
 parameters and the tokens, relative to a reference of depth 12 that the defaults were tuned at.
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, finite_float, flag, int_or_off, non_negative_int, positive_float, positive_int
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
-from nanochat.lowrank import break_even_rank, schedule_ranks
+from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, LayeredGPTConfig, build_gpt
+from nanochat.lowrank import RANK_SCHEDULES, break_even_rank, schedule_ranks
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2 ** 19  # tokens
@@ -144,27 +144,71 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
     return Horizon(total_batch_size, num_iterations, target_tokens, batch_scale, batch_scale * reference_tokens / target_tokens)
 
 
-def lr_multiplier(step: float, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float) -> float:
-    """Linear warm-up over steps, constant, linear warm-down over the last share of the run to `final_lr_frac`."""
-    warmdown = round(warmdown_ratio * num_iterations)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if step <= num_iterations - warmdown:
-        return 1.0
-    left = (num_iterations - step) / warmdown
-    return left + (1 - left) * final_lr_frac
+# -----------------------------------------------------------------------------
+# Flags
 
 
-def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> float:
-    """0.85 to 0.97 over 400 steps, back to 0.90 over the warm-down; the warm-up has priority."""
-    warmdown = round(warmdown_ratio * num_iterations)
-    if step < 400:
-        return 0.85 + (0.97 - 0.85) * step / 400
-    if step >= num_iterations - warmdown:
-        return 0.97 + (0.90 - 0.97) * (step - (num_iterations - warmdown)) / warmdown
-    return 0.97
+@dataclass
+class ModelSettings:
+    """The flags that say what the model is."""
+
+    depth: int = flag(20, "layers; width and all else follow", type=positive_int)
+    aspect_ratio: int = flag(64, "width = depth * this, rounded up to whole heads", type=positive_int)
+    head_dim: int = flag(128, "width of a head", type=positive_int)
+    max_seq_len: int = flag(2048, "context length in tokens", type=positive_int)
+    window_pattern: str = flag("SSSL", "attention span per layer, repeated: L full context, S a quarter")
+    # layers that differ from the stock ones (layered_gpt.py)
+    rank: int = flag(0, "low-rank attention and MLP: W = U V; 0: dense", type=non_negative_int)
+    attn_rank: int | None = flag(None, "rank of the attention alone; default --rank", type=non_negative_int)
+    mlp_rank: int | None = flag(None, "rank of the MLP alone; default --rank", type=non_negative_int)
+    lm_head_rank: int = flag(0, "rank of the head; 0: dense", type=non_negative_int)
+    rank_schedule: str = flag("constant", "how the ranks are spread over depth, at the same budget", choices=RANK_SCHEDULES)
+    n_head: int = flag(-1, "query heads; -1: width / head-dim", type=int_or_off)
+    n_kv_head: int = flag(-1, "key and value heads; -1: as many as query heads", type=int_or_off)
+    qk_dim: int = flag(-1, "width of a query and a key; -1: head-dim", type=int_or_off)
+    mlp_ratio: float = flag(-1, "hidden width of the MLP / width; default 4, or 8/3 for swiglu (as many parameters)", type=positive_float)
+    mlp_depth: int = flag(1, "hidden layers of the MLP", type=positive_int)
+    activation: str = flag("relu2", "of the MLP's hidden units", choices=ACTIVATIONS)
+    order: str = flag("attn-mlp", "order of attention and MLP in a layer", choices=ORDERS)
+    block: str = flag("prenorm", "prenorm: nanochat's; ngpt: hidden states and weights on the unit sphere (ngpt.py)", choices=BLOCKS)
+
+    def dials(self) -> LayerDials:
+        return LayerDials(
+            attn_rank=self.rank if self.attn_rank is None else self.attn_rank, mlp_rank=self.rank if self.mlp_rank is None else self.mlp_rank,
+            lm_head_rank=self.lm_head_rank, rank_schedule=self.rank_schedule, n_head=self.n_head, n_kv_head=self.n_kv_head, qk_dim=self.qk_dim,
+            mlp_ratio=self.mlp_ratio, mlp_depth=self.mlp_depth, block=self.block, activation=self.activation, order=self.order)
+
+    def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
+        """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""
+        config = gpt_config(depth or self.depth, self.aspect_ratio, self.head_dim, self.max_seq_len, vocab_size, self.window_pattern)
+        dials = self.dials()
+        if width is not None:
+            if width % self.head_dim:
+                raise UsageError(f"a width of {width} is not made of heads of {self.head_dim}; use a multiple, or another --head-dim")
+            config = replace(config, n_embd=width, n_head=width // self.head_dim, n_kv_head=width // self.head_dim)
+        if rank is not None:
+            dials = replace(dials, attn_rank=rank, mlp_rank=rank)
+        return dials.apply(config)
 
 
-def muon_weight_decay(step: float, num_iterations: int, weight_decay: float) -> float:
-    """Half a cosine from `weight_decay` to 0."""
-    return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))
+@dataclass
+class HorizonSettings:
+    """The flags that say how long to train, of which the first positive one counts, and in which portions."""
+
+    num_iterations: int = flag(-1, "optimizer steps", type=int_or_off)
+    target_flops: float = flag(-1.0, "training FLOPs", type=finite_float)
+    target_param_data_ratio: float = flag(12, "tokens per parameter of blocks and head", type=finite_float)
+    device_batch_size: int = flag(32, "rows per rank and pass; -1: as many as fit", type=int_or_off)
+    total_batch_size: int = flag(-1, "tokens per step; -1: from model and horizon", type=int_or_off)
+
+    def passes(self, total: int, rows: int, sequence_len: int, world_size: int, streams: int) -> int:
+        """Of `rows` rows of `sequence_len` tokens, how many a rank makes in a step of `total` tokens. Raises UsageError where they do not make one."""
+        count, rest = divmod(total, rows * sequence_len * world_size)
+        if rest or count % (streams // world_size):
+            unit = sequence_len * streams
+            fitting = next((n for n in range(min(rows, total // unit), 0, -1) if total % (n * unit) == 0), None)
+            raise UsageError(
+                f"a total batch of {total} tokens cannot be made of passes of {rows} rows * {sequence_len} tokens * {streams} "
+                f"{'ranks' if streams == world_size else 'streams'}; "
+                + (f"use --device-batch-size={fitting}, or -1 to have it found" if fitting else f"use a --total-batch-size that is a multiple of {unit}"))
+        return count

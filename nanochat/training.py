@@ -1,4 +1,4 @@
-"""What the three trainings (base_train, chat_sft, chat_rl) share.
+"""What the loop of all trainings (train_loop.py) stands on.
 
 * common flags, wandb, a check that checkpoints can be written before anything is trained
 * exact resume: all that is neither in the model nor in the optimizer
@@ -10,29 +10,44 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nanochat import compiler, kernel_choice
 from nanochat.checkpoint_manager import list_steps
-from nanochat.cli import ArgumentParser, UsageError, step_or_off
+from nanochat.cli import UsageError, flag, int_or_off, step_or_off
 from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, check_writable, get_base_dir, is_ddp_initialized, print0
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
+from nanochat.objectives import Objective, next_token
 from nanochat.optim import MuonAdamW
 
 
-def training_parser(description: str) -> ArgumentParser:
-    """A parser with the flags of all trainings."""
-    parser = ArgumentParser(description=description)
-    add = parser.add_argument
-    add("--run", default=os.environ.get("WANDB_RUN") or "dummy", help="wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    add("--resume-from-step", type=step_or_off, default=-1, help="continue from this checkpoint; -1: a new run")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint, or begin if there is none")
-    return parser
+@dataclass
+class RunSettings:
+    """The flags of all trainings."""
+
+    run: str = flag(os.environ.get("WANDB_RUN") or "dummy", "wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
+    device_type: str = flag("", "cuda, mps or cpu (default: autodetect)")
+    resume_from_step: int = flag(-1, "continue from this checkpoint; -1: a new run", type=step_or_off)
+    resume: bool = flag(False, "continue from the newest complete checkpoint, or begin if there is none")
+    save_every: int = flag(-1, "steps between checkpoints; -1: only at the end", type=int_or_off)
+
+
+class Process(NamedTuple):
+    """This process among those of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
 
 
 class Wandb:
@@ -55,27 +70,27 @@ class Wandb:
         self._try("finish")
 
 
-def init_wandb(args, user_config: dict, rank: int, project: str = "nanochat"):
+def init_wandb(settings: RunSettings, user_config: dict, rank: int, project: str = "nanochat"):
     """A wandb run on rank 0, kept below the base directory; when wandb cannot be reached it stays on disk, and training goes on in any case."""
-    if args.run in ("", "dummy") or rank != 0:
+    if settings.run in ("", "dummy") or rank != 0:
         return DummyWandb()
     folder = os.environ.get("WANDB_DIR") or get_base_dir()
     try:
         import wandb
-        settings = wandb.Settings(init_timeout=30)
+        patience = wandb.Settings(init_timeout=30)
         try:
-            return Wandb(wandb.init(project=project, name=args.run, config=user_config, settings=settings, dir=folder))
+            return Wandb(wandb.init(project=project, name=settings.run, config=user_config, settings=patience, dir=folder))
         except Exception as error:
             print0(f"wandb cannot be reached ({type(error).__name__}): the run is logged offline in {folder}/wandb, `wandb sync` uploads it later")
-            return Wandb(wandb.init(project=project, name=args.run, config=user_config, settings=settings, mode="offline", dir=folder))
+            return Wandb(wandb.init(project=project, name=settings.run, config=user_config, settings=patience, mode="offline", dir=folder))
     except Exception as error:
         print0(f"No wandb ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); training goes on without")
         return DummyWandb()
 
 
-def check_ranks(args) -> None:
+def check_ranks(settings: RunSettings) -> None:
     """Several ranks must be of one mind, or one would wait for ever for what the others never send. Raises UsageError where they are not."""
-    flags = {key: value for key, value in vars(args).items() if key != "run"}  # its default is a variable that rank 0's node alone may have
+    flags = {key: value for key, value in asdict(settings).items() if key != "run"}  # its default is a variable that rank 0's node alone may have
     check_agreement("the flags", flags, "start all nodes with the same command")
     check_agreement("the software", {"torch": torch.__version__, "dtype": str(COMPUTE_DTYPE)}, "install the same on all nodes, or set NANOCHAT_DTYPE on all")
     agree_on_kernels()
@@ -108,20 +123,26 @@ def collect_garbage_rarely(step: int, first_step: int) -> None:
 # Exact resume
 
 
-def find_resume_step(args, folder: Path) -> int | None:
+def find_resume_step(settings: RunSettings, folder: Path) -> int | None:
     """The step to continue from, or None for a new run. Raises UsageError if the ranks do not see the same checkpoints."""
-    if args.resume_from_step >= 0:
-        return args.resume_from_step
+    if settings.resume_from_step >= 0:
+        return settings.resume_from_step
     steps = list_steps(folder)
-    check_agreement(f"the checkpoints in {folder}", steps if args.resume else None, "all nodes need the same NANOCHAT_BASE_DIR, on a file system that they share")
-    if args.resume and steps:
+    check_agreement(f"the checkpoints in {folder}", steps if settings.resume else None, "all nodes need the same NANOCHAT_BASE_DIR, on a file system that they share")
+    if settings.resume and steps:
         return steps[-1]
-    if args.resume:
+    if settings.resume:
         print0(f"Nothing to resume in {folder}: a new run begins")
     elif steps:
         print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
                "delete them, or keep both apart with --model-tag")
     return None
+
+
+def check_same(then: dict, now: dict) -> None:
+    """Raises UsageError for a checkpoint of other settings than those of now, which the continued run would mix."""
+    if differing := [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]:
+        raise UsageError(f"the checkpoint was written with other settings: {', '.join(differing)}; give those of then, or start a new run")
 
 
 def get_exact_state(device: torch.device, scaler) -> dict:
@@ -209,12 +230,12 @@ def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
 class Accumulator:
     """Forward and backward over the batches of one step, in passes of as many rows as fit."""
 
-    def __init__(self, model, raw_model: GPT, scaler):
-        self.model, self.raw_model, self.scaler = model, raw_model, scaler
+    def __init__(self, model, raw_model: GPT, scaler, objective: Objective = next_token):
+        self.model, self.raw_model, self.scaler, self.objective = model, raw_model, scaler, objective
         self.rows: int | None = None  # rows per pass, None: whole batches
 
-    def __call__(self, batches: Iterator, count: int) -> torch.Tensor:
-        """Adds up the gradient of the mean loss of `count` batches; returns the last one's loss.
+    def __call__(self, batches: Iterator, count: int) -> list[torch.Tensor]:
+        """Adds up the gradient of the mean loss of `count` batches (objectives.py); returns the loss of each.
 
         Batches are drawn one by one, so that reading the next overlaps with the device's work. When memory runs out,
         the step starts again with the same batches and half the rows per pass.
@@ -229,13 +250,11 @@ class Accumulator:
         rest = draw()
         while True:
             try:
-                for x, y in itertools.chain(tuple(drawn), rest):
-                    loss = self._one(x, y, count)
-                return loss
+                return [self._one(batch, count) for batch in itertools.chain(tuple(drawn), rest)]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                rows = self.rows or x.size(0)
+                rows = self.rows or drawn[-1][0].size(0)
                 if rows == 1:
                     raise UsageError("out of memory with one row per pass; lower --depth or --max-seq-len") from None
                 self.rows = -(-rows // 2)
@@ -243,15 +262,15 @@ class Accumulator:
             release_memory(self.raw_model.get_device())
             print(f"Out of memory: {self.rows} rows per pass from here on, the same batches", flush=True)
 
-    def _one(self, x, y, count: int) -> torch.Tensor:
-        """Adds the gradient of the mean loss over one batch's trained tokens, divided by `count`; returns that mean."""
-        rows = self.rows or x.size(0)
-        trained = (y >= 0).sum().clamp(min=1)
-        loss = torch.zeros((), device=x.device)
-        for piece_x, piece_y in zip(x.split(rows), y.split(rows), strict=True):
-            piece = self.model(piece_x, piece_y, loss_reduction="sum") / trained
-            (self.scaler.scale(piece / count) if self.scaler else piece / count).backward()
-            loss = loss + piece.detach()
+    def _one(self, batch: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
+        """Adds the gradient of the mean loss over one batch's targets, divided by `count`; returns that mean."""
+        rows = self.rows or batch[0].size(0)
+        trained = (batch[1] >= 0).sum().clamp(min=1)
+        loss = torch.zeros((), device=batch[0].device)
+        for piece in zip(*(tensor.split(rows) for tensor in batch), strict=True):
+            mean = self.objective(self.model, *piece) / trained
+            (self.scaler.scale(mean / count) if self.scaler else mean / count).backward()
+            loss = loss + mean.detach()
         return loss
 
 

@@ -22,29 +22,8 @@ from nanochat.core_eval import logits_at
 from nanochat.engine import Engine
 from nanochat.report import get_report
 from nanochat.sampling import Sampling
-from tasks.arc import ARC
 from tasks.common import Task
-from tasks.gsm8k import GSM8K
-from tasks.humaneval import HumanEval
-from tasks.mmlu import MMLU
-from tasks.spellingbee import SimpleSpelling, SpellingBee
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
-    "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
-    "MMLU": lambda: MMLU("all", "test"),
-    "GSM8K": lambda: GSM8K("main", "test"),
-    "HumanEval": HumanEval,
-    "SpellingBee": lambda: SpellingBee(256, "test"),
-    "SpellingBee-Long": lambda: SpellingBee(256, "long"),
-    "SimpleSpelling": lambda: SimpleSpelling(256, "test"),
-}
-GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}  # the tasks of ChatCORE
-
-
-def chatcore(accuracies: dict[str, float]) -> float:
-    """Mean over the tasks of (accuracy - b) / (1 - b), with b the accuracy of guessing."""
-    return sum((accuracy - GUESSING[name]) / (1 - GUESSING[name]) for name, accuracy in accuracies.items()) / len(accuracies)
+from tasks.registry import CHATCORE, TASKS, chatcore
 
 
 def _share(passed: int, total: int, device: torch.device) -> float:
@@ -143,7 +122,7 @@ def evaluate(task_object: Task, model, tokenizer, engine: Engine, batch_size: in
 
 def run_chat_eval(task_name: str, model, tokenizer, engine: Engine, **kwargs) -> float:
     """`evaluate` on a task given by its name."""
-    return evaluate(TASKS[task_name](), model, tokenizer, engine, **kwargs)
+    return evaluate(TASKS[task_name].test(), model, tokenizer, engine, **kwargs)
 
 
 def task_names(text: str) -> list[str]:
@@ -173,7 +152,7 @@ def main(argv=None) -> None:
     *_, device = compute_init(args.device_type or autodetect_device_type())
     try:
         report = get_report()
-        tasks = {name: TASKS[name]() for name in args.task_name or GUESSING}  # missing data show now, not after an hour
+        tasks = {name: TASKS[name].test() for name in args.task_name or CHATCORE}  # missing data show now, not after an hour
         folder, step = find_checkpoint(checkpoints_dir_of(args.source), args.model_tag, args.step)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
         engine = Engine(model, tokenizer)
@@ -183,7 +162,7 @@ def main(argv=None) -> None:
                                         args.top_k, args.max_problems)
             print0(f"{name} accuracy: {100 * accuracies[name]:.2f}%", flush=True)
         summary: dict = {}
-        if accuracies.keys() == GUESSING.keys():
+        if accuracies.keys() == CHATCORE.keys():
             summary["ChatCORE metric"] = chatcore(accuracies)
             print0(f"ChatCORE metric: {summary['ChatCORE metric']:.4f}")
         report.log(section=f"Chat evaluation {args.source}", data=[{"model": f"{folder.name} (step {step})", **vars(args)}, accuracies, summary])

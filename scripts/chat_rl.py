@@ -13,10 +13,9 @@ import os
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,78 +23,51 @@ import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import (
-    ArgumentParser,
     UsageError,
     command,
+    flag,
     folder_name,
     int_or_off,
     non_negative_float,
     non_negative_int,
+    parse_settings,
     positive_int,
 )
-from nanochat.common import (
-    COMPUTE_DTYPE,
-    COMPUTE_DTYPE_REASON,
-    autodetect_device_type,
-    compute_cleanup,
-    compute_init,
-    get_dist_info,
-    is_ddp_initialized,
-    locked,
-    print0,
-    share_weights,
-    with_progress,
-)
+from nanochat.common import get_dist_info, is_ddp_initialized, live_line, locked, print0, share_weights, with_progress
 from nanochat.engine import Engine
-from nanochat.report import get_report
-from nanochat.run_log import RunLog
-from nanochat.training import (
-    check_output,
-    check_ranks,
-    find_resume_step,
-    get_exact_state,
-    init_wandb,
-    load_optimizer,
-    optimizer_step,
-    set_exact_state,
-    training_parser,
-)
-from tasks.gsm8k import GSM8K
-from tasks.spellingbee import SpellingBee
+from nanochat.objectives import policy_gradient
+from nanochat.train_loop import Event, TrainLoop, training_process
+from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer, set_exact_state
+from tasks.registry import TASKS
 
-TASKS = {  # (training, test) problems
-    "GSM8K": lambda: (GSM8K("main", "train"), GSM8K("main", "test")),
-    "SpellingBee": lambda: (SpellingBee(80_000), SpellingBee(400, "test")),
-}
+PROBLEMS = {name: entry.problems for name, entry in TASKS.items() if entry.problems}
 
 
-def build_parser() -> ArgumentParser:
-    parser = training_parser("Improve a chat model by reinforcement learning")
-    add = parser.add_argument
-    add("--model-tag", type=folder_name, default=None, help="fine-tuned model to start from (default: the largest)")
-    add("--model-step", type=non_negative_int, default=None, help="its checkpoint (default: the last)")
-    add("--task-name", default="GSM8K", choices=TASKS, help="what to get better at")
+@dataclass
+class Settings(RunSettings):
+    model_tag: str | None = flag(None, "fine-tuned model to start from (default: the largest)", type=folder_name)
+    model_step: int | None = flag(None, "its checkpoint (default: the last)", type=non_negative_int)
+    task_name: str = flag("GSM8K", "what to get better at", choices=PROBLEMS)
     # horizon
-    add("--num-epochs", type=positive_int, default=1, help="passes over the training problems")
-    add("--num-iterations", type=int_or_off, default=-1, help="optimizer steps; -1: all epochs")
+    num_epochs: int = flag(1, "passes over the training problems", type=positive_int)
+    num_iterations: int = flag(-1, "optimizer steps; -1: all epochs", type=int_or_off)
     # samples
-    add("--device-batch-size", type=positive_int, default=8, help="samples generated or trained on in one pass")
-    add("--examples-per-step", type=positive_int, default=16, help="problems per step, over all ranks")
-    add("--num-samples", type=positive_int, default=16, help="answers to each problem")
-    add("--max-new-tokens", type=positive_int, default=256, help="longest answer")
-    add("--temperature", type=non_negative_float, default=1.0)
-    add("--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
+    device_batch_size: int = flag(8, "samples generated or trained on in one pass", type=positive_int)
+    examples_per_step: int = flag(16, "problems per step, over all ranks", type=positive_int)
+    num_samples: int = flag(16, "answers to each problem", type=positive_int)
+    max_new_tokens: int = flag(256, "longest answer", type=positive_int)
+    temperature: float = flag(1.0, "how freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float)
+    top_k: int = flag(50, "sample among this many tokens; 0: among all", type=non_negative_int)
     # optimization
-    add("--embedding-lr", type=non_negative_float, default=0.2)
-    add("--unembedding-lr", type=non_negative_float, default=0.004)
-    add("--matrix-lr", type=non_negative_float, default=0.02)
-    add("--weight-decay", type=non_negative_float, default=0.0)
-    add("--init-lr-frac", type=non_negative_float, default=0.05, help="share of the learning rates to begin with; they fall linearly to 0")
+    embedding_lr: float = flag(0.2, "learning rate of the embeddings", type=non_negative_float)
+    unembedding_lr: float = flag(0.004, "learning rate of the head", type=non_negative_float)
+    matrix_lr: float = flag(0.02, "learning rate of the blocks' matrices", type=non_negative_float)
+    weight_decay: float = flag(0.0, "of the blocks' matrices", type=non_negative_float)
+    init_lr_frac: float = flag(0.05, "share of the learning rates to begin with; they fall linearly to 0", type=non_negative_float)
     # evaluation and output
-    add("--eval-every", type=int_or_off, default=60, help="steps between evaluations; -1: never")
-    add("--eval-examples", type=positive_int, default=400, help="test problems to evaluate on")
-    add("--save-every", type=int_or_off, default=60, help="steps between checkpoints; -1: only at the end")
-    return parser
+    eval_every: int = flag(60, "steps between evaluations; -1: never", type=int_or_off)
+    eval_examples: int = flag(400, "test problems to evaluate on", type=positive_int)
+    save_every: int = flag(60, "steps between checkpoints; -1: only at the end", type=int_or_off)
 
 
 def run_gsm8k_eval(task, tokenizer, engine: Engine, max_examples: int | None = None, num_samples: int = 1, max_completion_tokens: int = 256,
@@ -131,14 +103,14 @@ class Rollout:
     rewards (N,), advantages (N,): rewards minus their mean. `lengths` of the sequences in tokens, prompt included.
     """
 
-    def __init__(self, task, problem: dict, tokenizer, engine: Engine, args, step: int, index: int):
+    def __init__(self, task, problem: dict, tokenizer, engine: Engine, settings: Settings, step: int, index: int):
         prompt = tokenizer.render_for_completion(problem)
         sequences: list[list[int]] = []
         masks: list[list[int]] = []
-        for sampling_step in range(args.num_samples // args.device_batch_size):
+        for sampling_step in range(settings.num_samples // settings.device_batch_size):
             seed = hash((step, index, sampling_step)) & 0x7FFFFFFF  # the same in every Python process, as these are numbers
-            generated = engine.generate_batch(prompt, num_samples=args.device_batch_size, max_tokens=args.max_new_tokens,
-                                              temperature=args.temperature, top_k=args.top_k, seed=seed)
+            generated = engine.generate_batch(prompt, num_samples=settings.device_batch_size, max_tokens=settings.max_new_tokens,
+                                              temperature=settings.temperature, top_k=settings.top_k, seed=seed)
             sequences += generated[0]
             masks += generated[1]
         device, padding = engine.model.get_device(), tokenizer.encode_special("<|assistant_end|>")
@@ -151,126 +123,134 @@ class Rollout:
         self.advantages = self.rewards - self.rewards.mean()
 
 
-def pass_objective(model, inputs: torch.Tensor, targets: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Mean over the sampled tokens of log-probability times the advantage of their sequence."""
-    log_probs = -model(inputs, targets, loss_reduction="none").view_as(inputs)
-    return (log_probs * advantages[:, None]).sum() / (targets >= 0).sum().clamp(min=1)
-
-
 @command
 def main(argv=None) -> None:
-    args = build_parser().parse_args(argv)
-    _, rank, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
-    try:
-        sft_folder, sft_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("sft"), args.model_tag, args.model_step)
+    settings = parse_settings(Settings, argv, "Improve a chat model by reinforcement learning")
+    with training_process(settings) as process:
+        sft_folder, sft_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("sft"), settings.model_tag, settings.model_step)
         folder = Path(checkpoints.checkpoints_dir_of("rl"), sft_folder.name)
-        with locked(folder, wait=False) if rank == 0 else nullcontext():
-            train(args, vars(args).copy(), rank, world_size, device, sft_folder, sft_step, folder)
-    finally:
-        compute_cleanup()
+        with locked(folder, wait=False) if process.master else nullcontext():
+            Reinforcement(settings, process, folder, sft_folder, sft_step).run()
 
 
-def train(args, user_config: dict, rank: int, world_size: int, device: torch.device, sft_folder: Path, sft_step: int, folder: Path) -> None:
-    master = rank == 0
-    print0(f"Compute dtype: {COMPUTE_DTYPE} ({COMPUTE_DTYPE_REASON})")
-    check_ranks(args)
-    if args.examples_per_step % world_size:
-        raise UsageError(f"--examples-per-step={args.examples_per_step} cannot be shared by {world_size} ranks; use a multiple")
-    if args.num_samples % args.device_batch_size:
-        raise UsageError(f"--num-samples={args.num_samples} cannot be made in passes of {args.device_batch_size}; use a multiple of --device-batch-size")
-    train_task, test_task = TASKS[args.task_name]()
-    num_steps = args.num_iterations if args.num_iterations > 0 else len(train_task) // args.examples_per_step * args.num_epochs
-    if num_steps == 0:
-        raise UsageError(f"{args.task_name} has {len(train_task)} problems, fewer than --examples-per-step={args.examples_per_step}; lower it")
-    examples_per_rank = args.examples_per_step // world_size
-    my_examples = range(rank, len(train_task), world_size)
-    print0(f"Number of steps: {num_steps}, {examples_per_rank} problems per rank and step")
+class Reinforcement(TrainLoop):
+    """Shapes change from problem to problem, so nothing is compiled. A checkpoint is named after the last step that is in it."""
 
-    # The fine-tuned model, or the checkpoint to continue from
-    report = get_report()
-    resume_step = find_resume_step(args, folder)
-    first_step = 0
-    optimizer_data = train_state = None
-    if resume_step is None:
-        model, tokenizer, meta = checkpoints.build_model(sft_folder, sft_step, device, phase="train")
-    else:
-        print0(f"Resuming after step {resume_step} in {folder}")
-        model, tokenizer, meta = checkpoints.build_model(folder, resume_step, device, phase="train")
-        train_state = checkpoints.load_train_state(folder, resume_step, rank)
-        optimizer_data = checkpoints.load_optimizer_state("rl", device, rank, folder.name, resume_step)
-        if train_state is None or optimizer_data is None:
-            raise UsageError(f"the checkpoint of step {resume_step} in {folder} has no optimizer state to resume from; start a new run")
-        names = ("task_name", "examples_per_step", "num_samples", "device_batch_size", "max_new_tokens", "temperature", "top_k")
-        now, then = {**user_config, "world_size": world_size}, {**meta["user_config"], "world_size": meta["world_size"]}
-        if differing := [f"{key} {then[key]} -> {now[key]}" for key in (*names, "world_size") if then[key] != now[key]]:
-            raise UsageError(f"the checkpoint was written with other settings: {', '.join(differing)}; give those of then, or start a new run")
-        first_step = resume_step + 1
-    share_weights(model)
-    check_output(folder, [model], master)
-    engine = Engine(model, tokenizer)
+    objective = staticmethod(policy_gradient)
+    project = "nanochat-rl"
+    section = "Chat RL"
+    advice = "lower --init-lr-frac, or resume an earlier checkpoint"
+    settings: Settings
 
-    optimizer = model.setup_optimizer(unembedding_lr=args.unembedding_lr, embedding_lr=args.embedding_lr, matrix_lr=args.matrix_lr,
-                                      weight_decay=args.weight_decay, matrix_optimizer=meta.get("matrix_optimizer", "muon"))
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"] * args.init_lr_frac
-    scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
-    if optimizer_data is not None and train_state is not None:
-        load_optimizer(optimizer, optimizer_data)
-        set_exact_state(train_state, device, scaler)
+    def __init__(self, settings: Settings, process: Process, folder: Path, sft_folder: Path, sft_step: int):
+        super().__init__(settings, process, folder, asdict(settings))
+        if settings.examples_per_step % self.world_size:
+            raise UsageError(f"--examples-per-step={settings.examples_per_step} cannot be shared by {self.world_size} ranks; use a multiple")
+        self.passes, rest = divmod(settings.num_samples, settings.device_batch_size)
+        if rest:
+            raise UsageError(f"--num-samples={settings.num_samples} cannot be made in passes of {settings.device_batch_size}; use a multiple of --device-batch-size")
+        self.train_task, self.test_task = PROBLEMS[settings.task_name]()
+        self.num_steps = settings.num_iterations if settings.num_iterations > 0 else len(self.train_task) // settings.examples_per_step * settings.num_epochs
+        if self.num_steps == 0:
+            raise UsageError(f"{settings.task_name} has {len(self.train_task)} problems, fewer than --examples-per-step={settings.examples_per_step}; lower it")
+        self.examples_per_rank = settings.examples_per_step // self.world_size
+        self.accumulation, self.total_batch_size = self.passes * self.examples_per_rank, 0
+        self.my_examples = range(self.rank, len(self.train_task), self.world_size)
+        print0(f"Number of steps: {self.num_steps}, {self.examples_per_rank} problems per rank and step")
 
-    log = RunLog(folder / "log.jsonl" if master else None, resume_step=None if resume_step is None else first_step)
-    wandb_run = init_wandb(args, user_config, rank, project="nanochat-rl")
-    log.log("start", first_step, config=user_config, model_config=asdict(model.config), num_steps=num_steps, sft_step=sft_step, device=str(device),
-            dtype=str(COMPUTE_DTYPE), world_size=world_size)
-    for step in range(first_step, num_steps):
-        started = time.perf_counter()
-        last = step == num_steps - 1
-        if args.eval_every > 0 and step % args.eval_every == 0:
-            model.eval()
-            problems = run_gsm8k_eval(test_task, tokenizer, engine, max_examples=args.eval_examples, num_samples=args.device_batch_size, temperature=1.0)
-            records = list(with_progress(problems, -(-min(len(test_task), args.eval_examples) // world_size), "Evaluation"))
-            scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, args.device_batch_size, device), 1)}
-            print0(f"Step {step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)
-            log.log("eval", step, **scores)
-            wandb_run.log({"step": step, **scores})
-
-        num_passes = args.num_samples // args.device_batch_size
-        totals = torch.zeros(2)  # rewards, lengths
-        for i in range(examples_per_rank):
-            index = my_examples[(step * examples_per_rank + i) % len(my_examples)]
-            model.eval()
-            rollout = Rollout(train_task, train_task[index], tokenizer, engine, args, step, index)
-            model.train()
-            for rows in torch.arange(args.num_samples).split(args.device_batch_size):
-                rows = rows.to(device)
-                objective = pass_objective(model, rollout.inputs[rows], rollout.targets[rows], rollout.advantages[rows])
-                loss = -objective / (num_passes * examples_per_rank)
-                (scaler.scale(loss) if scaler else loss).backward()
-                log.log("pass", step, loss=loss.item(), reward=rollout.rewards[rows].mean().item())
-            totals += torch.tensor([rollout.rewards.sum().item(), float(sum(rollout.lengths))])
-        reward, sequence_length = mean_over_ranks(totals, examples_per_rank * args.num_samples, device)
-
-        multiplier = 1 - step / num_steps
+        # The fine-tuned model, or the checkpoint to continue from
+        self.sft_step = sft_step
+        self.resume_step = self.saved_step = find_resume_step(settings, folder)
+        optimizer_data = train_state = None
+        if self.resume_step is None:
+            model, self.tokenizer, self.meta = checkpoints.build_model(sft_folder, sft_step, self.device, phase="train")
+        else:
+            print0(f"Resuming after step {self.resume_step} in {folder}")
+            model, self.tokenizer, self.meta = checkpoints.build_model(folder, self.resume_step, self.device, phase="train")
+            train_state = checkpoints.load_train_state(folder, self.resume_step, self.rank)
+            optimizer_data = checkpoints.load_optimizer_state("rl", self.device, self.rank, folder.name, self.resume_step)
+            if train_state is None or optimizer_data is None:
+                raise UsageError(f"the checkpoint of step {self.resume_step} in {folder} has no optimizer state to resume from; start a new run")
+            names = ("task_name", "examples_per_step", "num_samples", "device_batch_size", "max_new_tokens", "temperature", "top_k", "world_size")
+            now = {**self.user_config, "world_size": self.world_size}
+            check_same({**self.meta["user_config"], "world_size": self.meta["world_size"]}, {name: now[name] for name in names})
+            self.step = self.first_step = self.resume_step + 1
+        share_weights(model)
+        check_output(folder, [model], self.rank == 0)
+        self.engine = Engine(model, self.tokenizer)
+        optimizer = model.setup_optimizer(unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr, matrix_lr=settings.matrix_lr,
+                                          weight_decay=settings.weight_decay, matrix_optimizer=self.meta.get("matrix_optimizer", "muon"))
         for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"] * settings.init_lr_frac
+        if optimizer_data is not None and train_state is not None:
+            load_optimizer(optimizer, optimizer_data)
+            set_exact_state(train_state, self.device, self.scaler)
+        self.adopt(model, optimizer, model)
+        self.events = [Event(settings.eval_every, self.evaluate, at_start=True, at_end=False)]
+        self.open_log(model_config=asdict(model.config), num_steps=self.num_steps, sft_step=sft_step)
+
+    # -- a step
+
+    def batches(self) -> Iterator:
+        """Samples of this rank's problems, made when they are needed."""
+        totals = torch.zeros(2)  # rewards, lengths
+        self.rewards: list[float] = []  # by pass
+        for i in range(self.examples_per_rank):
+            index = self.my_examples[(self.step * self.examples_per_rank + i) % len(self.my_examples)]
+            self.model.eval()
+            rollout = Rollout(self.train_task, self.train_task[index], self.tokenizer, self.engine, self.settings, self.step, index)
+            self.model.train()
+            totals += torch.tensor([rollout.rewards.sum().item(), float(sum(rollout.lengths))])
+            for rows in torch.arange(self.settings.num_samples, device=self.device).split(self.settings.device_batch_size):
+                self.rewards.append(rollout.rewards[rows].mean().item())
+                yield rollout.inputs[rows], rollout.targets[rows], rollout.advantages[rows]
+        self.reward, self.sequence_length = mean_over_ranks(totals, self.examples_per_rank * self.settings.num_samples, self.device)
+
+    def schedule(self) -> float:
+        multiplier = 1 - self.step / self.num_steps
+        for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        optimizer_step(optimizer, scaler)
-        model.zero_grad(set_to_none=True)
-        dt = time.perf_counter() - started
-        print0(f"step {step:05d}/{num_steps:05d} | reward: {reward:.4f} | sequence length: {sequence_length:.2f} | lrm: {multiplier:.2f} | dt: {dt:.2f}s", flush=True)
-        log.log("train", step, reward=reward, sequence_length=sequence_length, lrm=multiplier, dt=dt)
-        wandb_run.log({"step": step, "reward": reward, "sequence_length": sequence_length})
-        wandb_run.log({"step": step, "lrm": multiplier})
+        return multiplier
 
-        if last or (step > 0 and args.save_every > 0 and step % args.save_every == 0):
-            meta_data = dict(step=step, model_config=asdict(model.config), user_config=user_config, sft_step=sft_step, world_size=world_size,
-                             matrix_optimizer=meta.get("matrix_optimizer", "muon"), growth=meta.get("growth", []),
-                             tokenizer=tokenizer.checksum())
-            checkpoints.save_checkpoint(folder, step, model.state_dict(), optimizer.state_dict(), meta_data, rank=rank,
-                                        train_state=get_exact_state(device, scaler))
+    def tell_step(self, losses: list[torch.Tensor], multiplier: float, dt: float) -> None:
+        for loss, reward in zip(losses, self.rewards, strict=True):
+            self.log.log("pass", self.step, loss=loss.item() / self.accumulation, reward=reward)
+        live_line(f"step {self.step:05d}/{self.num_steps:05d} | reward: {self.reward:.4f} | sequence length: {self.sequence_length:.2f} | lrm: {multiplier:.2f} | dt: {dt:.2f}s")
+        self.log.log("train", self.step, reward=self.reward, sequence_length=self.sequence_length, lrm=multiplier, dt=dt)
+        self.wandb_run.log({"step": self.step, "reward": self.reward, "sequence_length": self.sequence_length})
+        self.wandb_run.log({"step": self.step, "lrm": multiplier})
 
-    report.log(section="Chat RL", data=[user_config])
-    log.close()
-    wandb_run.finish()
+    # -- between the steps
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.num_steps
+
+    @property
+    def checkpoint_step(self) -> int:
+        return self.step - 1
+
+    def evaluate(self) -> None:
+        settings = self.settings
+        with self.evaluating():
+            problems = run_gsm8k_eval(self.test_task, self.tokenizer, self.engine, max_examples=settings.eval_examples,
+                                      num_samples=settings.device_batch_size, temperature=1.0)
+            records = list(with_progress(problems, -(-min(len(self.test_task), settings.eval_examples) // self.world_size), "Evaluation"))
+        scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, settings.device_batch_size, self.device), 1)}
+        print0(f"Step {self.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)
+        self.log.log("eval", self.step, **scores)
+        self.wandb_run.log({"step": self.step, **scores})
+
+    def data_position(self) -> dict:
+        return {}
+
+    def meta_data(self) -> dict:
+        return dict(step=self.checkpoint_step, model_config=asdict(self.model.config), user_config=self.user_config, sft_step=self.sft_step,
+                    world_size=self.world_size, matrix_optimizer=self.meta.get("matrix_optimizer", "muon"), growth=self.meta.get("growth", []),
+                    tokenizer=self.tokenizer.checksum())
+
+    def final_report(self, peak_memory: float) -> list[dict]:
+        return []
 
 
 if __name__ == "__main__":

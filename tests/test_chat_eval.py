@@ -136,8 +136,8 @@ def test_problems_that_share_steps_get_the_answers_they_get_alone(batch_size):
 
 
 def test_chatcore_of_guessing_is_zero():
-    assert chat_eval.chatcore(chat_eval.GUESSING) == 0
-    assert chat_eval.chatcore(dict.fromkeys(chat_eval.GUESSING, 1.0)) == 1
+    assert chat_eval.chatcore(chat_eval.CHATCORE) == 0
+    assert chat_eval.chatcore(dict.fromkeys(chat_eval.CHATCORE, 1.0)) == 1
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.objectives import policy_gradient
 from nanochat.run_log import read_run_log
 from scripts import chat_rl, chat_sft
 from scripts.chat_web import describe_model
@@ -165,17 +166,17 @@ def test_what_is_trained_on(rollout):
 
 def test_the_gradient_raises_what_was_rewarded(rollout):
     model, _, batch = rollout
-    before = chat_rl.pass_objective(model, batch.inputs, batch.targets, batch.advantages)
+    before = policy_gradient(model, batch.inputs, batch.targets, batch.advantages)
     before.backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1e-4 * parameter.grad
-    assert chat_rl.pass_objective(model, batch.inputs, batch.targets, batch.advantages) > before
+            parameter -= 1e-4 / (batch.targets >= 0).sum() * parameter.grad
+    assert policy_gradient(model, batch.inputs, batch.targets, batch.advantages) < before
 
 
 def test_no_gradient_where_all_are_as_good(rollout):
     model, _, batch = rollout
-    chat_rl.pass_objective(model, batch.inputs, batch.targets, torch.zeros(4)).backward()
+    policy_gradient(model, batch.inputs, batch.targets, torch.zeros(4)).backward()
     assert all(not parameter.grad.any() for parameter in model.parameters())
 
 

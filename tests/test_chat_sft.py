@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import UsageError
+from nanochat import train_loop
+from nanochat.cli import UsageError, parse_settings, settings_parser
 from nanochat.run_log import read_run_log
 from scripts import base_train, chat_cli, chat_eval, chat_sft
 from tasks import spellingbee
@@ -284,9 +285,13 @@ def test_one_step_at_least(base, flags):
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
+def parsed(*flags: str) -> chat_sft.Settings:
+    return parse_settings(chat_sft.Settings, flags, "")
+
+
 def test_the_mixture_as_people_write_it(base):
     a, b = conversations(base, 5, "a.jsonl"), conversations(base, 7, "b.jsonl")
-    args = chat_sft.build_parser().parse_args([f"--mixture={a}, {b},"])
+    args = parsed(f"--mixture={a}, {b},")
     train, val = chat_sft.build_mixture(args.mixture, 1, 1)
     assert (len(train), len(val)) == (12, 0)
 
@@ -294,14 +299,14 @@ def test_the_mixture_as_people_write_it(base):
 def test_the_weights_come_before_the_evaluations(base, tuned_run, monkeypatch):
     calls = []
 
-    def interrupted(*args, function=chat_sft.evaluate_bpb):
+    def interrupted(*args, function=train_loop.evaluate_bpb):
         calls.append(1)
         if len(calls) == 3:  # at steps 0, 4 and 8
             raise KeyboardInterrupt
         return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat_sft, "evaluate_bpb", interrupted)
+        patch.setattr(train_loop, "evaluate_bpb", interrupted)
         assert tune() == 130
     assert checkpoints.list_steps(folder(base)) == [2, 4, 6, 8] and checkpoints.load_meta(folder(base), 8)["val_bpb"] is None
     assert tune("--resume") == 0
@@ -312,7 +317,7 @@ def test_the_weights_come_before_the_evaluations(base, tuned_run, monkeypatch):
 def test_a_fine_tuning_that_was_stopped_at_once_is_no_model(base, monkeypatch, capsys):
     def stop(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(chat_sft, "evaluate_bpb", stop)
+    monkeypatch.setattr(train_loop, "evaluate_bpb", stop)
     assert tune() == 130
     assert (folder(base) / "log.jsonl").exists() and checkpoints.list_models(folder(base).parent) == []
     assert chat_cli.main(["-p", "a", "-t", "0", "--device-type=cpu"]) == 0
@@ -320,12 +325,10 @@ def test_a_fine_tuning_that_was_stopped_at_once_is_no_model(base, monkeypatch, c
 
 
 def test_settings_come_from_the_base_model(base):
-    args = chat_sft.build_parser().parse_args(["--matrix-lr=0.5"])
-    chat_sft.inherit(args, checkpoints.load_meta(tiny.folder(base), 8))
+    args = chat_sft.inherit(parsed("--matrix-lr=0.5"), checkpoints.load_meta(tiny.folder(base), 8))
     assert (args.max_seq_len, args.device_batch_size, args.total_batch_size) == (64, 2, 256)
     assert (args.embedding_lr, args.unembedding_lr, args.matrix_lr) == (0.3, 0.008, 0.5)
-    args = chat_sft.build_parser().parse_args([])
-    chat_sft.inherit(args, {})
+    args = chat_sft.inherit(parsed(), {})
     assert (args.max_seq_len, args.device_batch_size, args.total_batch_size) == (2048, 32, 524288)
     assert (args.embedding_lr, args.unembedding_lr, args.matrix_lr) == (0.3, 0.004, 0.02)
 
@@ -381,5 +384,5 @@ def test_no_network_no_mixture_and_no_chatcore(base, capsys, monkeypatch):
 
 
 def test_base_train_and_chat_sft_take_the_same_resume_flags():
-    base, sft = base_train.build_parser().format_help(), chat_sft.build_parser().format_help()
+    base, sft = (settings_parser(script.Settings, "").format_help() for script in (base_train, chat_sft))
     assert all(flag in base and flag in sft for flag in ("--resume", "--resume-from-step", "--save-every"))

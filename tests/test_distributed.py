@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 from torch.distributed.run import get_args_parser
 
 from nanochat import common, flash_attention
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, settings_parser
 from nanochat.optim import MuonAdamW
-from scripts.base_train import build_parser
+from scripts.base_train import Settings
 from tests import tiny
 
 STREAMS = ("--data-streams=4", "--device-batch-size=1")  # the same batches for 1, 2 and 4 ranks
@@ -88,7 +88,7 @@ def test_errors_of_all_ranks_are_said_once(base, ranks, flag, message):
 
 def test_torchruns_own_parser_leaves_our_flags_alone():
     """Without `--` between them; --run is torchrun's abbreviation of two of its flags, hence the variable WANDB_RUN."""
-    for action in build_parser()._actions:
+    for action in settings_parser(Settings, "")._actions:
         for flag in action.option_strings:
             if flag.startswith("--") and flag != "--run":
                 for ours in ([flag], [flag, "1"], [f"{flag}=1"]):
@@ -136,24 +136,25 @@ def test_rank_0_decides(tmp_path):
 DIVERGENT = """
 import os, sys, torch
 from nanochat import common, loss_eval
+from nanochat import run_plan, train_loop
+from nanochat.growth import controller
 from scripts import base_train
 if os.environ["RANK"] == "1":
-    build, evaluate = base_train.build_initialized, base_train.evaluate_bpb
-    def other_weights(*args):
-        model = build(*args)
+    initialize, evaluate = run_plan.RunPlan.initialize, train_loop.evaluate_bpb
+    def other_weights(self, device):
+        initialize(self, device)
         with torch.no_grad():
-            for p in model.parameters():
+            for p in self.model.parameters():
                 p.add_(0.01)
-        return model
-    base_train.build_initialized = other_weights
-    base_train.evaluate_bpb = lambda *args: evaluate(*args) + 5  # it would never reach the target
-    base_train.final_loss_of_earlier_run = lambda *args: base_train.Prediction(0.01, "a file that only rank 1 has")
-finish = base_train.Training.finish
+    run_plan.RunPlan.initialize = other_weights
+    train_loop.evaluate_bpb = lambda *args: evaluate(*args) + 5  # it would never reach the target
+    controller.final_loss_of_earlier_run = lambda *args: controller.Prediction(0.01, "a file that only rank 1 has")
+finish = base_train.Pretraining.finish
 def compare(self):
     weights = {name: p.double().sum().item() for name, p in self.model.named_parameters()}
     common.check_agreement("the weights", weights, "")
     finish(self)
-base_train.Training.finish = compare
+base_train.Pretraining.finish = compare
 sys.exit(base_train.main(sys.argv[1:]))
 """
 

@@ -87,7 +87,7 @@ def test_nothing_is_lost_when_the_larger_model_does_not_fit(base, monkeypatch, c
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.base_train.grow", full)
+        patch.setattr("nanochat.growth.controller.grow", full)
         assert tiny.train(*flags, "--model-tag=part") == 2
     assert "out of memory" in capsys.readouterr().err
     assert checkpoints.list_steps(tiny.folder(base, "part")) == [grow["step"]]
@@ -105,13 +105,13 @@ def test_fp8_grows(base, capsys):
     """What grows are the plain layers; both models train in FP8, and on a CPU it is said that this is a simulation."""
     converted = []
 
-    class Watched(base_train.Training):
-        def adopt(self, model, optimizer):
-            super().adopt(model, optimizer)
+    class Watched(base_train.Pretraining):
+        def take(self, model, optimizer):
+            super().take(model, optimizer)
             converted.append([name for name, layer in model.named_modules() if isinstance(layer, Float8Linear)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_train, "Training", Watched)
+        patch.setattr(base_train, "Pretraining", Watched)
         patch.setattr(torch, "_scaled_mm", scaled_mm)
         assert tiny.train(*AT, "--grow-path=1x128,3x256", "--fp8") == 0
     small, large = converted
@@ -135,7 +135,7 @@ def test_never_validating_is_obeyed(base, monkeypatch, capsys, tmp_path_factory)
         raise AssertionError("a validation")
 
     with monkeypatch.context() as patch:
-        patch.setattr(base_train, "evaluate_bpb", refuse)
+        patch.setattr("nanochat.train_loop.evaluate_bpb", refuse)
         assert tiny.train(*AT, "--eval-every=-1") == 0
     (grow,) = grows(base)
     assert grow["loss_before"] is grow["loss_after"] is None and "bpb unknown -> unknown" in capsys.readouterr().out

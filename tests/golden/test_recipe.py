@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT
-from nanochat.recipe import gpt_config, lr_multiplier, muon_momentum, muon_weight_decay, plan_horizon, scaling_params
-from scripts.base_train import build_parser
+from nanochat.recipe import gpt_config, plan_horizon, scaling_params
+from nanochat.schedules import lr_multiplier, muon_momentum, muon_weight_decay
+from scripts.base_train import parse
 from tests.golden.fixtures import load
 
 CASES = load("recipe")["depths"] + load("recipe")["variations"]
@@ -12,7 +13,7 @@ CASES = load("recipe")["depths"] + load("recipe")["variations"]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case["arguments"]))
 def test_recipe(case):
-    args = build_parser().parse_args(case["arguments"])
+    args = parse(case["arguments"])
     shape = dict(aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, sequence_len=args.max_seq_len,
                  vocab_size=case["vocab"], window_pattern=args.window_pattern)
     config = gpt_config(args.depth, **shape)

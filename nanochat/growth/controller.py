@@ -1,0 +1,183 @@
+"""Growth as something that happens between two steps of a training: the stages of the run, when the next one begins, and what it leaves behind."""
+import copy
+import gc
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nanochat.cli import UsageError, finite_float, flag, fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from nanochat.common import agreed, print0
+from nanochat.fp8 import disable_fp8
+from nanochat.gpt import GPTConfig
+from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_run
+from nanochat.growth.model import OPTIMIZER_MODES, grow
+from nanochat.growth.model_maps import model_maps
+from nanochat.growth.modes import MODES, width_mode
+from nanochat.growth.plan import (
+    Shape,
+    Stage,
+    describe,
+    dial_path,
+    growth_record,
+    latest_growths,
+    parse_fractions,
+    parse_path,
+    show_plan,
+)
+from nanochat.growth.target import DEPTH_MODES, spelled_out
+
+
+@dataclass
+class GrowthSettings:
+    """The flags of growth: start smaller than --depth and grow into it; the horizon becomes a budget of FLOPs."""
+
+    grow_from: int | None = flag(None, "depth of the first model; width and heads follow as for --depth", type=positive_int)
+    grow_stages: int = flag(1, "growths between --grow-from and --depth", type=positive_int)
+    grow_path: str | None = flag(None, "all shapes instead, depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
+    kappa: float | None = flag(None, "grow when this share of the gain that the model can still make is left: loss <= p + kappa (s - p)", type=fraction)
+    kappa_final_loss: float | None = flag(None, "p in bits per byte; default: of a finished run of that shape, else from the curve", type=positive_float)
+    grow_at: str | None = flag(None, "grow at these shares of the FLOPs instead, one for each growth: 0.2,0.5")
+    grow_budget: float = flag(1.0, "FLOPs of the whole run, as a share of what the final model would get without growth", type=positive_float)
+    grow_mode: str = flag("lossless", "how width grows", choices=MODES)
+    grow_depth_mode: str = flag("identity", "how depth grows", choices=DEPTH_MODES)
+    grow_optimizer: str = flag("transport", "what becomes of the optimizer's state", choices=OPTIMIZER_MODES)
+    grow_noise: float | None = flag(None, "noise of the lossless mode, relative to the weights", type=non_negative_float)
+    grow_theta: float | None = flag(None, "angle of the lossless mode, in degrees: 45 copies channels, 0 adds fresh ones", type=finite_float)
+    grow_spread: float | None = flag(None, "of the lossless mode: how unequally copies of heads and units are read", type=fraction)
+    grow_rewarm: int = flag(0, "steps over which the learning rates come back after a growth", type=non_negative_int)
+    grow_freeze: bool = flag(False, "train only what a growth adds in depth; layers that were there stay as they are")
+
+    def growth_path(self, depth: int, aspect_ratio: int, head_dim: int, eval_every: int) -> list[Shape]:
+        """The shapes of all stages up to a model of `depth`; none without growth. Raises UsageError for flags that contradict each other."""
+        if self.grow_path and self.grow_from:
+            raise UsageError("--grow-path and --grow-from both say where to start; give one of them")
+        if not (self.grow_path or self.grow_from):
+            for name, value in (("kappa", self.kappa), ("grow-at", self.grow_at)):
+                if value is not None:
+                    raise UsageError(f"--{name} says when to grow, but not into what; add --grow-from or --grow-path")
+            return []
+        if self.kappa is not None and self.grow_at:
+            raise UsageError("--kappa and --grow-at both decide when to grow; give one of them")
+        if self.kappa is None and not self.grow_at:
+            raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
+        if self.kappa is not None and eval_every < 1:
+            raise UsageError("kappa is decided by validations; give --eval-every a positive number")
+        path = parse_path(self.grow_path) if self.grow_path else dial_path(self.grow_from, depth, self.grow_stages, aspect_ratio, head_dim)  # type: ignore[arg-type]
+        if len(path) < 2:
+            raise UsageError(f"--grow-path={self.grow_path} has one shape; write the last one too")
+        return path
+
+    def growth_parameters(self) -> dict[str, float]:
+        """Those of the mode that are given."""
+        given = {"theta": self.grow_theta, "spread": self.grow_spread, "noise": self.grow_noise}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class GrowthController:
+    """Grows a training's model stage by stage. `loop` is the training (train_loop.py); what it must offer is what is used of it here.
+
+    budget: FLOPs of the whole run. Raises UsageError for a path that cannot be grown along, before the run begins.
+    """
+
+    def __init__(self, settings: GrowthSettings, stages: list[Stage], budget: int, padded_vocab: int, seed: int, measured: bool):
+        self.settings, self.seed, self.measured = settings, seed, measured
+        self.stages = stages
+        width = width_mode(settings.grow_mode, **settings.growth_parameters())
+        for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
+            model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
+        self.budget = round(settings.grow_budget * budget)
+        growths = len(self.stages) - 1
+        self.growths_at = parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths)
+        if len(self.growths_at) != growths:
+            raise UsageError(f"--grow-at={settings.grow_at} has {len(self.growths_at)} moments for {growths} growths")
+        self.history: list[dict] = []  # of the growths so far, for the checkpoints
+        self.grown_at = -1  # step
+        self.trigger: GrowthTrigger | None = None
+
+    def show_plan(self) -> str:
+        return show_plan(self.stages, self.budget, self.growths_at, fixed=bool(self.settings.grow_at))
+
+    def stage(self) -> Stage:
+        return self.stages[len(self.history)]
+
+    def begin_stage(self, loop: Any) -> None:
+        """Sets up the trigger that ends the present stage; the last one has none."""
+        self.trigger = None
+        number, settings = len(self.history), self.settings
+        if number + 1 < len(self.stages):
+            final = None
+            if settings.kappa is not None:
+                final = Prediction(settings.kappa_final_loss, "--kappa-final-loss") if settings.kappa_final_loss else \
+                    agreed(final_loss_of_earlier_run(loop.folder.parent, self.stages[number].config))
+            self.trigger = GrowthTrigger(settings.kappa, cap=self.growths_at[number] * self.budget, horizon=self.budget, final=final)
+
+    def loop_state(self) -> dict:
+        """For the checkpoint: what `restore` takes up. The history is kept with the model, of which it is a fact."""
+        return dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
+
+    def restore(self, loop_state: dict) -> None:
+        """Raises KeyError or TypeError for the state of something else."""
+        self.grown_at = loop_state.get("grown_at", -1)
+        if self.trigger is not None:
+            self.trigger = GrowthTrigger(**loop_state["growth_trigger"])
+
+    def rewarming(self, step: int) -> float:
+        """A factor of the learning rates."""
+        rewarm = self.settings.grow_rewarm
+        return min(1.0, (step - self.grown_at + 1) / rewarm) if self.grown_at >= 0 and rewarm else 1.0
+
+    def at_cap(self, flops: int) -> bool:
+        """The stage ends at this step, whatever the loss."""
+        return self.trigger is not None and self.trigger.at_cap(flops)
+
+    def maybe_grow(self, loop: Any) -> None:
+        """Grows if the trigger says so; the latest validation, if there is any, must be of this step. Checkpoints of the step are of the model before."""
+        assert self.trigger is not None
+        if not self.measured:
+            loop.val_bpb = None  # a checkpoint of other flags may have brought one
+        before_it = copy.deepcopy(self.trigger)
+        decision = agreed(Decision(True, "its share of the FLOPs is spent") if loop.val_bpb is None else self.trigger.observe(loop.flops, loop.val_bpb))
+        if not decision.grow:
+            return
+        if loop.saved_step != loop.step:  # nothing is lost if the larger model does not fit
+            self.trigger = before_it
+            loop.save()
+        settings, number = self.settings, len(self.history) + 1
+        source, target = loop.model.config, self.stages[number]
+        before = loop.val_bpb
+        with disable_fp8(loop.model):
+            model, optimizer = grow(
+                loop.model, target.config, loop.optimizer, mode=settings.grow_mode, depth_mode=settings.grow_depth_mode, layers=target.layers,
+                optimizer_mode=settings.grow_optimizer, setup=loop.optimizer_setup, freeze=settings.grow_freeze,
+                generator=torch.Generator().manual_seed(self.seed + number), **settings.growth_parameters())
+        assert optimizer is not None
+        loop.take(model, optimizer)
+        gc.unfreeze()  # the small model is to be forgotten
+        gc.collect()
+        self.grown_at = loop.first_step = loop.step
+        if self.measured:
+            loop.validate(log=False)
+        self.history.append(growth_record(loop.step, source, model.config, settings.grow_mode, settings.grow_depth_mode, self.seed, tokens=loop.tokens,
+                                          flops=loop.flops, loss_before=before, loss_after=loop.val_bpb))
+        self.begin_stage(loop)
+        if self.trigger is not None and loop.val_bpb is not None:
+            self.trigger.observe(loop.flops, loop.val_bpb)
+        self._tell(loop, source, before, decision)
+
+    def _tell(self, loop: Any, source: GPTConfig, before: float | None, decision: Decision) -> None:
+        """The line and the records of a growth."""
+        model, settings, after = loop.model, self.settings, loop.val_bpb
+        share = loop.flops / self.budget
+        kappa = "" if settings.kappa is None else f" | kappa: {settings.kappa:g} p: {_or_unknown(decision.predicted)} target: {_or_unknown(decision.target)}"
+        print0(f"Step {loop.step:05d} | Growth {describe(source)} -> {describe(model.config)} | bpb {_or_unknown(before)} -> {_or_unknown(after)}{kappa} | "
+               f"FLOPs spent: {100 * share:.1f}% | {decision.reason}")
+        values = dict(loss_before=before, loss_after=after, kappa=settings.kappa, predicted=decision.predicted, target=decision.target, share=share)
+        loop.log.log("grow", loop.step, label=f"{describe(source)} → {describe(model.config)}", reason=decision.reason, mode=settings.grow_mode,
+                     depth_mode=settings.grow_depth_mode, flops_per_token=loop.flops_per_token, counts=model.num_scaling_params(),
+                     model_config=asdict(model.config), **values, **loop.spent())
+        loop.log_wandb(**{f"grow/{key}": value for key, value in values.items() if value is not None}, **{"grow/params": model.num_scaling_params()["total"]})
+
+
+def _or_unknown(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.6f}"

@@ -1,0 +1,83 @@
+"""What a pretraining begins with besides new weights: a checkpoint of its own, the trunk that it branches off, or the weights of another run.
+
+| flag | weights | optimizer | step, data, random states | schedule |
+|---|---|---|---|---|
+| `--resume`, `--resume-from-step=S` | of the run itself | its own | its own | goes on |
+| `--branch-from=TAG@S --warmdown-steps=N` | of the trunk | the trunk's | the trunk's | a warm-down of N steps, nothing else |
+| `--init-from=TAG[@S]` | of any run, grown or of nanochat's making too | new, or the run's (`--init-optimizer=keep`) | from the beginning | from the beginning |
+"""
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.cli import UsageError, flag, positive_int
+from nanochat.gpt import GPTConfig
+
+OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
+
+
+class Checkpoint(NamedTuple):
+    """One of a base model, as `TAG@STEP` on the command line; without a step the last one."""
+
+    tag: str
+    step: int | None
+
+    def __str__(self) -> str:
+        return self.tag if self.step is None else f"{self.tag}@{self.step}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(checkpoints.checkpoints_dir_of("base"), self.tag)
+
+    def meta(self) -> dict:
+        """Raises UsageError where there is no such checkpoint."""
+        folder, step = checkpoints.find_checkpoint(self.folder.parent, self.tag, self.step)
+        return checkpoints.load_meta(folder, step)
+
+
+def checkpoint_name(text: str) -> Checkpoint:
+    tag, at, step = text.partition("@")
+    if not tag or "/" in tag or (at and not step.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint; write TAG@STEP, for example d12@3000")
+    return Checkpoint(tag, int(step) if at else None)
+
+
+@dataclass
+class OriginSettings:
+    """The flags that let a run begin where another one stands."""
+
+    branch_from: Checkpoint | None = flag(None, "TAG@STEP: go on from this checkpoint with its flags and nothing but a warm-down", type=checkpoint_name)
+    warmdown_steps: int | None = flag(None, "length of a branch", type=positive_int)
+    init_from: Checkpoint | None = flag(None, "TAG or TAG@STEP: begin with the weights of this checkpoint, and its shape", type=checkpoint_name)
+    init_optimizer: str = flag("new", "new: the optimizer of --init-from begins anew; keep: with the checkpoint's moments", choices=("new", "keep"))
+
+    def check_origin(self) -> None:
+        """Raises UsageError for flags that contradict each other."""
+        if self.branch_from and self.init_from:
+            raise UsageError("--branch-from and --init-from both say where to begin; give one of them")
+        if bool(self.branch_from) != bool(self.warmdown_steps):
+            raise UsageError("a branch is made of both: --branch-from=TAG@STEP and --warmdown-steps, its length")
+        if self.branch_from and self.branch_from.step is None:
+            raise UsageError(f"--branch-from={self.branch_from.tag} lacks the step; write {self.branch_from.tag}@STEP")
+
+
+def inherited(settings: type, meta: dict) -> dict[str, Any]:
+    """The flags that a checkpoint was trained with, as defaults of the run that branches off."""
+    known = {field.name for field in fields(settings)} - OWN
+    return {name: value for name, value in meta.get("user_config", {}).items() if name in known}
+
+
+def check_shape(config: GPTConfig, meta: dict) -> None:
+    """Raises UsageError where a checkpoint is not of this configuration."""
+    then, mine = meta["model_config"], json.loads(json.dumps(asdict(config)))  # JSON knows no tuples
+    if then != mine:
+        differing = ", ".join(f"{key} {_short(then.get(key))} -> {_short(mine.get(key))}" for key in {**mine, **then} if then.get(key) != mine.get(key))
+        raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then or another --model-tag, "
+                         "or begin a new run with its weights (--init-from)")
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} layers" if isinstance(value, list) else str(value)

@@ -1,0 +1,149 @@
+"""What a run of pretraining will be, settled before anything is trained: its models, horizon, growths, schedule and the sizes of its batches."""
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.cli import UsageError, flag, int_or_off, non_negative_float, positive_int, seed
+from nanochat.common import print0
+from nanochat.gpt import GPTConfig
+from nanochat.growth.controller import GrowthController, GrowthSettings
+from nanochat.growth.model import empty_model
+from nanochat.growth.plan import Shape, Stage, describe, plan_stages
+from nanochat.layered_gpt import build_gpt
+from nanochat.memory import memory_table
+from nanochat.optim import MATRIX_OPTIMIZERS
+from nanochat.origin import Checkpoint, OriginSettings
+from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
+from nanochat.schedules import Branch, Schedule, ScheduleSettings
+from nanochat.tokenizer import get_tokenizer
+from nanochat.training import Process, RunSettings, fit_device_batch
+
+
+@dataclass
+class PlanSettings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
+    """The flags that the plan follows from."""
+
+    seed: int = flag(42, "of the initialization; the data keep their order", type=seed)
+    weight_decay: float = flag(0.28, "of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
+    matrix_optimizer: str = flag("muon", "of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
+    eval_every: int = flag(250, "steps between validations; -1: never", type=int_or_off)
+    eval_tokens: int = flag(80 * 524288, "tokens of a validation", type=positive_int)
+    data_streams: int = flag(-1, "shares that the row groups are dealt into; -1: one per rank. With the same number, runs on fewer ranks see the same batches",
+                             type=int_or_off)
+
+    def path(self) -> list[Shape]:
+        return self.growth_path(self.depth, self.aspect_ratio, self.head_dim, self.eval_every)
+
+    def first_and_final(self, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
+        """The models that the run begins and ends with; with --init-from the shape of that checkpoint counts, not that of the flags."""
+        path = self.path()
+        if self.init_from:
+            first = checkpoints.model_from_config(self.init_from.meta()["model_config"]).config
+            return first, self.stages(first)[-1].config if path else first
+        first, final = (self.config(vocab_size, shape.depth, shape.width, shape.rank) for shape in (path[0], path[-1])) if path else [self.config(vocab_size)] * 2
+        return first, final
+
+    def stages(self, first: GPTConfig) -> list[Stage]:
+        return plan_stages(first, self.path(), self.grow_depth_mode)
+
+
+def show_memory(settings: PlanSettings, device_type: str) -> None:
+    """The memory of each stage, without a GPU, data or a tokenizer (whose vocabulary would be nanochat's)."""
+    if settings.device_batch_size == -1:
+        raise UsageError("--memory needs the rows per pass; give --device-batch-size a positive number")
+    try:
+        vocab_size = get_tokenizer().get_vocab_size()
+    except UsageError:
+        vocab_size = GPTConfig.vocab_size
+    first, _ = settings.first_and_final(vocab_size)
+    stages = [stage.config for stage in settings.stages(first)] if settings.path() else [first]
+    print0(memory_table([(describe(stage), stage) for stage in stages], settings.device_batch_size, device_type, matrix_optimizer=settings.matrix_optimizer))
+
+
+class RunPlan:
+    """Raises UsageError for what cannot be trained.
+
+    model: initialized, on the device; of the checkpoint that the run begins with the shape only, where it begins with one.
+    schedule: by `position`, in steps of the final model.
+    budget: FLOPs at the end of the run.
+    """
+
+    def __init__(self, settings: PlanSettings, vocab_size: int, process: Process):
+        _, self.world_size, device = process
+        if settings.max_seq_len < 2:
+            raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
+        self.streams = self.world_size if settings.data_streams == -1 else settings.data_streams
+        if self.streams % self.world_size:
+            raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
+        first, final = settings.first_and_final(vocab_size)
+        self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
+        for remark in settings.dials().remarks(final):
+            print0(remark)
+        torch.manual_seed(settings.seed)
+        with torch.device("meta"):
+            self.model, self.final_model = build_gpt(first), build_gpt(final)
+        self.initialize(device)
+        self.padded_vocab = self.model.transformer.wte.num_embeddings
+        if self.padded_vocab != vocab_size:
+            print0(f"Padding the vocabulary from {vocab_size} to {self.padded_vocab}: faster matmuls")
+        for key, value in self.model.num_scaling_params().items():
+            print0(f"{key:24s}: {value:,}")
+        print0(f"Estimated FLOPs per token: {self.model.estimate_flops():e}")
+        shape = dict(aspect_ratio=settings.aspect_ratio, head_dim=settings.head_dim, sequence_len=settings.max_seq_len, vocab_size=vocab_size,
+                     window_pattern=settings.window_pattern)
+        self.horizon = plan_horizon(self.final_model, shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
+                                    settings.total_batch_size, settings.dials())
+        self.weight_decay = settings.weight_decay * self.horizon.weight_decay_scale
+        self.schedule: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, self.weight_decay)
+        self.budget = self.final_model.estimate_flops() * self.horizon.total_tokens
+        self.growth: GrowthController | None = None
+        if settings.path():
+            self.plan_growth(first)
+        if settings.branch_from:
+            self.branch_off(settings.branch_from, device)
+        self.fit_batches(device)
+
+    def initialize(self, device: torch.device) -> None:
+        """Fills the model, which is still empty."""
+        self.model.to_empty(device=device)
+        self.model.init_weights()
+
+    def plan_growth(self, first: GPTConfig) -> None:
+        settings = self.settings
+        self.growth = GrowthController(settings, self.settings.stages(first), self.budget, self.padded_vocab, settings.seed, measured=settings.eval_every > 0)
+        self.budget = self.growth.budget
+        if self.budget < self.growth.stages[0].flops_per_token * self.horizon.total_batch_size:
+            raise UsageError(f"--grow-budget={settings.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
+        print0(self.growth.show_plan())
+
+    def branch_off(self, trunk: Checkpoint, device: torch.device) -> None:
+        """Makes the rest of the run a warm-down from where the trunk stands; a trunk that grows does so no further."""
+        meta, steps, batch = trunk.meta(), self.settings.warmdown_steps or 0, self.horizon.total_batch_size
+        self.model = self.final_model = empty_model(checkpoints.model_from_config(meta["model_config"]).config, self.padded_vocab, device)
+        step, flops = meta["step"], meta["loop_state"].get("flops", self.model.estimate_flops() * meta["step"] * batch)
+        now = self.schedule.at(self.horizon.num_iterations * flops / self.budget if self.growth else step)
+        self.schedule = Branch(self.settings, now, step, steps)
+        self.growth = None
+        self.horizon = replace(self.horizon, num_iterations=step + steps)
+        self.budget = flops + steps * batch * self.model.estimate_flops()
+
+    def fit_batches(self, device: torch.device) -> None:
+        """Rows per pass, passes per step, and those of a validation, for each rank."""
+        settings, total, T, B = self.settings, self.horizon.total_batch_size, self.settings.max_seq_len, self.settings.device_batch_size
+        if B == -1:
+            rows, rest = divmod(total, T * self.streams)
+            if rest:
+                raise UsageError(f"--total-batch-size={total} is no multiple of {T * self.streams} (context * streams)")
+            B = fit_device_batch(self.model, rows, T)
+            for stage in self.growth.stages[1:] if self.growth else ():  # all of them must fit
+                B = min(B, fit_device_batch(empty_model(stage.config, self.padded_vocab, device), rows, T))
+            print0(f"Device batch size: {B} rows per pass")
+        self.rows, self.passes = B, settings.passes(total, B, T, self.world_size, self.streams)
+        self.eval_steps = settings.eval_tokens // (B * T * self.streams) * (self.streams // self.world_size)
+        if settings.eval_every > 0 and self.eval_steps == 0:
+            raise UsageError(f"--eval-tokens={settings.eval_tokens} is less than one batch; use at least {B * T * self.streams}")
+        print0(f"Total batch size {total:,} => gradient accumulation steps: {self.passes}")
+        tokens, final = self.horizon.total_tokens, self.final_model
+        print0(f"Number of iterations{' of the final model alone' if self.growth else ''}: {self.horizon.num_iterations:,} = {tokens:,} tokens, "
+               f"{tokens / scaling_params(final):.2f} per parameter, {final.estimate_flops() * tokens:e} FLOPs")

@@ -1,0 +1,81 @@
+"""Runs that begin where another one stands: branches of a trunk, and runs with the weights of another."""
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.run_log import read_run_log
+from scripts import grow_checkpoint
+from tests import tiny
+
+TRUNK = ("--warmdown-ratio=0", "--weight-decay=0", "--model-tag=trunk")
+
+
+@pytest.fixture
+def base(base_dir):
+    tiny.prepare(base_dir)
+    return base_dir
+
+
+def weights(base, tag: str, step: int) -> dict:
+    return torch.load(tiny.folder(base, tag) / f"model_{step:06d}.pt", weights_only=True)
+
+
+def test_a_branch_is_the_run_that_decays_from_there_on(base):
+    """Bit for bit, and so is one that was stopped in the middle and resumed."""
+    assert tiny.train(*TRUNK) == 0
+    assert tiny.train("--warmdown-ratio=0.5", "--weight-decay=0", "--model-tag=straight") == 0
+    flags = ("--branch-from=trunk@4", "--warmdown-steps=4", "--device-type=cpu")
+    assert tiny.base_train.main([*flags, "--save-every=2"]) == 0
+    straight = weights(base, "straight", 8)
+    assert tiny.identical(weights(base, "trunk@4", 8), straight)
+    (tiny.folder(base, "trunk@4") / "model_000008.pt").unlink()
+    assert tiny.base_train.main([*flags, "--resume"]) == 0
+    assert tiny.identical(weights(base, "trunk@4", 8), straight)
+    log = read_run_log(tiny.folder(base, "trunk@4") / "log.jsonl")
+    assert [record["step"] for record in log if record["kind"] == "train"] == [4, 5, 6, 7]
+    assert [record["lrm"] for record in log if record["kind"] == "train"] == pytest.approx([1, 0.7625, 0.525, 0.2875])
+    assert checkpoints.load_meta(tiny.folder(base, "trunk@4"), 8)["loop_state"]["flops"] == \
+        checkpoints.load_meta(tiny.folder(base, "straight"), 8)["loop_state"]["flops"], "the trunk's are counted"
+
+
+def test_a_branch_of_a_growing_trunk_stays_as_large_as_it_is(base):
+    assert tiny.train("--grow-path=2x64,3x96", "--head-dim=32", "--grow-at=0.5", "--save-every=2", *TRUNK) == 0
+    small = checkpoints.load_meta(tiny.folder(base, "trunk"), 2)["model_config"]
+    assert tiny.base_train.main(["--branch-from=trunk@2", "--warmdown-steps=3", "--model-tag=small", "--warmdown-shape=sqrt"]) == 0
+    meta = checkpoints.load_meta(tiny.folder(base, "small"), 5)
+    assert meta["model_config"] == small and meta["growth"] == []
+
+
+def test_the_weights_of_another_run(base):
+    """A new run with the shape of the checkpoint, whatever it is; its optimizer begins anew or goes on."""
+    assert tiny.train("--model-tag=first", "--rank=8") == 0
+    assert grow_checkpoint.main(["--to=4x128", "--model-tag=first", "--to-tag=grown", "--device-type=cpu"]) == 0
+    for tag, optimizer in (("new", "new"), ("kept", "keep")):
+        assert tiny.train("--init-from=grown", f"--init-optimizer={optimizer}", f"--model-tag={tag}", "--eval-every=8", "--warmup-steps=0") == 0
+    first, new, kept = (checkpoints.load_meta(tiny.folder(base, tag), 8) for tag in ("first", "new", "kept"))
+    assert (new["model_config"]["n_layer"], new["model_config"]["n_embd"]) == (4, 128)
+    evals = [record["val_bpb"] for record in read_run_log(tiny.folder(base, "new") / "log.jsonl") if record["kind"] == "eval"]
+    assert evals[0] == pytest.approx(first["val_bpb"], abs=1e-4), "the growth is lossless"
+    assert new["val_bpb"] != kept["val_bpb"]
+    steps = [torch.load(tiny.folder(base, tag) / "optim_000008_rank0.pt", weights_only=True)["state"][0]["step"] for tag in ("new", "kept")]
+    assert steps == [8, 16]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--branch-from=d3@4"], "--warmdown-steps"), (["--warmdown-steps=4"], "--branch-from=TAG@STEP"), (["--branch-from=d3", "--warmdown-steps=4"], "lacks the step"),
+    (["--branch-from=d9@4", "--warmdown-steps=4"], "no model 'd9'"), (["--init-from=d9"], "no model 'd9'"), (["--init-from=../x"], "is not a checkpoint"),
+    (["--init-from=d3", "--branch-from=d3@4", "--warmdown-steps=4"], "give one of them"), (["--branch-from=d3@x", "--warmdown-steps=4"], "is not a checkpoint"),
+])
+def test_what_cannot_be_begun_with(base, capsys, flags, message):
+    try:
+        status = tiny.train(*flags)
+    except SystemExit as error:  # argparse's
+        status = error.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_grown_checkpoint_says_what_its_flags_lack(base, capsys):
+    assert tiny.train("--model-tag=first") == 0
+    assert grow_checkpoint.main(["--to=4x128", "--model-tag=first", "--to-tag=grown", "--device-type=cpu"]) == 0
+    assert tiny.train("--model-tag=grown", "--resume") == 2
+    assert "n_layer 4 -> 3, n_head 4 -> 3" in (err := capsys.readouterr().err) and "--init-from" in err
