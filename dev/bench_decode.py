@@ -31,7 +31,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import build_gpt
 from nanochat.lowrank import LowRankLinear, call_cost
-from nanochat.recipe import LayerDials
+from nanochat.recipe import LayerChanges
 from scripts.infer_bench import positive_ints
 
 NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=lambda name: -1)  # so that no answer ends early
@@ -130,7 +130,7 @@ def compare_merging(config: GPTConfig, prompt: list[int], args, device: torch.de
     dense.cast_for_inference()
     print("\ntokens/s          factors  products    chosen     dense | chosen/better of the two  chosen/dense  products chosen")
     for rank in args.ranks:
-        low_rank = LayerDials(attn_rank=rank, mlp_rank=rank).apply(config)
+        low_rank = LayerChanges(attn_rank=rank, mlp_rank=rank).apply(config)
         factors = random_model(low_rank, device)
         products, chosen = copy.deepcopy(factors), copy.deepcopy(factors)
         layers = [[module for module in model.modules() if isinstance(module, LowRankLinear)] for model in (products, chosen)]

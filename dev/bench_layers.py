@@ -28,10 +28,10 @@ from nanochat.cli import ArgumentParser, UsageError, command, positive_float, po
 from nanochat.common import COMPUTE_DTYPE, atomic_path, autodetect_device_type, compute_init, write_text_atomic
 from nanochat.compiler import compile_model, why_not_compile
 from nanochat.gpt import GPT, Linear, run_layer
-from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig, LayerSpec, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
-from nanochat.recipe import LayerDials, gpt_config
+from nanochat.recipe import LayerChanges, gpt_config
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -148,7 +148,7 @@ class Layer:
         config = LayeredGPTConfig(sequence_len=length, vocab_size=64, n_layer=1, n_head=spec.n_head, n_kv_head=spec.n_kv_head, n_embd=width,
                                   layers=(spec,))
         with torch.device("meta"):
-            self.model = LayeredGPT(config)
+            self.model = build_gpt(config)
         self.model.to_empty(device=device)
         for p in self.model.parameters():  # the spectral initialization would take minutes at the largest widths
             torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
@@ -479,12 +479,12 @@ def compare_models(args, device: torch.device) -> None:
     machine = describe(device)
     print(machine)
     stock = gpt_config(args.depth, 64, 128, 2048, 32768, "SSSL")
-    large = [counted(stock), counted(LayerDials(attn_rank=args.rank, mlp_rank=args.rank).apply(stock))]
+    large = [counted(stock), counted(LayerChanges(attn_rank=args.rank, mlp_rank=args.rank).apply(stock))]
     print_comparison(f"counted: d{args.depth} of width {stock.n_embd}, rank {args.rank}", *large)
     small = gpt_config(args.measured_depth, 64, args.head_dim, args.max_seq_len, 4096, "L")
     rank = max(1, round(args.rank * small.n_embd / stock.n_embd))
     rows = max(1, (args.tokens or 8192) // args.max_seq_len)
-    runs = [Training(config, rows, device) for config in (small, LayerDials(attn_rank=rank, mlp_rank=rank).apply(small))]
+    runs = [Training(config, rows, device) for config in (small, LayerChanges(attn_rank=rank, mlp_rank=rank).apply(small))]
     times = in_turns({"dense": runs[0].step, "low-rank": runs[1].step}, args.rounds, args.seconds)
     measured: list[dict[str, float]] = [{"tokens/s": rows * args.max_seq_len / statistics.median(seconds), **run.bytes()}
                                         for run, seconds in zip(runs, times.values())]

@@ -155,7 +155,7 @@ def worker(args) -> None:
             return sum(event.cpu_time_total for key, event in events.items() if key.startswith(prefixes))
         own = sum(event.self_cpu_time_total for event in events.values())
         parts = dict(optimizer=total("Optimizer.step"), loss=total("nanochat::softcap_cross_entropy", "GeneratedBackwardFor_nanochat_softcap"),
-                     attention=total("nanochat::causal_attention") or total("aten::_scaled_dot_product_flash"),
+                     attention=total("nanochat::attention") or total("aten::_scaled_dot_product_flash"),
                      compiled_elementwise=sum(e.self_cpu_time_total for key, e in events.items() if "CompiledFxGraph" in key))
         parts["loss"] /= 2 if "nanochat::softcap_cross_entropy" in events else 1  # the wrapper and the operator inside it
         parts["linear layers and the rest"] = own - sum(parts.values())

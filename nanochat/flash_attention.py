@@ -1,16 +1,17 @@
-"""Causal attention, with an optional sliding window, behind FlashAttention-3's two function signatures.
+"""Attention, causal or to both sides, with an optional sliding window, behind FlashAttention-3's two function signatures.
 
 | where | what runs |
 |---|---|
 | Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
 | other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
-| other CUDA, full causal | PyTorch's built-in causal kernel |
+| other CUDA, whole context | PyTorch's built-in kernel |
 | CPU | PyTorch's kernel, or blocks of queries by batched matmuls: what is faster there (kernel_choice.py), forward and backward apart |
-| anywhere else, full causal | PyTorch's built-in causal kernel |
+| anywhere else, whole context | PyTorch's built-in kernel |
 | anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 
 No T x T mask is ever built for training or for a prompt; only a chunk appended to a non-empty cache has a mask.
-A window `w` lets query i see the keys j with i - w <= j <= i, so w + 1 of them; a negative one means no limit.
+A window (left, right) lets query i see the keys j with i - left <= j <= i + right; a negative one means no limit, and causal attention has 0 on
+the right. Below it is a band of two such numbers, where -1 stands for every limit that hides nothing.
 """
 import contextlib
 import functools
@@ -83,19 +84,20 @@ def agree_on_kernels() -> None:
         USE_FA3, WHY_NOT_FA3 = False, without[0]
 
 
-def _in_window(window: int):
+def _in_window(left: int, right: int):
     def mask(batch, head, query, key):
-        return (key <= query) & (query - key <= window)
+        return (key - query <= right) & (query - key <= left)
     return mask
 
 
-def _band(length: int, window: int, device: torch.device):
-    """FlexAttention's mask of a causal band, written down block by block: PyTorch's `create_block_mask` evaluates it at all T x T pairs."""
+def _band(length: int, left: int, right: int, device: torch.device):
+    """FlexAttention's mask of a band, written down block by block: PyTorch's `create_block_mask` evaluates it at all T x T pairs."""
     from torch.nn.attention.flex_attention import BlockMask
+    left, right = (length if limit < 0 else limit for limit in (left, right))
     blocks = torch.arange(-(-length // BLOCK), dtype=torch.int32, device=device)
-    query, key = blocks[:, None], blocks[None, :]
-    touched = (key <= query) & ((query - key - 1) * BLOCK < window)  # the nearest pair of two blocks is that far apart, less one
-    full = (key < query) & ((query - key + 1) * BLOCK <= window + 1)  # and the farthest pair
+    distance = (blocks[:, None] - blocks[None, :]) * BLOCK  # query less key; of the pairs in two blocks up to BLOCK - 1 more or less
+    touched = (distance + BLOCK > -right) & (distance - BLOCK < left)
+    full = (distance - BLOCK >= -right - 1) & (distance + BLOCK <= left + 1)
 
     def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each block of queries how many blocks of keys are chosen, (1, 1, n), and a permutation, (1, 1, n, n), that has them first, in order."""
@@ -103,7 +105,7 @@ def _band(length: int, window: int, device: torch.device):
         return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
     (count, order), (full_count, full_order) = listed(touched & ~full), listed(full)
-    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=_in_window(window), seq_lengths=(length, length))
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=_in_window(left, right), seq_lengths=(length, length))
 
 
 _cached_band = functools.lru_cache(maxsize=8)(_band)
@@ -115,12 +117,12 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)  # prompts come in all lengths
 
 
-def _flex_attention(q, k, v, window: int, enable_gqa: bool):
+def _flex_attention(q, k, v, left: int, right: int, enable_gqa: bool):
     """Sliding window on CUDA. q (B, H, T, D), k and v (B, Hkv, T, D)."""
     if torch.compiler.is_compiling():  # one graph with the layer around it
         from torch.nn.attention.flex_attention import flex_attention
-        return flex_attention(q, k, v, block_mask=_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
-    return _compiled_flex()(q, k, v, block_mask=_cached_band(q.size(2), window, q.device), enable_gqa=enable_gqa)
+        return flex_attention(q, k, v, block_mask=_band(q.size(2), left, right, q.device), enable_gqa=enable_gqa)
+    return _compiled_flex()(q, k, v, block_mask=_cached_band(q.size(2), left, right, q.device), enable_gqa=enable_gqa)
 
 
 FLEX_DEVICES = ("cuda",)
@@ -132,15 +134,24 @@ def _can_use_flex(q: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _additive_mask(rows: int, columns: int, offset: int, window: int, dtype: torch.dtype, device: torch.device):
+def _additive_mask(rows: int, columns: int, offset: int, left: int, right: int, dtype: torch.dtype, device: torch.device):
     """(rows, columns), 0 where row r, standing at column offset + r, may look and -inf elsewhere."""
     distance = torch.arange(rows, device=device)[:, None] + offset - torch.arange(columns, device=device)[None, :]
-    hidden = (distance < 0) if window < 0 else (distance < 0) | (distance > window)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left >= 0:
+        hidden |= distance > left
+    if right >= 0:
+        hidden |= distance < -right
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(hidden, -float("inf"))
 
 
-def _pieces(q, k, window: int):
-    """Yields (queries, keys, q piece, k piece, probabilities) for the whole causal band: two indices into (B, H, T), and their content.
+def _span(start: int, end: int, length: int, left: int, right: int) -> tuple[int, int]:
+    """The keys, from and to, that any of the queries [start, end) sees."""
+    return 0 if left < 0 else max(0, start - left), length if right < 0 else min(length, end + right)
+
+
+def _pieces(q, k, left: int, right: int):
+    """Yields (queries, keys, q piece, k piece, probabilities) for the whole band: two indices into (B, H, T), and their content.
 
     q and k (B, H, T, D). A piece is BLOCK queries of a few heads with every key that they see, small enough to stay in the
     processor's cache until it is used: (n, BLOCK, D), (n, keys, D) and (n, BLOCK, keys). Its operands are made contiguous: a batched matmul of
@@ -154,13 +165,15 @@ def _pieces(q, k, window: int):
         for head in range(0, H, heads_at_once):
             for start in range(0, T, BLOCK):
                 end = min(start + BLOCK, T)
-                first_key = 0 if window < 0 else max(0, start - window)
+                first_key, last_key = _span(start, end, T, left, right)
                 heads = slice(row, row + rows_at_once), slice(head, head + heads_at_once)
-                queries, keys = (*heads, slice(start, end)), (*heads, slice(first_key, end))
+                queries, keys = (*heads, slice(start, end)), (*heads, slice(first_key, last_key))
                 q_piece, k_piece = _flat(q[queries]) * D ** -0.5, _flat(k[keys])
                 scores = torch.bmm(q_piece, k_piece.mT)
-                edge = start if window < 0 else first_key  # keys before it are seen by every query of the block
-                scores[:, :, edge - first_key:].add_(_additive_mask(end - start, end - edge, start - edge, window, q.dtype, q.device))
+                if left >= 0 or right >= 0:
+                    edge = min(start + right, last_key) if left < 0 else first_key  # keys before it are seen by every query of the block
+                    mask = _additive_mask(end - start, last_key - edge, start - edge, left, right, q.dtype, q.device)
+                    scores[:, :, edge - first_key:].add_(mask)
                 yield queries, keys, q_piece, k_piece, torch.softmax(scores, dim=-1)
 
 
@@ -174,34 +187,36 @@ def _empty(x, width: int, **kwargs):
     return x.new_empty(x.size(0), x.size(2), x.size(1), width, **kwargs).transpose(1, 2)
 
 
-def _builtin(q, k, v, mask=None):
-    """PyTorch's CPU kernel, with an additive mask or causal: (B, H, T, D), laid out as by `_empty`."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)[0]
+def _builtin(q, k, v, causal: bool, mask=None):
+    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `_empty`."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
 
 
-@torch.library.custom_op("nanochat::causal_attention", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: str) -> torch.Tensor:
-    if kernel == "torch" and window < 0:
-        return _builtin(q, k, v)
+@torch.library.custom_op("nanochat::attention", mutates_args=())
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str) -> torch.Tensor:
+    if kernel == "torch" and left < 0 and right <= 0:
+        return _builtin(q, k, v, right == 0)
     out = _empty(q, v.size(3))
     if kernel == "blocked":
-        for queries, keys, _, _, probs in _pieces(q, k, window):
+        for queries, keys, _, _, probs in _pieces(q, k, left, right):
             out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
     else:
         for start in range(0, q.size(2), BLOCK):
-            end, first_key = min(start + BLOCK, q.size(2)), max(0, start - window)
-            mask = _additive_mask(end - start, end - first_key, start - first_key, window, q.dtype, q.device)
-            out[:, :, start:end] = _builtin(q[:, :, start:end], k[:, :, first_key:end], v[:, :, first_key:end], mask)
+            end = min(start + BLOCK, q.size(2))
+            first_key, last_key = _span(start, end, q.size(2), left, right)
+            mask = _additive_mask(end - start, last_key - first_key, start - first_key, left, right, q.dtype, q.device)
+            out[:, :, start:end] = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
     return out
 
 
-@torch.library.custom_op("nanochat::causal_attention_backward", mutates_args=())
-def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("nanochat::attention_backward", mutates_args=())
+def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int,
+              right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Recomputes the probabilities piece by piece (Dao et al., 2205.14135) instead of keeping them."""
     scale = q.size(-1) ** -0.5
     grad_q = _empty(q, q.size(3))
     grad_k, grad_v = (_empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
-    for queries, keys, q_piece, k_piece, probs in _pieces(q, k, window):
+    for queries, keys, q_piece, k_piece, probs in _pieces(q, k, left, right):
         g = _flat(grad[queries])
         grad_v[keys].add_(torch.bmm(probs.mT, g).view_as(grad_v[keys]))  # not +=, which would copy the sum onto itself
         grad_probs = torch.bmm(g, _flat(v[keys]).mT)
@@ -212,32 +227,32 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 @_forward.register_fake
-def _(q, k, v, window, kernel):
+def _(q, k, v, left, right, kernel):
     return _empty(q, v.size(3))
 
 
 @_backward.register_fake
-def _(grad, q, k, v, window):
+def _(grad, q, k, v, left, right):
     return _empty(q, q.size(3)), _empty(k, k.size(3)), _empty(v, v.size(3))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.window, _ = inputs
+    q, k, v, *ctx.band, _ = inputs
     ctx.save_for_backward(q, k, v)
 
 
-_forward.register_autograd(lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors, ctx.window), None, None), setup_context=_setup_context)
+_forward.register_autograd(lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors, *ctx.band), None, None, None), setup_context=_setup_context)
 
 
-def causal_attention(q, k, v, window: int, forward: str, backward: str = "blocked"):
-    """O(T * window) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py."""
+def band_attention(q, k, v, left: int, right: int, forward: str, backward: str = "blocked"):
+    """O(T * band) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py."""
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     if q.size(3) != v.size(3):  # PyTorch's kernel takes one width
         forward = backward = "blocked"
-    if window < 0 and forward == backward == "torch":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _forward(q, k, v, window, forward)
+    if left < 0 and right <= 0 and forward == backward == "torch":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=right == 0)
+    return _forward(q, k, v, left, right, forward)
 
 
 def attend_to_all(q, k, v):
@@ -250,31 +265,40 @@ def attend_to_all(q, k, v):
     return F.scaled_dot_product_attention(grouped, k, v).to(q.dtype).reshape(*q.shape[:3], v.size(3))
 
 
-def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool, unused: int = 0):
-    """Always causal, aligned to the end of the keys. q (B, H, Tq, D), k and v (B, Hkv, Tk, D), Tq <= Tk. Behind a filled cache the last `unused` keys are none."""
-    window, queries, keys = window_size[0], q.size(2), k.size(2) - unused
-    limited = 0 <= window < keys - 1  # a window of Tk - 1 already sees every key
+def band(window_size: tuple[int, int], causal: bool, length: int) -> tuple[int, int]:
+    """(left, right), where -1 is a limit that hides none of `length` keys from any of as many queries."""
+    left, right = window_size[0], 0 if causal else window_size[1]
+    # one key at least is to the right of the first query, so that "no limit" is never taken for a causal 0
+    return left if 0 <= left < length - 1 else -1, right if 0 <= right < max(length - 1, 1) else -1
+
+
+def _sdpa_attention(q, k, v, window_size: tuple[int, int], enable_gqa: bool, unused: int = 0, causal: bool = True):
+    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), Tq <= Tk, aligned to the end of the keys; less than all of them are causal, always. Behind a
+    filled cache the last `unused` keys are none."""
+    queries, keys = q.size(2), k.size(2) - unused
+    left, right = band(window_size, causal, keys)
     if queries == 1:
-        if limited:
-            k, v = k[:, :, keys - window - 1:], v[:, :, keys - window - 1:]
+        if left >= 0:
+            k, v = k[:, :, keys - left - 1:], v[:, :, keys - left - 1:]
         return attend_to_all(q, k, v)
     k, v = k.to(q.dtype), v.to(q.dtype)
     if queries == keys:
+        whole = left < 0 and right <= 0
         if q.device.type == "cpu":
-            return causal_attention(q, k, v, window if limited else -1, chosen("window" if limited else "attention"), chosen_backward(keys))
-        if not limited:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+            return band_attention(q, k, v, left, right, chosen("attention" if whole else "window"), chosen_backward(keys))
+        if whole:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=right == 0, enable_gqa=enable_gqa)
         if _can_use_flex(q):
-            return _flex_attention(q, k, v, window, enable_gqa)
-        return causal_attention(q, k, v, window, "blocked")
+            return _flex_attention(q, k, v, left, right, enable_gqa)
+        return band_attention(q, k, v, left, right, "blocked")
     # a chunk behind a filled cache: its first query sees the most keys back
-    first = max(0, keys - queries - window) // BLOCK * BLOCK if limited else 0
+    first = max(0, keys - queries - left) // BLOCK * BLOCK if left >= 0 else 0
     k, v = k[:, :, first:], v[:, :, first:]
     rows = torch.arange(keys - queries, keys, device=q.device)[:, None]
     columns = torch.arange(first, first + k.size(2), device=q.device)[None, :]
     mask = columns <= rows
-    if limited:
-        mask &= rows - columns <= window
+    if left >= 0:
+        mask &= rows - columns <= left
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
@@ -315,11 +339,14 @@ def _takes_fa3(q: torch.Tensor, v: torch.Tensor) -> bool:
 def flash_attn_func(q, k, v, causal: bool = False, window_size: tuple[int, int] = (-1, -1)):
     """Self-attention without a cache: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D).
 
-    Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). The fallbacks are causal whatever `causal` says.
+    Query head h reads key head h // (H / Hkv). Softmax scale 1/sqrt(D). Query i sees the keys from i - left to i + right, and none after i if causal.
+    Raises ValueError where there are not as many keys as queries.
     """
+    if q.size(1) != k.size(1):
+        raise ValueError(f"{q.size(1)} queries and {k.size(1)} keys: attention without a cache takes as many of both")
     if _takes_fa3(q, v):
         return _fa3.flash_attn_func(q, k, v, causal=causal, window_size=window_size)
-    y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2))
+    y = _sdpa_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window_size, q.size(2) != k.size(2), causal=causal)
     return y.transpose(1, 2)
 
 
@@ -328,8 +355,10 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=N
 
     q (B, Tn, H, D), k and v (B, Tn, Hkv, D), caches (B, Tmax, Hkv, D), cache_seqlens int32 (B,): positions already
     filled, for each row; the caller advances it. Rows at different positions take one new one each. Returns (B, Tn, H, D).
-    Raises ValueError when the cache is full.
+    Raises ValueError when the cache is full, and without `causal`: what a position sees must not depend on what comes later.
     """
+    if not causal:
+        raise ValueError("attention to a KV cache is causal: pass causal=True")
     if _takes_fa3(q, v_cache):
         return _fa3.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=causal, window_size=window_size)
     starts = cache_seqlens.tolist()

@@ -12,15 +12,16 @@ Notable:
 Names, shapes and formulas are nanochat's (head 92d63d4), so its checkpoints load with `strict=True`.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, print0
+from nanochat.counting import Counting
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.flash_attention import flash_attn
 from nanochat.kernel_choice import chosen
@@ -29,6 +30,7 @@ from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 VE_GATE_CHANNELS = 12  # the value-embedding gate reads the first channels of the stream
 SMEAR_GATE_CHANNELS = 24
 LOGIT_SOFTCAP = 15.0
+Fill = Callable[[torch.Tensor], torch.Tensor]  # fills a weight at random and returns it
 
 
 @dataclass
@@ -63,6 +65,20 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight.to(x.dtype))
 
+    def init(self, fill: Fill) -> None:
+        fill(self.weight)
+
+    def init_to_zero(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def uniform(scale: float = 1.0) -> Fill:
+    """Fills a weight (out, in) with uniform numbers of standard deviation scale / sqrt(in)."""
+    def fill(W_OI: torch.Tensor) -> torch.Tensor:
+        bound = scale * (math.sqrt(3) / math.sqrt(W_OI.size(1)))
+        return nn.init.uniform_(W_OI, -bound, bound)
+    return fill
+
 
 def has_ve(layer_idx: int, n_layer: int) -> bool:
     """True for every other layer, counted so that the last one has a value embedding."""
@@ -84,6 +100,8 @@ def rotary_rows(table: torch.Tensor, start: int | torch.Tensor, length: int) -> 
 
 
 class CausalSelfAttention(nn.Module):
+    causal = True  # False: each position also sees those behind it
+
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -102,30 +120,50 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
         return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
 
-    def forward(self, x, ve, cos_sin, window_size, kv_cache):
-        """x normed (B, T, C), ve (B, T, Hkv*D) or None -> (B, T, C)."""
-        B, T, _ = x.shape
-        q, k, v = self.project(x, cos_sin)
-        if ve is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
-            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        q, k = self.sharpen(q, k)
-        return self.c_proj(self.attend(q, k, v, window_size, kv_cache).contiguous().view(B, T, -1))
+    def forward(self, x_BTC, ve_BTE, cos_sin, window_size, kv_cache):
+        """x normed (B, T, C), ve (B, T, K*D) or None -> (B, T, C)."""
+        q_BTHD, k_BTKD, v_BTKD = self.project(x_BTC, cos_sin)
+        if ve_BTE is not None:
+            gate_BTK = 3 * torch.sigmoid(self.ve_gate(x_BTC[..., :VE_GATE_CHANNELS]))
+            v_BTKD = v_BTKD + gate_BTK.unsqueeze(-1) * ve_BTE.view(v_BTKD.shape)
+        q_BTHD, k_BTKD = self.sharpen(q_BTHD, k_BTKD)
+        return self.c_proj(self.attend(q_BTHD, k_BTKD, v_BTKD, window_size, kv_cache).contiguous().flatten(2))
 
-    def sharpen(self, q, k):
+    def sharpen(self, q_BTHD, k_BTKD):
         """Queries and keys of unit RMS, then sharper than 1/sqrt(D) alone would make the scores."""
-        return norm(q) * 1.2, norm(k) * 1.2
+        return norm(q_BTHD) * 1.2, norm(k_BTKD) * 1.2
 
-    def attend(self, q, k, v, window_size, kv_cache):
-        """q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D); with a cache also to what it holds, and they are appended."""
+    def attend(self, q_BTHD, k_BTKD, v_BTKD, window_size, kv_cache):
+        """The values that each query sees, mixed: (B, T, H, D). With a cache it sees what that holds too, and the new keys and values are appended.
+        Raises UsageError for a cache where attention is not causal: what it holds would change with every token."""
+        attention = dict(causal=self.causal, window_size=window_size)
         if kv_cache is None:
-            return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window_size)
+            return flash_attn.flash_attn_func(q_BTHD, k_BTKD, v_BTKD, **attention)
+        if not self.causal:
+            raise UsageError("a model that looks both ways cannot decode with a cache of keys and values: use one that was trained to predict the next token")
         k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
-        y = flash_attn.flash_attn_with_kvcache(
-            q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
+        y_BTHD = flash_attn.flash_attn_with_kvcache(q_BTHD, k_cache, v_cache, k=k_BTKD, v=v_BTKD, cache_seqlens=kv_cache.cache_seqlens, **attention)
         if self.layer_idx == kv_cache.n_layers - 1:
-            kv_cache.advance(q.size(1))
-        return y
+            kv_cache.advance(q_BTHD.size(1))
+        return y_BTHD
+
+    def init_weights(self) -> None:
+        for projection in (self.c_q, self.c_k, self.c_v):
+            projection.init(uniform())
+        self.c_proj.init_to_zero()  # every block starts as the identity
+
+    def init_gate(self) -> None:
+        if self.ve_gate is not None:
+            nn.init.uniform_(self.ve_gate.weight, 0.0, 0.02)
+
+    def shape(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, width of a query or key head, width of a value head."""
+        return self.n_head, self.n_kv_head, self.c_q.out_features // self.n_head, self.c_v.out_features // self.n_kv_head
+
+    def macs(self, pairs: int) -> int:
+        """Multiply-adds between that many (query, key) pairs: scores and mixing of values."""
+        n_head, _, qk_dim, v_dim = self.shape()
+        return n_head * (qk_dim + v_dim) * pairs
 
 
 class MLP(nn.Module):
@@ -133,6 +171,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def init_weights(self) -> None:
+        self.c_fc.init(uniform(0.4))
+        self.c_proj.init_to_zero()
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -144,6 +186,14 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer_idx)
         self.mlp = MLP(config)
 
+    def init_weights(self) -> None:
+        self.attn.init_weights()
+        self.mlp.init_weights()
+
+    def matrices(self) -> list[nn.Parameter]:
+        """What the matrices' optimizer trains."""
+        return list(self.parameters())
+
     def forward(self, x, ve, cos_sin, window_size, kv_cache):
         x = x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
         return x + self.mlp(norm(x))
@@ -154,12 +204,10 @@ def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, k
     return block(resid_lambda * x + x0_lambda * x0, ve, cos_sin, window_size, kv_cache)
 
 
-class GPT(nn.Module):
-    """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`."""
+class GPT(Counting):
+    """Build under `torch.device("meta")`, then `to_empty(device=...)` and `init_weights()`. Another kind of model overrides the `make_` methods."""
 
     norm = staticmethod(norm)  # of the stream before the first layer and after the last
-    transformer: Any  # of the module's attributes the type checker knows only that they are tensors or modules
-    value_embeds: Any
     cos: torch.Tensor
     sin: torch.Tensor
     decode_step: Any = None  # set by cast_for_inference
@@ -167,41 +215,53 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
         super().__init__()
         self.config = config
-        self.window_sizes = self._compute_window_sizes(config)
+        self.window_sizes = self.make_window_sizes()
         self.backout_layer = config.n_layer // 2
         self.run_layer = run_layer  # compiler.py puts a compiled one in its place
         padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
-        kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(padded_vocab, config.n_embd),
-            "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+            "h": nn.ModuleList([self.make_block(i) for i in range(config.n_layer)]),
         })
-        self.lm_head = Linear(config.n_embd, padded_vocab)
+        self.lm_head = self.make_head(padded_vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))  # scale of the stream entering a layer
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))  # share of the first embedding added to it
         self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.value_embeds = nn.ModuleDict({
-            str(i): nn.Embedding(padded_vocab, kv_dim) for i in range(config.n_layer) if has_ve(i, config.n_layer)})
+            str(i): nn.Embedding(padded_vocab, block.attn.c_v.out_features)
+            for i, block in enumerate(self.transformer.h) if block.attn.ve_gate is not None})
         self.rotary_seq_len = config.sequence_len * 10  # room for prompts beyond the training length
-        cos, sin = self._precompute_rotary_embeddings(self.rotary_seq_len, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in self.make_rotary().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        return Block(self.config, layer_idx)
+
+    def make_head(self, padded_vocab: int) -> nn.Module:
+        return Linear(self.config.n_embd, padded_vocab)
+
+    def make_rotary(self) -> dict[str, torch.Tensor]:
+        """The rotary tables, by the names of their buffers."""
+        return dict(zip(("cos", "sin"), self._precompute_rotary_embeddings(self.rotary_seq_len, self.config.n_embd // self.config.n_head)))
+
+    def make_window_sizes(self) -> list[tuple[int, int]]:
+        """How far each layer sees, (back, ahead); a negative number is no limit."""
+        config, pattern = self.config, self.config.window_pattern.upper()
+        assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
+        short = math.ceil(config.sequence_len / 4 / 128) * 128  # a quarter of the context, in tiles of 128
+        sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
+        letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+        return [sizes[letter] for letter in letters]
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fills every parameter and buffer. The order of the draws is part of the format: it fixes the random stream."""
-        config = self.config
-        bound = math.sqrt(3) / math.sqrt(config.n_embd)  # uniform with standard deviation 1/sqrt(C)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
+        self.lm_head.init(lambda W_VC: nn.init.normal_(W_VC, std=0.001))
         for block in self.transformer.h:
-            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                nn.init.uniform_(projection.weight, -bound, bound)
-            nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
-            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            nn.init.zeros_(block.mlp.c_proj.weight)
+            block.init_weights()
         self._init_scalars_and_embeddings()
 
     def _init_scalars_and_embeddings(self) -> None:
@@ -217,13 +277,13 @@ class GPT(nn.Module):
         for embedding in self.value_embeds.values():
             nn.init.uniform_(embedding.weight, -bound, bound)
         for block in self.transformer.h:
-            if block.attn.ve_gate is not None:
-                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+            block.attn.init_gate()
         self.init_buffers()
 
     def init_buffers(self) -> None:
         """Fills the rotary tables and sets the embeddings' storage dtype: what a model needs besides its parameters' values."""
-        self.cos, self.sin = self._precompute_rotary_embeddings(self.rotary_seq_len, self.config.n_embd // self.config.n_head)
+        for name, table in self.make_rotary().items():
+            setattr(self, name, table)
         self._cast_embeddings()
 
     def _cast_embeddings(self) -> None:
@@ -245,15 +305,6 @@ class GPT(nn.Module):
         inv_freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
         angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), inv_freq)
         return tuple(table.to(COMPUTE_DTYPE)[None, :, None, :] for table in (angles.cos(), angles.sin()))
-
-    @staticmethod
-    def _compute_window_sizes(config: GPTConfig) -> list[tuple[int, int]]:
-        pattern = config.window_pattern.upper()
-        assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
-        short = math.ceil(config.sequence_len / 4 / 128) * 128  # a quarter of the context, in tiles of 128
-        sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
-        letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
-        return [sizes[letter] for letter in letters]
 
     def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each layer the rotary tables of positions [start, start + length), (1, length, 1, D/2) each; with start (B,), (B, length, 1, D/2)."""
@@ -313,7 +364,7 @@ class GPT(nn.Module):
         return x, self.lm_head
 
     def _smear(self, x, kv_cache):
-        """Adds the gated previous embedding to each position; the first of all has no previous one."""
+        """Adds the gated previous embedding to each position; the first of all has no previous one. It looks back, never ahead, even where attention does both."""
         previous = None
         if kv_cache is None:
             assert x.size(1) > 1, "a forward pass without a cache needs at least 2 tokens"
@@ -333,68 +384,6 @@ class GPT(nn.Module):
         """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar."""
         return self.backout_lambda if self.backout_layer < self.config.n_layer - 1 else inert(self.backout_lambda)
 
-    # -------------------------------------------------------------------------
-    # Counting
-
-    def num_matmul_params(self) -> int:
-        """Weights that are multiplied with activations, the padded head included."""
-        return sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-
-    def _layer_windows(self, limit: int) -> list[int]:
-        return [limit if window < 0 else min(window, limit) for window, _ in self.window_sizes]
-
-    def attention_shapes(self) -> list[tuple[int, int, int, int]]:
-        """Per layer: query heads, key heads, width of a query or key head, width of a value head."""
-        head_dim = self.config.n_embd // self.config.n_head
-        return [(self.config.n_head, self.config.n_kv_head, head_dim, head_dim)] * self.config.n_layer
-
-    def _attention_macs(self, pairs: list[int]) -> int:
-        """Multiply-adds of attention where a layer looks at that many (query, key) pairs: scores and mixing of values."""
-        return sum(heads * (qk_dim + v_dim) * n for (heads, _, qk_dim, v_dim), n in zip(self.attention_shapes(), pairs))
-
-    def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 per matmul weight and per multiply-add of attention (PaLM, appendix B)."""
-        return 6 * self.num_matmul_params() + 6 * self._attention_macs(self._layer_windows(self.config.sequence_len))
-
-    def estimate_decode_flops(self, context_len: int) -> int:
-        """FLOPs of one decoded token behind `context_len` others."""
-        return 2 * self.num_matmul_params() + 2 * self._attention_macs(self._layer_windows(context_len))
-
-    def estimate_prefill_flops(self, num_tokens: int) -> int:
-        """FLOPs of a prompt; causal attention counted exactly."""
-        pairs = [m * (m + 1) // 2 + (num_tokens - m) * m for m in self._layer_windows(num_tokens)]
-        return 2 * self.num_matmul_params() * num_tokens + 2 * self._attention_macs(pairs)
-
-    def kv_bytes_per_token(self) -> int:
-        return self.kv_read_bytes(1)
-
-    def kv_read_bytes(self, context_len: int) -> int:
-        """Bytes of keys and values that decoding one token reads."""
-        return COMPUTE_DTYPE.itemsize * sum(
-            kv_heads * (qk_dim + v_dim) * window
-            for (_, kv_heads, qk_dim, v_dim), window in zip(self.attention_shapes(), self._layer_windows(context_len)))
-
-    def num_scaling_params(self) -> dict[str, int]:
-        """Parameters by role; scaling laws use `transformer_matrices` + `lm_head`."""
-        def count(*parameters) -> int:
-            return sum(p.numel() for p in parameters)
-        counts = {
-            "wte": count(*self.transformer.wte.parameters()),
-            "value_embeds": count(*self.value_embeds.parameters()),
-            "lm_head": count(*self.lm_head.parameters()),
-            "transformer_matrices": count(*self.transformer.h.parameters()),
-            "scalars": count(*self._scalars()),
-        }
-        counts["total"] = sum(counts.values())
-        assert counts["total"] == count(*self.parameters()), "a parameter is missing from the count"
-        return counts
-
-    def _scalars(self) -> list[torch.Tensor]:
-        return [self.resid_lambdas, self.x0_lambdas, self.smear_gate.weight, self.smear_lambda, self.backout_lambda]
-
-    # -------------------------------------------------------------------------
-    # Optimizer
-
     def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
                         weight_decay: float = 0.0, scalar_lr: float = 0.5, matrix_optimizer: str = "muon") -> MuonAdamW:
         """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format."""
@@ -405,6 +394,9 @@ class GPT(nn.Module):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
+
+    def _matrices(self) -> list[nn.Parameter]:
+        return [p for block in self.transformer.h for p in block.matrices()]
 
     def _param_groups(self, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer) -> list[dict]:
         """AdamW's learning rates of embeddings and head are tuned at width 768 and scale with 1/sqrt(width)."""
@@ -417,10 +409,8 @@ class GPT(nn.Module):
             adamw_group([self.resid_lambdas], scalar_lr * 0.01, (0.8, 0.95), 0.05),
             adamw_group([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
             adamw_group([self.smear_gate.weight, self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
-            *matrix_groups(self.transformer.h.parameters(), matrix_lr, weight_decay, matrix_optimizer),
+            *matrix_groups(self._matrices(), matrix_lr, weight_decay, matrix_optimizer),
         ]
-
-    # -------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

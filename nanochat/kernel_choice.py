@@ -180,11 +180,11 @@ def in_turns(works: dict[str, Callable], rounds: int = 30, at_most: float = 0.3)
 
 def attention_trials(rows: int, length: int, heads: int, dim: int, window: int) -> tuple[dict[str, Callable], dict[str, Callable]]:
     """By alternative: the forward pass without gradients, and the backward pass alone."""
-    from nanochat.flash_attention import causal_attention
+    from nanochat.flash_attention import band_attention
     q, k, v, upstream = (torch.randn(rows, length, heads, dim).to(COMPUTE_DTYPE).transpose(1, 2) for _ in range(4))  # as the model lays them out
-    forward: dict[str, Callable] = {name: functools.partial(causal_attention, q, k, v, window, name) for name in ("torch", "blocked")}
+    forward: dict[str, Callable] = {name: functools.partial(band_attention, q, k, v, window, 0, name) for name in ("torch", "blocked")}
     inputs = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    outputs = {name: causal_attention(q, k, v, window, "torch", name) for name in (("torch", "blocked") if window < 0 else ("blocked",))}
+    outputs = {name: band_attention(q, k, v, window, 0, "torch", name) for name in (("torch", "blocked") if window < 0 else ("blocked",))}
     backward: dict[str, Callable] = {name: functools.partial(torch.autograd.grad, y, inputs, upstream, retain_graph=True) for name, y in outputs.items()}
     return forward, backward
 

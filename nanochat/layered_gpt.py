@@ -5,7 +5,6 @@ layers may differ, and inserting or widening one is an edit of a list that chang
 residual scalars, backout, loss, counting and optimizer are the stock model's own, and so are the parameter names of
 dense layers: `from_gpt` is exact.
 """
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,25 +12,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import (
-    GPT,
-    SMEAR_GATE_CHANNELS,
-    VE_GATE_CHANNELS,
-    CausalSelfAttention,
-    GPTConfig,
-    Linear,
-    norm,
-    rotary_rows,
-    run_layer,
-)
+from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, GPTConfig, Linear, norm, rotary_rows, uniform
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
-from nanochat.ngpt import NormalizedBlock, NormalizedWeights, init_normalized, normalized_groups, unit
-from nanochat.optim import MuonAdamW, inert
+from nanochat.optim import adamw_group
 
-BLOCKS = ("prenorm", "ngpt")
+SCALES_SHARE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
 ACTIVATIONS = ("relu2", "swiglu")
-ORDERS = ("attn-mlp", "mlp-attn", "parallel")
+ORDERS = {"attn-mlp": (("attn",), ("mlp",)), "mlp-attn": (("mlp",), ("attn",)), "parallel": (("attn", "mlp"),)}  # the modules of each step
+Scales = dict[str, tuple[float, list[nn.Parameter]]]  # by name where they start, and which they are
+Names = dict[str, tuple[str | None, ...]]  # of the axes of each part, see `LayeredGPT.axes`
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,12 @@ class LayerSpec:
     window: int = -1
     value_embed: bool = False
 
+    @property
+    def kind(self) -> "type[LayeredBlock]":
+        """The class of its block."""
+        from nanochat.blocks import BLOCKS  # it imports this file
+        return BLOCKS[self.block]
+
     def check(self, n_embd: int) -> None:
         """Raises ValueError with the reason if there is no such layer in a model of this width."""
         if min(self.n_head, self.n_kv_head, self.head_dim, self.qk_dim, self.mlp_hidden, self.mlp_depth) < 1:
@@ -60,6 +55,7 @@ class LayerSpec:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
         if self.qk_dim % 2:
             raise ValueError(f"queries of width {self.qk_dim} cannot be rotated in pairs; use an even number")
+        from nanochat.blocks import BLOCKS  # it imports this file
         for name, value, known in (("block", self.block, BLOCKS), ("activation", self.activation, ACTIVATIONS), ("order", self.order, ORDERS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
@@ -78,6 +74,7 @@ class LayeredGPTConfig(GPTConfig):
     layers: tuple[LayerSpec, ...] = ()
     backout_layer: int = 0  # the stream after this layer is subtracted before the head
     lm_head_rank: int = 0
+    causal: bool = True  # False: attention sees what comes after, too; such a model does not decode
 
     def __post_init__(self):
         # a checkpoint's JSON holds the layers as plain dicts
@@ -93,12 +90,18 @@ class LayeredGPTConfig(GPTConfig):
                 layer.check(self.n_embd)
             except ValueError as error:
                 raise ValueError(f"layer {index}: {error}") from error
-        if len({layer.block for layer in self.layers}) > 1:
+        if len({layer.kind.model() for layer in self.layers}) > 1:
             raise ValueError("pre-norm and normalized layers cannot be mixed: the stream is on the unit sphere for all of them or for none")
 
     @property
+    def kind(self) -> "type[LayeredBlock]":
+        """One of the blocks; in what concerns the whole model they are alike."""
+        return self.layers[0].kind
+
+    @property
     def normalized(self) -> bool:
-        return self.layers[0].block == "ngpt"
+        """Are hidden states and weights on the unit sphere?"""
+        return self.kind.normalized
 
     @classmethod
     def from_gpt(cls, gpt: GPT) -> "LayeredGPTConfig":
@@ -129,19 +132,34 @@ class LayeredAttention(CausalSelfAttention):
         self.c_proj = linear_or_low_rank(spec.n_head * spec.head_dim, n_embd, spec.attn_rank)
         self.ve_gate = Linear(VE_GATE_CHANNELS, spec.n_kv_head) if spec.value_embed else None
 
+    def axes(self) -> Names:
+        return {"c_q": (".query", "stream"), "c_k": (".key", "stream"), "c_v": (".value", "stream"), "c_proj": ("stream", ".attended"),
+                "ve_gate": (".value[head]", f"stream[:{VE_GATE_CHANNELS}]")}
+
 
 class LayeredMLP(nn.Module):
     """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`, or one layer of SwiGLU (Shazeer, 2002.05202)."""
+
+    c_hidden: Any
 
     def __init__(self, n_embd: int, spec: LayerSpec):
         super().__init__()
         self.c_fc = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank)
         self.c_gate = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank) if spec.activation == "swiglu" else None
-        if spec.mlp_depth > 1:
-            self.c_hidden = nn.ModuleList(linear_or_low_rank(spec.mlp_hidden, spec.mlp_hidden, spec.mlp_rank) for _ in range(spec.mlp_depth - 1))
-        else:
-            self.c_hidden = ()  # type: ignore[assignment]
+        self.c_hidden = nn.ModuleList(linear_or_low_rank(spec.mlp_hidden, spec.mlp_hidden, spec.mlp_rank) for _ in range(spec.mlp_depth - 1))
         self.c_proj = linear_or_low_rank(spec.mlp_hidden, n_embd, spec.mlp_rank)
+
+    def axes(self) -> Names:
+        """Hidden units are another axis before the activation than after it, where they may have another scale."""
+        between: Names = {f"c_hidden.{k}": (f".hidden.{k + 1}", f".hidden.{k}.active") for k in range(len(self.c_hidden))}
+        return {"c_fc": (".hidden.0", "stream"), "c_gate": (".gate", "stream"), **between, "c_proj": ("stream", f".hidden.{len(self.c_hidden)}.active")}
+
+    def init_weights(self) -> None:
+        self.c_fc.init(uniform(0.4))
+        for layer in (self.c_gate, *self.c_hidden):
+            if layer is not None:
+                layer.init(uniform())
+        self.c_proj.init_to_zero()
 
     def forward(self, x):
         x = F.relu(self.c_fc(x)).square() if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
@@ -151,55 +169,81 @@ class LayeredMLP(nn.Module):
 
 
 class LayeredBlock(nn.Module):
+    """nanochat's block, and what a kind of block says of itself. Another kind inherits from it (or does all of the same), and is entered in blocks.py.
+
+    Of its parts, `attn` has keys and values that can be cached; all others are its own affair.
+    """
+
+    normalized = False  # is what it takes and gives on the unit sphere?
+    Attention: type[nn.Module] = LayeredAttention
+    MLP: type[nn.Module] = LayeredMLP
+
     def __init__(self, n_embd: int, spec: LayerSpec, layer_idx: int):
         super().__init__()
-        self.attn = LayeredAttention(n_embd, spec, layer_idx)
-        self.mlp = LayeredMLP(n_embd, spec)
+        self.attn: Any = self.Attention(n_embd, spec, layer_idx)
+        self.mlp: Any = self.MLP(n_embd, spec)
         self.order = spec.order
 
-    def forward(self, x, ve, cos_sin, window_size, kv_cache):
-        if self.order == "parallel":
+    @classmethod
+    def model(cls) -> "type[LayeredGPT]":
+        """What such blocks are the layers of."""
+        return LayeredGPT
+
+    def init_weights(self) -> None:
+        """The block passes the stream on as it is: what writes to it starts at zero. The value-embedding gate is drawn later, with all others."""
+        self.attn.init_weights()
+        self.mlp.init_weights()
+
+    def init_as_identity(self) -> None:
+        """For a layer that is new in a trained model, after `init_weights`."""
+
+    def axes(self) -> Names:
+        """The axes of its parts, by name (`LayeredGPT.axes`). Those that begin with a dot are the layer's own."""
+        return {f"{name}.{part}": axes for name in ("attn", "mlp") for part, axes in getattr(self, name).axes().items()}
+
+    def scales(self) -> Scales:
+        """What AdamW trains: numbers that multiply single entries. Those of one name, of all blocks, are one group."""
+        return {}
+
+    def matrices(self) -> list[nn.Parameter]:
+        """What the matrices' optimizer trains: all the rest."""
+        scales = {p for _, params in self.scales().values() for p in params}
+        return [p for p in self.parameters() if p not in scales]
+
+    def forward(self, x, *attention):
+        """x (B, T, C) -> (B, T, C); the other arguments are those of the attention, after its first."""
+        for modules in ORDERS[self.order]:
             u = norm(x)
-            return x + self.attn(u, ve, cos_sin, window_size, kv_cache) + self.mlp(u)
-        if self.order == "mlp-attn":
-            x = x + self.mlp(norm(x))
-            return x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
-        x = x + self.attn(norm(x), ve, cos_sin, window_size, kv_cache)
-        return x + self.mlp(norm(x))
+            for name in modules:
+                x = x + (self.attn(u, *attention) if name == "attn" else self.mlp(u))
+        return x
 
 
 class LayeredGPT(GPT):
-    """Built like the stock model: under the meta device, then `to_empty` and `init_weights`."""
+    """Built like the stock model: by `build_gpt` under the meta device, then `to_empty` and `init_weights`."""
 
     config: LayeredGPTConfig
-    lm_head: Any
 
     def __init__(self, config: LayeredGPTConfig, pad_vocab_size_to: int = 64):
-        nn.Module.__init__(self)
-        self.config = config
-        self.window_sizes = [(layer.window, 0) for layer in config.layers]
+        super().__init__(config, pad_vocab_size_to)
         self.backout_layer = config.backout_layer
-        self.run_layer = run_layer
-        padded_vocab = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(padded_vocab, config.n_embd),
-            "h": nn.ModuleList((NormalizedBlock if config.normalized else LayeredBlock)(config.n_embd, layer, i) for i, layer in enumerate(config.layers)),
-        })
-        self.s_z = nn.Parameter(torch.empty(padded_vocab)) if config.normalized else None
-        if config.normalized:
-            self.norm = unit  # type: ignore[method-assign]
-        self.lm_head = linear_or_low_rank(config.n_embd, padded_vocab, config.lm_head_rank)
-        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
-        self.smear_lambda = nn.Parameter(torch.empty(1))
-        self.backout_lambda = nn.Parameter(torch.empty(1))
-        self.value_embeds = nn.ModuleDict({
-            str(i): nn.Embedding(padded_vocab, layer.n_kv_head * layer.head_dim) for i, layer in enumerate(config.layers) if layer.value_embed})
-        self.rotary_seq_len = config.sequence_len * 10
-        for qk_dim in {layer.qk_dim for layer in config.layers}:
-            for name in (f"cos_{qk_dim}", f"sin_{qk_dim}"):
-                self.register_buffer(name, torch.empty(1, self.rotary_seq_len, 1, qk_dim // 2, dtype=COMPUTE_DTYPE), persistent=False)
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        spec = self.config.layers[layer_idx]
+        block = spec.kind(self.config.n_embd, spec, layer_idx)
+        block.attn.causal = self.config.causal
+        return block
+
+    def make_head(self, padded_vocab: int) -> nn.Module:
+        return linear_or_low_rank(self.config.n_embd, padded_vocab, self.config.lm_head_rank)
+
+    def make_window_sizes(self) -> list[tuple[int, int]]:
+        return [(layer.window, 0 if self.config.causal else layer.window) for layer in self.config.layers]
+
+    def make_rotary(self) -> dict[str, torch.Tensor]:
+        """They depend on the width of a head, so there is one pair for each width."""
+        return {f"{name}_{qk_dim}": table for qk_dim in {layer.qk_dim for layer in self.config.layers}
+                for name, table in zip(("cos", "sin"), self._precompute_rotary_embeddings(self.rotary_seq_len, qk_dim))}
 
     @classmethod
     def from_gpt(cls, gpt: GPT) -> "LayeredGPT":
@@ -211,68 +255,27 @@ class LayeredGPT(GPT):
         model.load_state_dict(gpt.state_dict(), strict=True)
         return model
 
-    # The rotary tables depend on the width of a head, so there is one pair for each width.
-
     @property
     def cos(self) -> torch.Tensor:  # type: ignore[override]
         return getattr(self, f"cos_{self.config.layers[0].qk_dim}")
-
-    def init_buffers(self) -> None:
-        for qk_dim in {layer.qk_dim for layer in self.config.layers}:
-            for name, table in zip(("cos", "sin"), self._precompute_rotary_embeddings(self.rotary_seq_len, qk_dim)):
-                setattr(self, f"{name}_{qk_dim}", table)
-        self._cast_embeddings()
 
     def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         widths = [layer.qk_dim for layer in self.config.layers]
         tables = {qk_dim: tuple(rotary_rows(getattr(self, f"{name}_{qk_dim}"), start, length) for name in ("cos", "sin")) for qk_dim in set(widths)}
         return [tables[qk_dim] for qk_dim in widths]  # type: ignore[misc]
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """The stock initialization, drawn in the stock order; low-rank layers start as the best copy of what they replace."""
-        config = self.config
-        bound = math.sqrt(3) / math.sqrt(config.n_embd)
-        if config.normalized:
-            self._init_scalars_and_embeddings()
-            init_normalized(self)
-            return
-        nn.init.normal_(self.transformer.wte.weight, std=0.8)
-        _init(self.lm_head, lambda weight: nn.init.normal_(weight, std=0.001))
-        for block in self.transformer.h:
-            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                _init(projection, lambda weight: nn.init.uniform_(weight, -bound, bound))
-            _init_to_zero(block.attn.c_proj)
-            _init(block.mlp.c_fc, lambda weight: nn.init.uniform_(weight, -0.4 * bound, 0.4 * bound))
-            if block.mlp.c_gate is not None:
-                _init(block.mlp.c_gate, lambda weight: nn.init.uniform_(weight, -bound, bound))
-            for layer in block.mlp.c_hidden:
-                _init(layer, lambda weight: nn.init.uniform_(weight, -math.sqrt(3 / weight.size(1)), math.sqrt(3 / weight.size(1))))
-            _init_to_zero(block.mlp.c_proj)
-        self._init_scalars_and_embeddings()
+    def axes(self) -> Names:
+        """Along which spaces of the network the dimensions of its parts run, by name: what growth needs to know (growth/axes.py).
 
-    def _cast_embeddings(self) -> None:
-        if not self.config.normalized:  # bfloat16 cannot hold vectors to the length of 1
-            super()._cast_embeddings()
-
-    def _scalars(self) -> list[torch.Tensor]:
-        return super()._scalars() + ([] if self.s_z is None else [self.s_z])
-
-    def _mixes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Stream and first embedding are one vector before the first layer, and a normalized layer takes only its direction."""
-        mixes = super()._mixes()
-        if self.config.normalized:
-            mixes[0] = (inert(mixes[0][0]), inert(mixes[0][1]))
-        return mixes
-
-    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
-        return super()._cap(logits if self.s_z is None else logits * self.s_z)
-
-    def head_scale(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if self.s_z is None else weight * self.s_z[:, None]
-
-    def attention_shapes(self) -> list[tuple[int, int, int, int]]:
-        return [(layer.n_head, layer.n_kv_head, layer.qk_dim, layer.head_dim) for layer in self.config.layers]
+        Of a matrix the axis that it writes and the one that it reads (None if that never grows), of an embedding the one that it writes, of other
+        parameters those of their dimensions. A part that a layer may have and has not may be named all the same.
+        """
+        axes: Names = {"transformer.wte": ("stream",), "lm_head": ("logits", "stream"), "resid_lambdas": ("depth",), "x0_lambdas": ("depth",),
+                       "smear_gate": (None, f"stream[:{SMEAR_GATE_CHANNELS}]"), "smear_lambda": (), "backout_lambda": ()}
+        for i, block in enumerate(self.transformer.h):
+            for part, names in block.axes().items():
+                axes[f"transformer.h.{i}.{part}"] = tuple(f"{i}{name}" if name and name.startswith(".") else name for name in names)
+        return axes | {f"value_embeds.{i}": (f"{i}.value",) for i in self.value_embeds}
 
     def head_input(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
         return (self.lm_head.V(x), self.lm_head.U) if isinstance(self.lm_head, LowRankLinear) else (x, self.lm_head)
@@ -284,33 +287,19 @@ class LayeredGPT(GPT):
                 module.merge_if_faster()
         super().cast_for_inference()
 
-    def setup_optimizer(self, *args, **kwargs) -> MuonAdamW:
-        """As for the stock model; the weights of normalized layers return to the unit sphere after every step."""
-        optimizer = super().setup_optimizer(*args, **kwargs)
-        if self.config.normalized:
-            normalize = NormalizedWeights(self)
-            optimizer.register_step_post_hook(lambda *_: normalize())
-        return optimizer
+    def _param_groups(self, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer) -> list[dict]:
+        stock = super()._param_groups(unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer)
+        return stock + self._scale_groups(scalar_lr)
 
-    def _param_groups(self, *args, **kwargs) -> list[dict]:
-        return normalized_groups(self, *args, **kwargs) if self.config.normalized else super()._param_groups(*args, **kwargs)
-
-
-def build_gpt(config: GPTConfig) -> GPT:
-    """The model class that a configuration asks for."""
-    return LayeredGPT(config) if isinstance(config, LayeredGPTConfig) else GPT(config)
+    def _scale_groups(self, scalar_lr: float) -> list[dict]:
+        """They move by a share of where they start."""
+        groups: Scales = {}
+        for block in self.transformer.h:
+            for name, (start, scales) in block.scales().items():
+                groups.setdefault(name, (start, []))[1].extend(scales)
+        return [adamw_group(scales, start * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0) for start, scales in groups.values()]
 
 
-def _init(layer: Any, fill) -> None:
-    if isinstance(layer, LowRankLinear):
-        layer.init_from_dense(fill(torch.empty(layer.out_features, layer.in_features, device=layer.U.weight.device)))
-    else:
-        fill(layer.weight)
-
-
-def _init_to_zero(layer: Any) -> None:
-    if isinstance(layer, LowRankLinear):
-        _init(layer, lambda weight: nn.init.uniform_(weight, -math.sqrt(3 / weight.size(1)), math.sqrt(3 / weight.size(1))))
-        nn.init.zeros_(layer.U.weight)
-    else:
-        nn.init.zeros_(layer.weight)
+def build_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:
+    """The model that a configuration asks for."""
+    return config.kind.model()(config, pad_vocab_size_to) if isinstance(config, LayeredGPTConfig) else GPT(config, pad_vocab_size_to)

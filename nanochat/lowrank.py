@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.gpt import Linear, linear
+from nanochat.gpt import Fill, Linear, linear, uniform
 
 RANK_SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
 DECODE_ROWS = 16  # up to so many rows a product costs what reading its weights costs
@@ -70,6 +70,14 @@ class LowRankLinear(nn.Module):
         if saved <= call_cost(self.U.weight.device.type, COMPUTE_DTYPE):
             self.merge()
 
+    def init(self, fill: Fill) -> None:
+        """The best copy of a dense layer that is filled so."""
+        self.init_from_dense(fill(torch.empty(self.out_features, self.in_features, device=self.U.weight.device)))
+
+    def init_to_zero(self) -> None:
+        self.init(uniform())
+        nn.init.zeros_(self.U.weight)
+
     @torch.no_grad()
     def init_from_dense(self, weight: torch.Tensor) -> None:
         """Takes the best copy of weight (out, in) at this rank."""
@@ -94,7 +102,7 @@ class LowRankLinear(nn.Module):
         return layer
 
 
-def linear_or_low_rank(in_features: int, out_features: int, rank: int) -> nn.Module:
+def linear_or_low_rank(in_features: int, out_features: int, rank: int) -> Linear | LowRankLinear:
     """Rank 0 is dense."""
     return LowRankLinear(in_features, out_features, rank) if rank else Linear(in_features, out_features)
 

@@ -85,13 +85,13 @@ def _loss(ledger: Ledger, *args):
         ledger.role = role
 
 
-def _attention_backward(ledger: Ledger, grad, q, k, v, window):
+def _attention_backward(ledger: Ledger, grad, q, k, v, left, right):
     sums = [torch.empty_like(x, dtype=torch.float32) for x in (k, v)]
     return torch.empty_like(q), *(x.to(k.dtype) for x in sums)
 
 
 INSIDE: dict[Any, Callable] = {torch.ops.nanochat.softcap_cross_entropy.default: _loss,
-                               torch.ops.nanochat.causal_attention_backward.default: _attention_backward}
+                               torch.ops.nanochat.attention_backward.default: _attention_backward}
 
 
 # -----------------------------------------------------------------------------
@@ -128,7 +128,9 @@ _flash.register_autograd(lambda ctx, grad, _: _flash_backward(grad.contiguous(),
 def _attention(device_type: str, compiled: bool) -> Callable:
     """`flash_attn_func` as it is on such a device (flash_attention.py has the table; compiled on CUDA means that there is Triton)."""
     def attend(q, k, v, causal=True, window_size=(-1, -1)):
-        T, limited = q.size(1), 0 <= window_size[0] < q.size(1) - 1
+        T = q.size(1)
+        left, right = flash_attention.band(window_size, causal, T)
+        limited = left >= 0 or right > 0
         if device_type == "cpu":
             forward, backward = chosen("window" if limited else "attention"), chosen_backward(T)
         else:
@@ -137,9 +139,9 @@ def _attention(device_type: str, compiled: bool) -> Callable:
             if device_type != "mps":
                 return _flash(q, k, v)[0]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=right == 0, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attention.causal_attention(q, k, v, window_size[0] if limited else -1, forward).transpose(1, 2)
+        return flash_attention.band_attention(q, k, v, left, right, forward).transpose(1, 2)
     return attend
 
 

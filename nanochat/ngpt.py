@@ -21,23 +21,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.compiler import jit
-from nanochat.gpt import VE_GATE_CHANNELS, CausalSelfAttention, Linear
-from nanochat.lowrank import LowRankLinear, linear_or_low_rank
-from nanochat.optim import adamw_group, inert, matrix_groups
+from nanochat.gpt import Linear
+from nanochat.layered_gpt import ORDERS, SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
+from nanochat.lowrank import LowRankLinear
+from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
 S_Z = 10.0  # where the scale of the logits starts: cosines below 1 would leave the softmax flat
 # Learning rates in the unit of the stock model's flags, so that flags tuned for one block suit the other (dev/LOG.md)
-HEAD_SHARE, EMBEDDING_SHARE, RESID_SHARE, SCALES_SHARE = 12.0, 16.0, 0.25, 0.5
+HEAD_SHARE, EMBEDDING_SHARE, RESID_SHARE = 12.0, 16.0, 0.25
 GATE_LR = 0.005
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) scaled to length 1 along the last dimension, in float32 or better; zero stays zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y * y.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
 
-def step_towards(h: torch.Tensor, alpha: tuple, *outputs: torch.Tensor) -> torch.Tensor:
+def step_towards(h: torch.Tensor, alpha: list, outputs: list) -> torch.Tensor:
     """The unit vector reached from h (..., C) by stepping, per channel, alpha[i] (C,) of the way towards each output (2410.01131, equations 10, 11)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     start = end = h.to(dtype)
@@ -46,30 +47,21 @@ def step_towards(h: torch.Tensor, alpha: tuple, *outputs: torch.Tensor) -> torch
     return unit(end).to(h.dtype)
 
 
-class NormalizedAttention(CausalSelfAttention):
-    """The stock attention between unit queries and keys, with the shapes of a `LayerSpec` and a scale for each head's output."""
+class NormalizedAttention(LayeredAttention):
+    """Between unit queries and keys, with a scale for each head's output."""
 
-    c_q: Any
-    c_k: Any
-    c_v: Any
-    c_proj: Any
-
-    def __init__(self, n_embd: int, spec, layer_idx: int):
-        nn.Module.__init__(self)
-        self.layer_idx = layer_idx
-        self.n_head, self.n_kv_head = spec.n_head, spec.n_kv_head
+    def __init__(self, n_embd: int, spec: LayerSpec, layer_idx: int):
+        super().__init__(n_embd, spec, layer_idx)
         self.root = math.sqrt(spec.qk_dim)
-        self.c_q = linear_or_low_rank(n_embd, spec.n_head * spec.qk_dim, spec.attn_rank)
-        self.c_k = linear_or_low_rank(n_embd, spec.n_kv_head * spec.qk_dim, spec.attn_rank)
-        self.c_v = linear_or_low_rank(n_embd, spec.n_kv_head * spec.head_dim, spec.attn_rank)
-        self.c_proj = linear_or_low_rank(spec.n_head * spec.head_dim, n_embd, spec.attn_rank)
         self.s_qk = nn.Parameter(torch.empty(spec.n_head, spec.qk_dim))
         self.s_head = nn.Parameter(torch.empty(spec.n_head))
-        self.ve_gate = Linear(VE_GATE_CHANNELS, spec.n_kv_head) if spec.value_embed else None
 
-    def sharpen(self, q, k):
+    def axes(self) -> Names:
+        return super().axes() | {"s_qk": (".query[head]",), "s_head": (".attended[scale]",)}
+
+    def sharpen(self, q_BTHD, k_BTKD):
         """For scores of sqrt(D) * cosine (the paper's choice): the kernel divides by sqrt(D) once."""
-        return unit(q) * (self.root * self.s_qk).to(q.dtype), unit(k) * self.root
+        return unit(q_BTHD) * (self.root * self.s_qk).to(q_BTHD.dtype), unit(k_BTKD) * self.root
 
     def attend(self, *args):
         y = super().attend(*args)
@@ -77,18 +69,19 @@ class NormalizedAttention(CausalSelfAttention):
         return y * s_head.to(y.dtype).unsqueeze(-1)
 
 
-class NormalizedMLP(nn.Module):
+class NormalizedMLP(LayeredMLP):
     """ReLU² or SwiGLU of scaled projections of a unit vector."""
 
-    def __init__(self, n_embd: int, spec):
-        super().__init__()
-        self.c_fc = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank)
+    def __init__(self, n_embd: int, spec: LayerSpec):
+        super().__init__(n_embd, spec)
         self.s_u = nn.Parameter(torch.empty(spec.mlp_hidden))
-        self.c_gate = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank) if spec.activation == "swiglu" else None
         self.s_v = nn.Parameter(torch.empty(spec.mlp_hidden)) if spec.activation == "swiglu" else None
-        self.c_hidden = nn.ModuleList(linear_or_low_rank(spec.mlp_hidden, spec.mlp_hidden, spec.mlp_rank) for _ in range(spec.mlp_depth - 1))
         self.s_hidden = nn.ParameterList(torch.empty(spec.mlp_hidden) for _ in self.c_hidden)
-        self.c_proj = linear_or_low_rank(spec.mlp_hidden, n_embd, spec.mlp_rank)
+        self.c_proj: Any = self._modules.pop("c_proj")  # comes last: the order of parameters is part of the format
+
+    def axes(self) -> Names:
+        hidden: Names = {f"s_hidden.{k}": (f".hidden.{k + 1}[scale]",) for k in range(len(self.s_hidden))}
+        return super().axes() | {"s_u": (".hidden.0[scale]",), "s_v": (".gate[scale]",)} | hidden
 
     def forward(self, h):
         u = self.c_fc(h) * self.s_u.to(h.dtype)
@@ -98,86 +91,144 @@ class NormalizedMLP(nn.Module):
         return self.c_proj(u)
 
 
-class NormalizedBlock(nn.Module):
-    def __init__(self, n_embd: int, spec, layer_idx: int):
-        super().__init__()
-        self.attn = NormalizedAttention(n_embd, spec, layer_idx)
-        self.mlp = NormalizedMLP(n_embd, spec)
+class NormalizedBlock(LayeredBlock):
+    normalized = True
+    alpha_start: float
+    Attention, MLP = NormalizedAttention, NormalizedMLP
+
+    def __init__(self, n_embd: int, spec: LayerSpec, layer_idx: int):
+        super().__init__(n_embd, spec, layer_idx)
         self.alpha_attn = nn.Parameter(torch.empty(n_embd))
         self.alpha_mlp = nn.Parameter(torch.empty(n_embd))
-        self.order = spec.order
 
-    def forward(self, x, ve, cos_sin, window_size, kv_cache):
+    @classmethod
+    def model(cls) -> type[LayeredGPT]:
+        return NormalizedGPT
+
+    def init_weights(self) -> None:
+        """Random directions, to be normalized; hidden units get a variance of 1, as they are projections of a unit vector."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.normal_(module.weight)
+        for start, scales in self.scales().values():
+            for scale in scales:
+                nn.init.constant_(scale, start)
+        for scale in self.mlp.s_hidden:
+            nn.init.constant_(scale, math.sqrt(scale.numel()))
+
+    def init_as_identity(self) -> None:
+        nn.init.zeros_(self.alpha_attn)
+        nn.init.zeros_(self.alpha_mlp)
+
+    def axes(self) -> Names:
+        return super().axes() | {"alpha_attn": ("stream[scale]",), "alpha_mlp": ("stream[scale]",)}
+
+    def scales(self) -> Scales:
+        attn, mlp, root = self.attn, self.mlp, self.alpha_attn.numel() ** 0.5
+        return {"alpha": (self.alpha_start, [self.alpha_attn, self.alpha_mlp]), "heads": (1.0, [attn.s_qk, attn.s_head]),
+                "hidden": (root, [mlp.s_u] if mlp.s_v is None else [mlp.s_u, mlp.s_v]), "deeper": (2 * root, [*mlp.s_hidden])}
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [p for p in super().matrices() if self.attn.ve_gate is None or p is not self.attn.ve_gate.weight]  # the gates have a group of their own
+
+    def forward(self, x, *attention):
         h = unit(x)  # what enters is a mix of the stream and the first embedding
-        if self.order == "parallel":
-            return step_towards(h, (self.alpha_attn, self.alpha_mlp), self.attn(h, ve, cos_sin, window_size, kv_cache), self.mlp(h))
-        if self.order == "mlp-attn":
-            h = step_towards(h, (self.alpha_mlp,), self.mlp(h))
-            return step_towards(h, (self.alpha_attn,), self.attn(h, ve, cos_sin, window_size, kv_cache))
-        h = step_towards(h, (self.alpha_attn,), self.attn(h, ve, cos_sin, window_size, kv_cache))
-        return step_towards(h, (self.alpha_mlp,), self.mlp(h))
+        for modules in ORDERS[self.order]:
+            outputs = [self.attn(h, *attention) if name == "attn" else self.mlp(h) for name in modules]
+            h = step_towards(h, [self.alpha_attn if name == "attn" else self.alpha_mlp for name in modules], outputs)
+        return h
 
 
-def init_normalized(model) -> None:
-    """Random directions and the paper's scales (alpha of its order, 1 / layers), in a LayeredGPT whose scalars are initialized already."""
-    root, alpha = math.sqrt(model.config.n_embd), 1 / model.config.n_layer
-    for module in (model.transformer.wte, *model.lm_head.modules(), *model.transformer.h.modules()):
-        if isinstance(module, (Linear, nn.Embedding)):
-            nn.init.normal_(module.weight)
-    nn.init.constant_(model.s_z, S_Z)
-    for block in model.transformer.h:
-        attn, mlp = block.attn, block.mlp
-        for scale, start in ((block.alpha_attn, alpha), (block.alpha_mlp, alpha), (attn.s_qk, 1.0), (attn.s_head, 1.0),
-                             (mlp.s_u, root), (mlp.s_v, root), *((scale, math.sqrt(scale.numel())) for scale in mlp.s_hidden)):
-            if scale is not None:
-                nn.init.constant_(scale, start)  # s_u, s_v, s_hidden: projections of a unit vector get a variance of 1
-        if attn.ve_gate is not None:
-            nn.init.uniform_(attn.ve_gate.weight, 0.0, 0.02)
-    for gate in (model.smear_gate, *(block.attn.ve_gate for block in model.transformer.h if block.attn.ve_gate is not None)):
-        gate.weight.mul_(root)  # the same gates as from a stream of RMS 1
-    NormalizedWeights(model)()
+class NormalizedGPT(LayeredGPT):
+    """The model around normalized blocks: embeddings and rows of the head are unit vectors, too."""
+
+    norm = staticmethod(unit)
+    s_z: nn.Parameter
+
+    def make_head(self, padded_vocab: int) -> nn.Module:
+        self.s_z = nn.Parameter(torch.empty(padded_vocab))  # of the logits
+        return super().make_head(padded_vocab)
+
+    def make_block(self, layer_idx: int) -> nn.Module:
+        block: Any = super().make_block(layer_idx)
+        block.alpha_start = 1 / self.config.n_layer  # the paper's order
+        return block
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Random directions, and scales at their starts."""
+        self._init_scalars_and_embeddings()
+        for module in (self.transformer.wte, *self.lm_head.modules()):
+            if isinstance(module, (Linear, nn.Embedding)):
+                nn.init.normal_(module.weight)
+        nn.init.constant_(self.s_z, S_Z)
+        for block in self.transformer.h:
+            block.init_weights()
+        for block in self.transformer.h:
+            block.attn.init_gate()
+        for gate in self._gates():
+            gate.mul_(math.sqrt(self.config.n_embd))  # the same gates as from a stream of RMS 1
+        NormalizedWeights(self)()
+
+    def _gates(self) -> list[nn.Parameter]:
+        return [self.smear_gate.weight, *(block.attn.ve_gate.weight for block in self.transformer.h if block.attn.ve_gate is not None)]
+
+    def _cast_embeddings(self) -> None:
+        """bfloat16 cannot hold vectors to the length of 1."""
+
+    def axes(self) -> Names:
+        return super().axes() | {"s_z": ("logits[scale]",)}
+
+    def _scalars(self) -> list[torch.Tensor]:
+        return [*super()._scalars(), self.s_z]
+
+    def _mixes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Stream and first embedding are one vector before the first layer, which takes only its direction."""
+        first, *others = super()._mixes()
+        return [(inert(first[0]), inert(first[1])), *others]
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        return super()._cap(logits * self.s_z)
+
+    def head_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.s_z[:, None]
+
+    # -------------------------------------------------------------------------
+    # Optimizer
+
+    def setup_optimizer(self, *args, **kwargs) -> MuonAdamW:
+        """As for the stock model; the weights return to the unit sphere after every step."""
+        optimizer = super().setup_optimizer(*args, **kwargs)
+        normalize = NormalizedWeights(self)
+        optimizer.register_step_post_hook(lambda *_: normalize())
+        return optimizer
+
+    def _param_groups(self, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer) -> list[dict]:
+        """For the flags of a stock model.
+
+        A learning rate of a vector on the sphere is an angle in radians per step, so it holds at any width n: entries of AdamW move
+        by lr / sqrt(n). Muon's step already turns each row of a reader by its learning rate. Scales move by a share of
+        where they start. There is no weight decay.
+        """
+        root = self.config.n_embd ** 0.5
+        smear_gate, *gates = self._gates()
+        return [
+            adamw_group(self.lm_head.parameters(), unembedding_lr * HEAD_SHARE / root, (0.8, 0.96), 0.0),
+            adamw_group(self.transformer.wte.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
+            adamw_group(self.value_embeds.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
+            adamw_group([self.resid_lambdas], scalar_lr * RESID_SHARE, (0.8, 0.95), 0.0),
+            adamw_group([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
+            adamw_group([self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
+            adamw_group([smear_gate], 0.2 * root, (0.8, 0.95), 0.0),
+            adamw_group(gates, GATE_LR * root, (0.8, 0.95), 0.0),
+            *self._scale_groups(scalar_lr),
+            adamw_group([self.s_z], S_Z * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0),
+            *matrix_groups(self._matrices(), matrix_lr, 0.0, matrix_optimizer),
+        ]
 
 
 # -----------------------------------------------------------------------------
 # The weights' side
-
-
-def normalized_groups(model, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr, matrix_optimizer) -> list[dict]:
-    """Groups of a normalized model, for the flags of a stock one.
-
-    A learning rate of a vector on the sphere is an angle in radians per step, so it holds at any width n: entries of AdamW move
-    by lr / sqrt(n). Muon's step already turns each row of a reader by its learning rate. Scales move by a share of
-    where they start. There is no weight decay.
-    """
-    root = model.config.n_embd ** 0.5
-    modules = [module for block in model.transformer.h for module in (block.attn, block.mlp)]
-    gates = [block.attn.ve_gate for block in model.transformer.h if block.attn.ve_gate is not None]
-    matrices = [module for block in model.transformer.h for module in block.modules() if isinstance(module, Linear) and module not in gates]
-
-    def scales(start: float, *names: str) -> dict:
-        params = [p for module in (*model.transformer.h, *modules) for name in names for p in _tensors(getattr(module, name, None))]
-        return adamw_group(params, start * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0)
-
-    return [
-        adamw_group(model.lm_head.parameters(), unembedding_lr * HEAD_SHARE / root, (0.8, 0.96), 0.0),
-        adamw_group(model.transformer.wte.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
-        adamw_group(model.value_embeds.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
-        adamw_group([model.resid_lambdas], scalar_lr * RESID_SHARE, (0.8, 0.95), 0.0),
-        adamw_group([model.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
-        adamw_group([model.smear_lambda, model.backout_lambda], 0.2, (0.8, 0.95), 0.0),
-        adamw_group([model.smear_gate.weight], 0.2 * root, (0.8, 0.95), 0.0),
-        adamw_group([gate.weight for gate in gates], GATE_LR * root, (0.8, 0.95), 0.0),
-        scales(1 / model.config.n_layer, "alpha_attn", "alpha_mlp"),
-        scales(1.0, "s_qk", "s_head"),
-        scales(root, "s_u", "s_v"),
-        scales(root * 2, "s_hidden"),
-        adamw_group([model.s_z], S_Z * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0),
-        *matrix_groups([module.weight for module in matrices], matrix_lr, 0.0, matrix_optimizer),
-    ]
-
-
-def _tensors(value) -> list:
-    return [] if value is None else [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 def _normalize(weight: torch.Tensor, dim: int) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanochat.blocks import BLOCKS
 from nanochat.cli import UsageError, finite_float, flag, int_or_off, non_negative_int, positive_float, positive_int
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
-from nanochat.layered_gpt import ACTIVATIONS, BLOCKS, ORDERS, LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import ACTIVATIONS, ORDERS, LayeredGPTConfig, build_gpt
 from nanochat.lowrank import RANK_SCHEDULES, break_even_rank, schedule_ranks
 
 REFERENCE_DEPTH = 12
@@ -33,7 +34,7 @@ def gpt_config(depth: int, aspect_ratio: int, head_dim: int, sequence_len: int, 
 
 
 @dataclass(frozen=True)
-class LayerDials:
+class LayerChanges:
     """What makes the layers differ from the stock ones; -1 and 0 stand for the stock choice."""
 
     attn_rank: int = 0
@@ -50,12 +51,12 @@ class LayerDials:
     order: str = "attn-mlp"
 
     def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
-        """The stock configuration itself if no dial is turned, else a layered one. Raises UsageError for layers that cannot be.
+        """The stock configuration itself if there is nothing to change, else a layered one. Raises UsageError for layers that cannot be.
 
         For the `reference` model, whose depth the user did not choose, what does not fit is cut to what does: key heads to a
         divisor of its heads, ranks to its matrices. The schedule does not matter there, only the sum of the ranks counts.
         """
-        if self == LayerDials():
+        if self == LayerChanges():
             return stock
         with torch.device("meta"):
             plain = LayeredGPTConfig.from_gpt(GPT(stock))
@@ -117,8 +118,8 @@ class Horizon:
 
 
 def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: float, target_param_data_ratio: float,
-                 total_batch_size: int, dials: LayerDials | None = None) -> Horizon:
-    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `dials` what the layers differ in.
+                 total_batch_size: int, changes: LayerChanges | None = None) -> Horizon:
+    """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `changes` what the layers differ in.
 
     The batch grows with tokens^0.383 (Power Lines, 2505.13738), the learning rates with its square root, and weight decay
     with sqrt(batch)/tokens. The number of steps is `num_iterations`, else what `target_flops` pays for, else what the
@@ -128,7 +129,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
         raise UsageError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio a positive value")
     ratio = target_param_data_ratio or 1.0  # its sign and size cancel where the horizon is explicit
     with torch.device("meta"):
-        reference = build_gpt((dials or LayerDials()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
+        reference = build_gpt((changes or LayerChanges()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
     target_tokens = int(ratio * scaling_params(model))
     reference_tokens = ratio * scaling_params(reference)
     if total_batch_size <= 0:
@@ -172,8 +173,8 @@ class ModelSettings:
     order: str = flag("attn-mlp", "order of attention and MLP in a layer", choices=ORDERS)
     block: str = flag("prenorm", "prenorm: nanochat's; ngpt: hidden states and weights on the unit sphere (ngpt.py)", choices=BLOCKS)
 
-    def dials(self) -> LayerDials:
-        return LayerDials(
+    def changes(self) -> LayerChanges:
+        return LayerChanges(
             attn_rank=self.rank if self.attn_rank is None else self.attn_rank, mlp_rank=self.rank if self.mlp_rank is None else self.mlp_rank,
             lm_head_rank=self.lm_head_rank, rank_schedule=self.rank_schedule, n_head=self.n_head, n_kv_head=self.n_kv_head, qk_dim=self.qk_dim,
             mlp_ratio=self.mlp_ratio, mlp_depth=self.mlp_depth, block=self.block, activation=self.activation, order=self.order)
@@ -181,14 +182,14 @@ class ModelSettings:
     def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
         """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""
         config = gpt_config(depth or self.depth, self.aspect_ratio, self.head_dim, self.max_seq_len, vocab_size, self.window_pattern)
-        dials = self.dials()
+        changes = self.changes()
         if width is not None:
             if width % self.head_dim:
                 raise UsageError(f"a width of {width} is not made of heads of {self.head_dim}; use a multiple, or another --head-dim")
             config = replace(config, n_embd=width, n_head=width // self.head_dim, n_kv_head=width // self.head_dim)
         if rank is not None:
-            dials = replace(dials, attn_rank=rank, mlp_rank=rank)
-        return dials.apply(config)
+            changes = replace(changes, attn_rank=rank, mlp_rank=rank)
+        return changes.apply(config)
 
 
 @dataclass

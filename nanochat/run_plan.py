@@ -78,7 +78,7 @@ class RunPlan:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
         first, final = settings.first_and_final(vocab_size)
         self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
-        for remark in settings.dials().remarks(final):
+        for remark in settings.changes().remarks(final):
             print0(remark)
         torch.manual_seed(settings.seed)
         with torch.device("meta"):
@@ -93,7 +93,7 @@ class RunPlan:
         shape = dict(aspect_ratio=settings.aspect_ratio, head_dim=settings.head_dim, sequence_len=settings.max_seq_len, vocab_size=vocab_size,
                      window_pattern=settings.window_pattern)
         self.horizon = plan_horizon(self.final_model, shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
-                                    settings.total_batch_size, settings.dials())
+                                    settings.total_batch_size, settings.changes())
         self.weight_decay = settings.weight_decay * self.horizon.weight_decay_scale
         self.schedule: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, self.weight_decay)
         self.budget = self.final_model.estimate_flops() * self.horizon.total_tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt, layered_gpt
+from nanochat import gpt
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights
@@ -68,7 +68,6 @@ def float64():
     """Models, and their logits, in float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt, "COMPUTE_DTYPE", torch.float64)
-        patch.setattr(layered_gpt, "COMPUTE_DTYPE", torch.float64)
         patch.setattr(GPT, "_cap", lambda self, z: LOGIT_SOFTCAP * torch.tanh(z[..., :self.config.vocab_size] / LOGIT_SOFTCAP))
         patch.setattr(gpt, "softcap_cross_entropy", plain_cross_entropy)  # ours is float32 inside
         torch.set_default_dtype(torch.float64)

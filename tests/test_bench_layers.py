@@ -7,7 +7,7 @@ import torch
 from dev import bench_layers as bench
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import LayeredGPT, build_gpt
-from nanochat.recipe import LayerDials
+from nanochat.recipe import LayerChanges
 
 TINY = ["--widths", "64", "32", "--head-dim=16", "--rank-divisors", "4", "2", "--max-seq-len=16", "--tokens=32", "--rounds=1", "--device-type=cpu"]
 STOCK = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -45,11 +45,11 @@ def test_tiny_models(tmp_path, capsys):
         assert all(low_rank[name] < dense[name] for name in dense if "optimizer" in name or "checkpoint" in name)
 
 
-@pytest.mark.parametrize("dials", [LayerDials(), LayerDials(attn_rank=8, mlp_rank=4, lm_head_rank=8), LayerDials(block="ngpt"),
-                                   LayerDials(block="ngpt", attn_rank=8, mlp_rank=20)])
-def test_expected_optimizer_state_is_what_a_step_allocates(dials):
+@pytest.mark.parametrize("changes", [LayerChanges(), LayerChanges(attn_rank=8, mlp_rank=4, lm_head_rank=8), LayerChanges(block="ngpt"),
+                                   LayerChanges(block="ngpt", attn_rank=8, mlp_rank=20)])
+def test_expected_optimizer_state_is_what_a_step_allocates(changes):
     with torch.device("meta"):
-        model = build_gpt(dials.apply(STOCK))
+        model = build_gpt(changes.apply(STOCK))
     model.to_empty(device="cpu")
     model.init_weights()
     optimizer = bench.quiet_optimizer(model)
@@ -58,7 +58,7 @@ def test_expected_optimizer_state_is_what_a_step_allocates(dials):
     model(idx, idx).backward()
     optimizer.step()
     assert bench.state_bytes(optimizer) == expected
-    assert isinstance(model, LayeredGPT) == (dials != LayerDials())
+    assert isinstance(model, LayeredGPT) == (changes != LayerChanges())
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():

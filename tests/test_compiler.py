@@ -20,7 +20,7 @@ from nanochat.growth import grow
 from nanochat.growth.target import grown_config
 from nanochat.kernel_choice import machine
 from nanochat.layered_gpt import build_gpt
-from nanochat.recipe import LayerDials
+from nanochat.recipe import LayerChanges
 from tests.golden.fixtures import batch, build_model
 
 CONFIG = dict(sequence_len=512, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
@@ -95,7 +95,7 @@ def layers_grow_in_depth_for_nothing():
 def ranks_of_their_own():
     """--depth=20 --rank=8 --rank-schedule=linear: 20 kinds of layers, more than PyTorch compiles by default, and 81 groups of Muon."""
     config = GPTConfig(**{**CONFIG, "n_layer": 20, "window_pattern": "L"})
-    model = build_gpt(LayerDials(attn_rank=8, mlp_rank=8, rank_schedule="linear").apply(config))
+    model = build_gpt(LayerChanges(attn_rank=8, mlp_rank=8, rank_schedule="linear").apply(config))
     model.init_weights()
     idx, targets = batch(1, 2, 100, 50)
     check_same(whole(model), model)

@@ -14,12 +14,12 @@ from nanochat.engine import Engine
 from tests.golden.fixtures import build_model
 
 
-def by_definition(q, k, v, window: int):
-    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D), aligned at the end; in float64."""
+def by_definition(q, k, v, window: int, right: int = 0):
+    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D), aligned at the end; in float64. A negative window or right side has no limit."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     distance = torch.arange(k.size(2) - q.size(2), k.size(2))[:, None] - torch.arange(k.size(2))[None, :]
-    hidden = (distance < 0) | (distance > window) if window >= 0 else distance < 0
+    hidden = (distance > window) & (window >= 0) | (distance < -right) & (right >= 0)
     scores = (q @ k.mT) * q.size(-1) ** -0.5
     return (scores.masked_fill(hidden, -float("inf")).softmax(-1) @ v).transpose(1, 2)
 
@@ -49,15 +49,54 @@ def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), length=st.integers(1, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
+       window=st.one_of(st.just((-1, -1)), st.integers(0, 500).map(lambda w: (w, w)), st.tuples(st.integers(-1, 500), st.integers(-1, 500))),
+       widths=st.sampled_from([(8, 8), (8, 16)]), kernel=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+def test_both_sides_equal_the_definition(seed, length, kv_heads, group, window, widths, kernel, backward):
+    q, k, _ = qkv(seed, 2, length, kv_heads * group, kv_heads, widths[0])
+    _, _, v = qkv(seed + 1, 2, length, kv_heads * group, kv_heads, widths[1])
+    with pytest.MonkeyPatch.context() as patch:
+        choose(patch, attention=kernel, window=kernel, backward=backward)
+        y = fa.flash_attn_func(q, k, v, causal=False, window_size=window)
+    want = by_definition(q, k, v, *window)
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-6)
+    upstream = torch.randn_like(y)
+    for got, expected in zip(torch.autograd.grad(y, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream.double())):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (64, 64), (-1, 3)])
+def test_both_sides_on_other_devices(monkeypatch, window):
+    """What runs elsewhere, without FlexAttention, here on the CPU: PyTorch's kernel and blocks."""
+    monkeypatch.setattr(fa, "_can_use_flex", lambda q: False)
+    q, k, v = (x.detach().to("meta") for x in qkv(1, 2, 300, 2, 1, 8))
+    assert fa.flash_attn_func(q, k, v, causal=False, window_size=window).shape == q.shape
+
+
+def test_causal_hides_the_right_side_whatever_the_window_says():
+    q, k, v = (x.detach() for x in qkv(3, 1, 40, 2, 2, 8))
+    assert torch.equal(fa.flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)), fa.flash_attn_func(q, k, v, causal=False, window_size=(-1, 0)))
+    assert torch.equal(fa.flash_attn_func(q, k, v, causal=True, window_size=(5, 7)), fa.flash_attn_func(q, k, v, causal=False, window_size=(5, 0)))
+
+
+def test_what_has_no_meaning_is_refused():
+    q, k, v = (x.detach() for x in qkv(4, 1, 3, 1, 1, 4))
+    with pytest.raises(ValueError, match="KV cache is causal"):
+        fa.flash_attn_with_kvcache(q, torch.zeros(1, 4, 1, 4), torch.zeros(1, 4, 1, 4), k=k, v=v, cache_seqlens=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="2 queries and 3 keys"):
+        fa.flash_attn_func(q[:, :2], k, v)
+
+
 @pytest.mark.parametrize("backward", ["torch", "blocked"])
 @pytest.mark.parametrize("forward", ["torch", "blocked"])
-@pytest.mark.parametrize("window", [-1, 0, 5, 128, 200])
+@pytest.mark.parametrize("window", [(-1, 0), (0, 0), (5, 0), (128, 0), (200, 0), (-1, -1), (60, 60)])
 def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backward):
     """The error must stay of the size that rounding to bf16 makes anyway."""
     choose(monkeypatch, attention=forward, window=forward, backward=backward)
     q, k, v = qkv(1, 2, 300, 4, 2, 64, torch.bfloat16)
-    want = by_definition(q, k, v, window)
-    y = fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    want = by_definition(q, k, v, *window)
+    y = fa.flash_attn_func(q, k, v, causal=False, window_size=window)
     assert y.dtype == torch.bfloat16
     upstream = torch.randn_like(y)
     got = torch.autograd.grad(y, (q, k, v), upstream)
@@ -76,11 +115,11 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
     assert blocked == [20]
 
 
-@pytest.mark.parametrize("window", [-1, 3])
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0), (3, 2)])
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
-    torch.library.opcheck(fa._forward, (q, k, v, window, kernel))
+    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel))
 
 
 def test_values_of_another_width():
@@ -113,7 +152,7 @@ def test_cache_in_chunks_equals_one_pass(dtype, cache_dtype, window, kv_heads):
 def test_a_full_cache_says_so():
     q, k, v = (x.detach() for x in qkv(4, 1, 3, 1, 1, 4))
     with pytest.raises(ValueError, match="holds 2 positions, 3 are needed"):
-        fa.flash_attn_with_kvcache(q, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), k=k, v=v, cache_seqlens=torch.zeros(1, dtype=torch.int32))
+        fa.flash_attn_with_kvcache(q, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), k=k, v=v, cache_seqlens=torch.zeros(1, dtype=torch.int32), causal=True)
 
 
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
@@ -126,6 +165,8 @@ def test_no_mask_of_the_whole_context(monkeypatch, kernel):
     q, k, v = (x.detach() for x in qkv(5, 1, 2048, 1, 1, 8))
     fa.flash_attn_func(q, k, v, causal=True, window_size=(256, 0))
     assert sizes and max(sizes) <= fa.BLOCK * (fa.BLOCK + 256)
+    fa.flash_attn_func(q, k, v, causal=False, window_size=(256, 128))
+    assert max(sizes) <= fa.BLOCK * (fa.BLOCK + 256 + 128)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -141,26 +182,28 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("length", [100, 128, 257, 1000])
-@pytest.mark.parametrize("window", [0, 5, 127, 128, 129, 300, 5000])
-def test_flex_attention_mask_is_the_same_window(length, window):
+@pytest.mark.parametrize("left", [0, 5, 127, 128, 129, 300, 5000])
+@pytest.mark.parametrize("right", [0, 1, 127, 128, 300])
+def test_flex_attention_mask_is_the_same_window(length, left, right):
     from torch.nn.attention.flex_attention import create_block_mask
-    band = fa._band(length, window, torch.device("cpu"))
-    want = create_block_mask(fa._in_window(window), None, None, length, length, device="cpu")
+    band = fa._band(length, left, right, torch.device("cpu"))
+    want = create_block_mask(fa._in_window(left, right), None, None, length, length, device="cpu")
     assert torch.equal(band.to_dense(), want.to_dense()) and band.shape == want.shape
 
 
-def test_flex_attention_with_it(window=70):
+@pytest.mark.parametrize("window", [(70, 0), (70, 40), (-1, 40), (70, -1)])
+def test_flex_attention_with_it(window):
     """FlexAttention itself runs compiled on CUDA; its eager form shows on any machine that the band is right."""
     from torch.nn.attention.flex_attention import flex_attention
     q, k, v = (x.detach().transpose(1, 2) for x in qkv(6, 1, 257, 4, 2, 16))
-    y = flex_attention(q, k, v, block_mask=fa._band(257, window, q.device), enable_gqa=True)
-    want = by_definition(*(x.transpose(1, 2) for x in (q, k, v)), window)
+    y = flex_attention(q, k, v, block_mask=fa._band(257, *window, q.device), enable_gqa=True)
+    want = by_definition(*(x.transpose(1, 2) for x in (q, k, v)), *window)
     torch.testing.assert_close(y.transpose(1, 2).double(), want, rtol=0, atol=2e-6)
 
 
 def test_flex_attention_mask_is_never_the_whole_context():
     with LargestTensor() as largest:
-        fa._band(8192, 2048, torch.device("cpu"))
+        fa._band(8192, 2048, 0, torch.device("cpu"))
     assert 0 < largest.elements <= 4 * (8192 // fa.BLOCK) ** 2
 
 

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.growth import grow, grown_config
-from nanochat.growth.axes import parameter_axes
+from nanochat.growth.axes import ModelAxes
 from nanochat.growth.maps import angles, count_copies, head_index, shared
-from nanochat.growth.target import continued_layers, spelled_out
+from nanochat.growth.target import continued_layers, layered_config
 from nanochat.layered_gpt import LayeredGPT
 from nanochat.ngpt import NormalizedWeights
 from tests.golden.byte_tokenizer import ByteTokenizer
 from tests.golden.fixtures import load
 from tests.growing import STOCK, difference, float64, mixed, random_model, tokens, uniform
 
-SPREADS = st.floats(0, 0.99) | st.just(1.0)  # all but 1 leaves copies that are hardly read, with huge tilts
+SPREADS = st.floats(0, 0.99) | st.just(1.0)  # all but 1 leaves copies that are hardly read, with huge noise
 PARAMETERS = st.fixed_dictionaries({"theta": st.floats(0, 45), "spread": SPREADS, "noise": st.floats(0.01, 3)})
 BLOCKS = ("prenorm", "ngpt")
 
@@ -41,7 +41,7 @@ def bounded(parameters: dict) -> dict:
 def test_every_parameter_names_its_axes():
     for config in (STOCK, mixed(), mixed("ngpt")):
         parameters = dict(random_model(config).named_parameters())
-        axes = parameter_axes(spelled_out(config))
+        axes = ModelAxes(layered_config(config)).parameters
         assert axes.keys() == parameters.keys()
         assert all(len(axes[name]) <= p.dim() for name, p in parameters.items())
 
@@ -56,10 +56,10 @@ def test_maps_keep_what_they_must(old, ratio, theta, total, spread, noise):
     normed = angles(old, int(old * ratio), theta, total)
     torch.testing.assert_close(normed.group_sum(normed.write ** 2), torch.full((old,), total, dtype=torch.float64))
     free = shared(normed.index, old, spread, noise)
-    for map in (normed, free, free.on_sphere(), free.scaled(0.7), free.on_sphere().plain(), free.on_sphere().scale(0.3), free.repeat(3)):
+    for map in (normed, free, free.on_sphere(), free.times(0.7), free.on_sphere().before_scale(), free.on_sphere().of_scale(0.3), free.repeat(3)):
         torch.testing.assert_close(map.group_sum(map.write * map.read), torch.ones(map.old, dtype=torch.float64))
         assert torch.equal(map.index[:map.old], torch.arange(map.old))
-    torch.testing.assert_close(free.group_sum(free.write * free.read * free.tilt), torch.zeros(old, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(free.group_sum(free.write * free.read * free.column_noise), torch.zeros(old, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,7 +6,9 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.growth import grow, grown_config
-from nanochat.growth.target import continued_layers
+from nanochat.growth.maps import shared
+from nanochat.growth.modes import MODES, Lossless
+from nanochat.growth.target import DEPTH_MODES, continued_layers
 from nanochat.layered_gpt import LayeredGPT
 from tests.growing import STOCK, VOCAB, difference, float64, mixed, random_model, tokens, uniform
 
@@ -125,6 +127,20 @@ def test_which_layer_continues_which():
                 assert len(layers) == new and set(range(old)) <= set(layers)
                 if mode != "stack":
                     assert [x for x in layers if x is not None] == sorted(x for x in layers if x is not None)
+
+
+def test_a_new_mode_is_a_line_in_its_registry(monkeypatch):
+    """Here plain clones by another way (any ratio), and new layers at the bottom."""
+    class Copies(Lossless):
+        def free(self, index, old, sphere):
+            return shared(index, old, 0.0)
+
+    monkeypatch.setitem(MODES, "copies", lambda: Copies(noise=0.0))
+    monkeypatch.setitem(DEPTH_MODES, "below", lambda old, new: [*[None] * (new - old), *range(old)])
+    with float64():
+        model = random_model(STOCK)
+        grown, _ = grow(model, grown_config(STOCK, 5, 48, depth_mode="below"), mode="copies", depth_mode="below")
+        assert difference(model, grown) <= 1e-10 and not grown.transformer.h[1].mlp.c_proj.weight.any()
 
 
 @pytest.mark.parametrize("mode", ["lossless", "hyperclone", "bus", "identity", "random"])

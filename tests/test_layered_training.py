@@ -1,4 +1,4 @@
-"""Layered models through base_train: training, resuming, loading, and dials that cannot be."""
+"""Layered models through base_train: training, resuming, loading, and changes that cannot be."""
 import shutil
 
 import pytest
@@ -8,7 +8,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.layered_gpt import LayeredGPT
-from nanochat.recipe import LayerDials, gpt_config, plan_horizon, scaling_params
+from nanochat.recipe import LayerChanges, gpt_config, plan_horizon, scaling_params
 from tests import tiny
 
 DIALS = ["--rank=12", "--mlp-rank=16", "--rank-schedule=linear", "--lm-head-rank=20", "--n-kv-head=1", "--qk-dim=24", "--mlp-ratio=2.5",
@@ -72,23 +72,23 @@ def test_a_rank_that_saves_nothing_is_pointed_out(base, capsys):
 def test_depth_20_rank_128_by_hand():
     """What `base_train --depth=20 --rank=128` would train, on the meta device."""
     shape = dict(aspect_ratio=64, head_dim=128, sequence_len=2048, vocab_size=32768, window_pattern="SSSL")
-    dials = LayerDials(attn_rank=128, mlp_rank=128)
+    changes = LayerChanges(attn_rank=128, mlp_rank=128)
     with torch.device("meta"):
-        model = LayeredGPT(dials.apply(gpt_config(20, **shape)))
+        model = LayeredGPT(changes.apply(gpt_config(20, **shape)))
     width, gates = 1280, 10 * 10 * 12  # ten layers have a gate of 10 heads x 12 channels
     matrices = 20 * 128 * (4 * 2 * width + 2 * 5 * width) + gates
     assert model.num_scaling_params()["transformer_matrices"] == matrices
     assert scaling_params(model) == matrices + 32768 * width
     stock_attention = 2_886_212_784 - 6 * (393_217_200 + 41_943_040 + 24)  # the spec's FLOPs of a stock d20, less its matrices
     assert model.estimate_flops() == 6 * (matrices + 32768 * width + 24) + stock_attention
-    horizon = plan_horizon(model, shape, -1, -1, 12, -1, dials)
+    horizon = plan_horizon(model, shape, -1, -1, 12, -1, changes)
     assert horizon.target_tokens == 12 * scaling_params(model)
 
 
-@pytest.mark.parametrize("dials", [LayerDials(n_kv_head=5), LayerDials(attn_rank=700, mlp_rank=700, rank_schedule="linear"), LayerDials(lm_head_rank=1000)])
-def test_the_horizon_has_a_reference_also_where_the_dials_do_not_fit_it(dials):
+@pytest.mark.parametrize("changes", [LayerChanges(n_kv_head=5), LayerChanges(attn_rank=700, mlp_rank=700, rank_schedule="linear"), LayerChanges(lm_head_rank=1000)])
+def test_the_horizon_has_a_reference_also_where_the_dials_do_not_fit_it(changes):
     """They fit a model of depth 20; the reference has depth 12, 6 heads and a width of 768."""
     shape = dict(aspect_ratio=64, head_dim=128, sequence_len=2048, vocab_size=32768, window_pattern="SSSL")
     with torch.device("meta"):
-        model = LayeredGPT(dials.apply(gpt_config(20, **shape)))
-    assert plan_horizon(model, shape, -1, -1, 12, -1, dials).num_iterations > 0
+        model = LayeredGPT(changes.apply(gpt_config(20, **shape)))
+    assert plan_horizon(model, shape, -1, -1, 12, -1, changes).num_iterations > 0

@@ -11,15 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanochat import cross_entropy, flash_attention, memory
 from nanochat.layered_gpt import build_gpt
-from nanochat.recipe import LayerDials, gpt_config
+from nanochat.recipe import LayerChanges, gpt_config
 from scripts import base_train
 from tests.tiny import ROOT
 
 ROWS, CONTEXT = 4, 256
 
 
-def config(**dials):
-    return LayerDials(**dials).apply(gpt_config(4, 32, 32, CONTEXT, 2048, "SL"))
+def config(**changes):
+    return LayerChanges(**changes).apply(gpt_config(4, 32, 32, CONTEXT, 2048, "SL"))
 
 
 def measured(config, tmp_path, compiled: bool = False) -> int:
@@ -50,11 +50,11 @@ def measured(config, tmp_path, compiled: bool = False) -> int:
     return max(event["Total Allocated"] for event in events) - before + sum(tensor.nbytes for tensor in kept)
 
 
-@pytest.mark.parametrize("dials", [pytest.param({}, id="stock"), *(pytest.param(dials, id=name, marks=pytest.mark.slow) for name, dials in {
+@pytest.mark.parametrize("changes", [pytest.param({}, id="stock"), *(pytest.param(changes, id=name, marks=pytest.mark.slow) for name, changes in {
     "low rank": {"attn_rank": 16, "mlp_rank": 16}, "ngpt": {"block": "ngpt"}, "swiglu": {"activation": "swiglu", "n_kv_head": 2, "order": "parallel"}}.items())])
-def test_estimate_is_what_a_step_allocates(dials, tmp_path):
-    estimate = sum(memory.training_memory(config(**dials), ROWS, "cpu", compiled=False).values())
-    assert estimate == pytest.approx(measured(config(**dials), tmp_path), rel=0.03)
+def test_estimate_is_what_a_step_allocates(changes, tmp_path):
+    estimate = sum(memory.training_memory(config(**changes), ROWS, "cpu", compiled=False).values())
+    assert estimate == pytest.approx(measured(config(**changes), tmp_path), rel=0.03)
 
 
 @pytest.mark.slow

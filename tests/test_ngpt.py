@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig
+from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.lowrank import LowRankLinear
-from nanochat.ngpt import unit
+from nanochat.ngpt import NormalizedGPT, unit
 from nanochat.optim import MATRIX_OPTIMIZERS
 from tests import tiny
 from tests.golden.fixtures import batch
@@ -25,9 +25,9 @@ def normalized_config(n_embd: int = 48, n_layer: int = 3, lm_head_rank: int = 0,
     return replace(config, lm_head_rank=lm_head_rank, layers=tuple(replace(layer, **{"block": "ngpt", **changes}) for layer in config.layers))
 
 
-def initialized(config, seed: int = 0) -> LayeredGPT:
+def initialized(config, seed: int = 0) -> NormalizedGPT:
     with torch.device("meta"):
-        model = LayeredGPT(config)
+        model = build_gpt(config)
     model.to_empty(device="cpu")
     torch.manual_seed(seed)
     model.init_weights()

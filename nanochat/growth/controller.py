@@ -25,7 +25,7 @@ from nanochat.growth.plan import (
     parse_path,
     show_plan,
 )
-from nanochat.growth.target import DEPTH_MODES, spelled_out
+from nanochat.growth.target import DEPTH_MODES, layered_config
 
 
 @dataclass
@@ -85,7 +85,7 @@ class GrowthController:
         self.stages = stages
         width = width_mode(settings.grow_mode, **settings.growth_parameters())
         for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
-            model_maps(width, spelled_out(before.config), spelled_out(after.config), after.layers, padded_vocab)
+            model_maps(width, layered_config(before.config), layered_config(after.config), after.layers, padded_vocab)
         self.budget = round(settings.grow_budget * budget)
         growths = len(self.stages) - 1
         self.growths_at = parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths)

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
-from nanochat.growth.target import spelled_out
+from nanochat.growth.target import layered_config
 from nanochat.layered_gpt import LayeredGPTConfig
 from nanochat.run_log import FILENAME, read_run_log
 
@@ -40,9 +40,9 @@ class Prediction:
 
 def shape_of(config: GPTConfig) -> tuple:
     """What two models must share to end with about the same loss: all sizes, but neither windows nor value embeddings."""
-    config = spelled_out(config)
+    config = layered_config(config)
     layers = sorted(repr(replace(layer, window=-1, value_embed=False)) for layer in config.layers)
-    return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, *layers
+    return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, config.causal, *layers
 
 
 def earlier_runs(runs: str | Path, config: GPTConfig | dict) -> list[tuple[Path, float]]:

@@ -28,9 +28,9 @@ class Map:
     index: torch.Tensor  # (n',)
     write: torch.Tensor  # (n',) float64
     read: torch.Tensor  # (n',) float64
-    noise: float = 0.0  # length of the random part of a reader's row, relative to the row (normed axes)
-    tilt: torch.Tensor | None = None  # (n',) the same of a reader's column, with a sign (free axes)
-    draw: str = ""  # who starts at random at a fresh entry: "writers" or "readers"
+    row_noise: float = 0.0  # length of the random part of a reader's row, relative to the row (normed axes)
+    column_noise: torch.Tensor | None = None  # (n',) the same of a reader's column, with a sign (free axes)
+    random_side: str = ""  # who starts at random at a fresh entry: "writers" or "readers"
 
     @property
     def new(self) -> int:
@@ -52,19 +52,19 @@ class Map:
         """The same for an axis that has `block` entries for each one here, as a head has its dimensions."""
         index = self.index.repeat_interleave(block) * block + torch.arange(block).repeat(self.new)
         return replace(self, old=self.old * block, index=index, write=self.write.repeat_interleave(block), read=self.read.repeat_interleave(block),
-                       tilt=None if self.tilt is None else self.tilt.repeat_interleave(block))
+                       column_noise=None if self.column_noise is None else self.column_noise.repeat_interleave(block))
 
-    def scaled(self, factor: float | torch.Tensor) -> "Map":
+    def times(self, factor: float | torch.Tensor) -> "Map":
         """Entries times `factor`, a number or (n',), wherever the axis is written."""
         return replace(self, write=self.write * factor, read=self.read / factor)
 
-    def plain(self) -> "Map":
+    def before_scale(self) -> "Map":
         """The axis just before a factor per entry makes the difference between copies: all are written alike."""
-        return replace(self, write=(~self.fresh).double(), read=self.write * self.read, tilt=None)
+        return replace(self, write=(~self.fresh).double(), read=self.write * self.read, column_noise=None)
 
-    def scale(self, factor: float | torch.Tensor = 1.0) -> "Map":
+    def of_scale(self, factor: float | torch.Tensor = 1.0) -> "Map":
         """For a parameter that multiplies entries of the axis, of which it takes over `write` and `factor`. Fresh ones get their twin's value."""
-        return replace(self, write=torch.where(self.fresh, 1.0, self.write * factor), read=self.read / factor, tilt=None)
+        return replace(self, write=torch.where(self.fresh, 1.0, self.write * factor), read=self.read / factor, column_noise=None)
 
     def part(self, length: int) -> "Map":
         """For a gate that reads nothing but the first entries, which continue themselves: it undoes what they are written with."""
@@ -74,8 +74,8 @@ class Map:
 
     def on_sphere(self) -> "Map":
         """For readers whose columns must keep the length 1: what they would be multiplied with goes to whoever writes the axis.
-        A column that is tilted by t is shortened by 1 / sqrt(1 + t²)."""
-        length = torch.ones_like(self.read) if self.tilt is None else (1 + self.tilt ** 2).sqrt()
+        A column with noise of relative length t is shortened by 1 / sqrt(1 + t²)."""
+        length = torch.ones_like(self.read) if self.column_noise is None else (1 + self.column_noise ** 2).sqrt()
         alive = (~self.fresh).double()
         return replace(self, write=self.write * self.read * length, read=alive / length)
 
@@ -121,24 +121,24 @@ def angles(old: int, new: int, theta: float, total: float, noise: float = 0.0) -
     weight = torch.where(number == 0, 1.0, math.tan(math.radians(theta)) * torch.ones(new, dtype=torch.float64))
     squares = torch.zeros(old, dtype=torch.float64).index_add_(0, index, weight ** 2)
     write = weight * (total / squares).sqrt()[index]
-    return Map(old, index, write, write / total, noise=noise * math.sqrt((new - old) / new))
+    return Map(old, index, write, write / total, row_noise=noise * math.sqrt((new - old) / new))
 
 
 def shared(index: torch.Tensor, old: int, spread: float, noise: float = 0.0) -> Map:
     """Free axis: of m copies the original is read with (1 + spread (m - 1)) / m, the others with (1 - spread) / m each.
 
-    With a spread of 0 they are equal; with 1 the new ones are fresh, read with zeros and written at random. The tilts t, one
+    With a spread of 0 they are equal; with 1 the new ones are fresh, read with zeros and written at random. The noises t of columns, one
     per copy, all differ, have sum read · t = 0 and a mean square (weighted by `read`) of noise² (m - 1) / m.
     """
     number, copies = count_copies(index, old)
     number, copies = number.double(), copies.double()
     read = torch.where(number == 0, 1 + spread * (copies - 1), 1 - spread) / copies
-    plan = Map(old, index, (read > 0).double(), read, draw="writers")
-    tilt = 1 - 2 * number / (copies - 1).clamp(min=1)
-    tilt = tilt - plan.group_sum(read * tilt)[index]
-    square = plan.group_sum(read * tilt ** 2)[index]
-    tilt = torch.where(square > 0, tilt * noise * ((copies - 1) / copies / square.clamp(min=1e-30)).sqrt(), 0.0)
-    return replace(plan, tilt=tilt)
+    plan = Map(old, index, (read > 0).double(), read, random_side="writers")
+    t = 1 - 2 * number / (copies - 1).clamp(min=1)
+    t = t - plan.group_sum(read * t)[index]
+    square = plan.group_sum(read * t ** 2)[index]
+    t = torch.where(square > 0, t * noise * ((copies - 1) / copies / square.clamp(min=1e-30)).sqrt(), 0.0)
+    return replace(plan, column_noise=t)
 
 
 def head_index(heads: tuple[int, int], grown: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,13 +10,13 @@ from nanochat.cli import UsageError
 from nanochat.common import share_weights
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import optimizer as states
-from nanochat.growth.axes import Write, parameter_axes
-from nanochat.growth.expand import expand, wide
+from nanochat.growth.axes import ModelAxes, Write
+from nanochat.growth.expand import expand, in_float64
 from nanochat.growth.maps import Maps
 from nanochat.growth.model_maps import model_maps
-from nanochat.growth.modes import Lossless, width_mode
-from nanochat.growth.target import continued_layers, layered_target, spelled_out, stock_config
-from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig
+from nanochat.growth.modes import width_mode
+from nanochat.growth.target import continued_layers, layered_config, layered_target, stock_config
+from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
 
@@ -60,7 +60,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
 
     Raises UsageError for a target that cannot be. `model` and `optimizer` are left as they are.
     """
-    source = spelled_out(model.config)
+    source = layered_config(model.config)
     layers = continued_layers(source.n_layer, target.n_layer, depth_mode) if layers is None else list(layers)
     target = layered_target(source, target, layers)
     if optimizer_mode not in OPTIMIZER_MODES:
@@ -69,7 +69,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     generator = generator or torch.Generator().manual_seed(0)
     padded_vocab = model.transformer.wte.num_embeddings
 
-    axes = parameter_axes(target)
+    axes = ModelAxes(target).parameters
     maps = model_maps(width, source, target, layers, padded_vocab)
     weights = dict(model.named_parameters())
     origin = {name: continued_parameter(name, layers) for name in axes}
@@ -89,7 +89,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
         parameter.requires_grad_(layer_of(name) not in frozen and weights.get(old_name, parameter).requires_grad)
     new = [layer is None for layer in layers]
     grown.resid_lambdas[new], grown.x0_lambdas[new] = 1.0, 0.0
-    if source.normalized and not isinstance(width, Lossless):
+    if source.normalized and not width.keeps_sphere:
         NormalizedWeights(grown)()
     share_weights(grown)
     grown.train(model.training)
@@ -144,15 +144,15 @@ def continued_weight(weights: Mapping[str, torch.Tensor], name: str) -> tuple[to
     """The weight of this name, for which a pair of factors is multiplied out if it must; and the U behind it, if it is a factor V."""
     if name in weights:
         U = weights.get(name.replace(".V.weight", ".U.weight")) if name.endswith(".V.weight") else None
-        return wide(weights[name]), None if U is None else wide(U)
-    U, V = (wide(weights[name.replace(".weight", f".{factor}.weight")]) for factor in "UV")
+        return in_float64(weights[name]), None if U is None else in_float64(U)
+    U, V = (in_float64(weights[name.replace(".weight", f".{factor}.weight")]) for factor in "UV")
     return U @ V, None
 
 
 def empty_model(config: GPTConfig, padded_vocab: int, device: torch.device) -> GPT:
     """A model whose parameters are not filled yet."""
     with torch.device("meta"):
-        model = (LayeredGPT if isinstance(config, LayeredGPTConfig) else GPT)(config, pad_vocab_size_to=padded_vocab)  # type: ignore[arg-type]
+        model = build_gpt(config, padded_vocab)
     model.to_empty(device=device)
     model.init_buffers()
     return model
@@ -166,9 +166,8 @@ def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padde
     config = replace(target, n_layer=len(new), layers=tuple(target.layers[t] for t in new), backout_layer=0, lm_head_rank=0)
     with torch.random.fork_rng(devices=[]):  # `init_weights` draws from the global generator
         torch.default_generator.manual_seed(int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)))
-        model = LayeredGPT(config, pad_vocab_size_to=padded_vocab)
+        model = build_gpt(config, padded_vocab)
         model.init_weights()
-    for name, parameter in model.named_parameters():
-        if name.endswith((".alpha_attn", ".alpha_mlp")):
-            parameter.zero_()
+    for block in model.transformer.h:
+        block.init_as_identity()
     return {in_layer(name, new[layer]): p for name, p in model.named_parameters() if (layer := layer_of(name)) is not None}

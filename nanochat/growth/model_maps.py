@@ -8,11 +8,12 @@ How the conditions meet in a layer. Let (a, b) be the map of what the next matri
   Whatever multiplies that matrix's outputs takes the rest: s_u, s_v, s_hidden, s_head, s_z. A writer's columns keep the length 1
   too, so the unequal shares of heads and units are in the same scales.
 """
+import re
 from dataclasses import replace
 
 import torch
 
-from nanochat.growth.axes import layer_matrices
+from nanochat.growth.axes import ModelAxes
 from nanochat.growth.maps import Map, head_index, identity, tile
 from nanochat.growth.modes import Mode
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec
@@ -20,67 +21,83 @@ from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec
 
 def model_maps(mode: Mode, source: LayeredGPTConfig, target: LayeredGPTConfig, layers: list[int | None], padded_vocab: int) -> dict[str, Map]:
     """The map of each axis of `target`, by name. `layers` says which layer of `source` each layer continues."""
-    sphere = source.normalized
+    sphere, old, new = source.normalized, ModelAxes(source), ModelAxes(target)
     stream = mode.stream(source.n_embd, target.n_embd, 1.0 if sphere else target.n_embd / source.n_embd)
     head_rank = source.lm_head_rank if target.lm_head_rank else 0  # factors that are multiplied out grow as their product
-    logits = identity(padded_vocab).scaled(kept(stream, head_rank, sphere))
+    logits = identity(padded_vocab).times(copied_share(stream, head_rank, sphere))
     maps = {
-        "stream": stream, "stream[scale]": stream.plain().scale(),
-        "stream[:12]": stream.part(12), "stream[:24]": stream.part(24),
+        "stream": stream, "stream[scale]": stream.before_scale().of_scale(),
         "depth": depth_map(source.n_layer, layers),
-        "logits": logits, "logits[scale]": identity(padded_vocab).scale(1 / logits.write),
+        "logits": logits, "logits[scale]": identity(padded_vocab).of_scale(1 / logits.write),
     }
-    if head_rank:
-        maps["lm_head.rank"] = rank_map(mode, head_rank, target.lm_head_rank, "logits", stream, sphere)
     for i, layer in enumerate(layers):
         if layer is not None:
             maps |= {f"{i}.{name}": map for name, map in layer_maps(mode, source.layers[layer], target.layers[i], stream, sphere).items()}
+
+    readers = {read: between for between, (_, read) in new.factors.items()}
+    for axis, size in new.sizes.items():
+        if axis in maps or axis in new.factors or (name := continued_axis(axis, layers)) is None:
+            continue
+        if part := re.fullmatch(r"stream\[:(\d+)\]", axis):
+            maps[axis] = stream.part(int(part[1]))
+        else:  # one that only this kind of layer has
+            rank = old.sizes.get(continued_axis(readers[axis], layers) or "", 0) if axis in readers else 0
+            maps[axis] = free_map(mode, tile(old.sizes[name], size), old.sizes[name], rank, sphere)
+    for axis, (written, read) in new.factors.items():
+        if name := continued_axis(axis, layers):
+            maps[axis] = rank_map(mode, old.sizes[name], new.sizes[axis], written, maps[read], sphere)
     return maps
+
+
+def continued_axis(axis: str, layers: list[int | None]) -> str | None:
+    """The name in the source of the axis that this one of the target continues, None in a new layer."""
+    number, _, name = axis.partition(".")
+    if not number.isdecimal():
+        return axis
+    layer = layers[int(number)]
+    return None if layer is None else f"{layer}.{name}"
 
 
 def layer_maps(mode: Mode, source: LayerSpec, target: LayerSpec, stream: Map, sphere: bool) -> dict[str, Map]:
     """The maps of one layer's own axes, by name without the layer."""
     ranks = {"attn": source.attn_rank if target.attn_rank else 0, "mlp": source.mlp_rank if target.mlp_rank else 0}
     heads, kv_heads = head_index((source.n_head, source.n_kv_head), (target.n_head, target.n_kv_head))
-    mixed = free_map(mode, heads, source.n_head, ranks["attn"], sphere)
-    query = mixed.plain()
+    attended = free_map(mode, heads, source.n_head, ranks["attn"], sphere)
+    query = attended.before_scale()
     kv = key_map(query, kv_heads, source)
-    cos = kept(stream, ranks["attn"], sphere)
+    cos = copied_share(stream, ranks["attn"], sphere)
     maps = {
-        "query": query.scaled(cos).repeat(source.qk_dim), "query[head]": query.scale(),
-        "key": kv.scaled(cos).repeat(source.qk_dim),
-        "value": kv.scaled(cos).repeat(source.head_dim), "value[head]": kv,
-        "mixed": mixed.repeat(source.head_dim), "mixed[scale]": mixed.scale(1 / cos),
+        "query": query.times(cos).repeat(source.qk_dim), "query[head]": query.of_scale(),
+        "key": kv.times(cos).repeat(source.qk_dim),
+        "value": kv.times(cos).repeat(source.head_dim), "value[head]": kv,
+        "attended": attended.repeat(source.head_dim), "attended[scale]": attended.of_scale(1 / cos),
     }
     read = stream  # by the next matrix of the MLP
     for k in range(source.mlp_depth):
-        cos = kept(read, ranks["mlp"], sphere)
+        cos = copied_share(read, ranks["mlp"], sphere)
         if k == source.mlp_depth - 1:
             active = free_map(mode, tile(source.mlp_hidden, target.mlp_hidden), source.mlp_hidden, ranks["mlp"], sphere)
         else:
             active = mode.hidden(source.mlp_hidden, target.mlp_hidden, 1.0 if sphere else target.mlp_hidden / source.mlp_hidden)
-        before = active if source.activation == "swiglu" else active.scaled(1 / nonzero(active.write).sqrt())
-        maps |= {f"hidden.{k}": before.plain().scaled(cos) if sphere else before, f"hidden.{k}[scale]": before.scale(1 / cos),
+        before = active if source.activation == "swiglu" else active.times(1 / nonzero(active.write).sqrt())
+        maps |= {f"hidden.{k}": before.before_scale().times(cos) if sphere else before, f"hidden.{k}[scale]": before.of_scale(1 / cos),
                  f"hidden.{k}.active": active}
         if source.activation == "swiglu":
-            maps |= {"gate": active.plain().scaled(cos), "gate[scale]": active.plain().scale(1 / cos)}
+            maps |= {"gate": active.before_scale().times(cos), "gate[scale]": active.before_scale().of_scale(1 / cos)}
         read = active
-    for name, (writes, reads, new_rank) in layer_matrices(target).items():
-        if rank := ranks[name.split(".")[0]]:
-            maps[f"{name}.rank"] = rank_map(mode, rank, new_rank, writes, maps.get(reads[1:], stream), sphere)
     return maps
 
 
-def kept(read: Map, rank: int, sphere: bool) -> float:
+def copied_share(read: Map, rank: int, sphere: bool) -> float:
     """cos(phi), the share of the length 1 that noise leaves to the copied weights of a reader on the sphere."""
     quiet = not sphere or (rank and not read.has_room(rank))
-    return 1.0 if quiet else 1 / (1 + read.noise ** 2) ** 0.5
+    return 1.0 if quiet else 1 / (1 + read.row_noise ** 2) ** 0.5
 
 
 def free_map(mode: Mode, index: torch.Tensor, old: int, rank: int, sphere: bool) -> Map:
     map = mode.free(index, old, sphere)
-    if rank == 1:  # one dimension between the factors leaves no direction to tilt to
-        map = replace(map, tilt=None)
+    if rank == 1:  # one dimension between the factors leaves no direction for noise
+        map = replace(map, column_noise=None)
     return map.on_sphere() if sphere else map
 
 
@@ -90,7 +107,7 @@ def key_map(query: Map, index: torch.Tensor, spec: LayerSpec) -> Map:
     Exact for gradients if the queries of one copy of a key head all have the same share, else their mean.
     """
     share = query.read.view(len(index), -1).sum(dim=1) / (spec.n_head // spec.n_kv_head)
-    return Map(spec.n_kv_head, index, (share > 0).double(), share, draw=query.draw)
+    return Map(spec.n_kv_head, index, (share > 0).double(), share, random_side=query.random_side)
 
 
 def rank_map(mode: Mode, old: int, new: int, writes: str, read: Map, sphere: bool) -> Map:
@@ -99,12 +116,12 @@ def rank_map(mode: Mode, old: int, new: int, writes: str, read: Map, sphere: boo
     map = mode.rank(old, new)
     if not sphere:
         return map
-    return replace(map.on_sphere(), draw="readers") if writes == "stream" else map.scaled(kept(read, old, sphere))
+    return replace(map.on_sphere(), random_side="readers") if writes == "stream" else map.times(copied_share(read, old, sphere))
 
 
 def depth_map(old: int, layers: list[int | None]) -> Map:
-    kept_layers = torch.tensor([layer is not None for layer in layers]).double()
-    return Map(old, torch.tensor([layer or 0 for layer in layers]), kept_layers, kept_layers)
+    continued = torch.tensor([layer is not None for layer in layers]).double()
+    return Map(old, torch.tensor([layer or 0 for layer in layers]), continued, continued)
 
 
 def nonzero(x: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,37 @@
 
 On the sphere (nGPT) the last three keep the old weights up to the lengths of rows and columns, which are 1 again after each growth.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 
 from nanochat.cli import UsageError
 from nanochat.growth.maps import Map, Maps, along, angles, mapped, shared, tile
+
+
+class Mode(Protocol):
+    """What a mode answers. A new one is a class, and a line in `MODES`."""
+
+    keeps_sphere: ClassVar[bool]  # do grown weights of a normalized model have the length 1 by themselves?
+
+    def stream(self, old: int, new: int, total: float) -> Map:
+        """From `old` to `new` channels of the stream. To keep its RMS (or, on the sphere, its length) write² must add up to `total` over the
+        copies of each. Gates read the first channels: these continue themselves, index[j] = j for j < old. May raise UsageError, as all of these."""
+
+    def hidden(self, old: int, new: int, total: float) -> Map:
+        """The same for hidden units of an MLP that are normalized before the next matrix reads them."""
+
+    def free(self, index: torch.Tensor, old: int, sphere: bool) -> Map:
+        """Heads or hidden units, of which the function acts on each by itself: entry j continues entry index[j] of `old`. On the sphere no
+        column may be zero."""
+
+    def rank(self, old: int, new: int) -> Map:
+        """Between the factors of a low-rank matrix."""
+
+    def fill(self, W_OI: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
+        """What is added to a weight of any number of dimensions that has gone through the maps: random numbers where it continues nothing (None: zeros)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Lossless:
     theta: float = 45.0
     spread: float = 0.5
     noise: float = 1.0
+    keeps_sphere: ClassVar[bool] = True
 
     def __post_init__(self):
         if not (0 <= self.theta <= 45 and 0 <= self.spread <= 1 and 0 <= self.noise):
@@ -59,7 +84,7 @@ class Lossless:
     def fill(self, weight: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
         """Fresh rows or columns that are to be random get the length that the others have in the mean."""
         for dim, map, writes in mapped(maps):
-            if map.draw == ("writers" if writes else "readers") and map.fresh.any():
+            if map.random_side == ("writers" if writes else "readers") and map.fresh.any():
                 vectors = normal(weight.shape, weight, generator)
                 length = weight.norm() / (~map.fresh).sum() ** 0.5
                 return vectors / vectors.norm(dim=1 - dim, keepdim=True) * length * along(map.fresh, dim, weight)
@@ -98,6 +123,8 @@ def whole_multiple(old: int, new: int) -> int:
 class Bus:
     """Each matrix is tiled, cut to size and multiplied by (old width / new width) of the axis that it reads."""
 
+    keeps_sphere: ClassVar[bool] = False
+
     def stream(self, old: int, new: int, total: float = 1) -> Map:
         return self.free(tile(old, new), old)
 
@@ -117,6 +144,8 @@ class Bus:
 @dataclass(frozen=True)
 class Random:
     """Each matrix keeps its corner; all around it is drawn anew at its RMS."""
+
+    keeps_sphere: ClassVar[bool] = False
 
     def stream(self, old: int, new: int, total: float = 1) -> Map:
         return embedded(tile(old, new), old)
@@ -152,7 +181,7 @@ class Identity(Random):
 
 def embedded(index: torch.Tensor, old: int) -> Map:
     """The first copy of each entry continues it, all others are fresh; a fresh axis is written at random and read with zeros."""
-    first = replace(shared(index, old, 1.0), tilt=None)
+    first = replace(shared(index, old, 1.0), column_noise=None)
     return replace(first, write=(first.read > 0).double())
 
 
@@ -178,8 +207,7 @@ def normal(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator)
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
-Mode = Lossless | Bus | Random
-MODES = {"lossless": Lossless, "hyperclone": Clones, "bus": Bus, "identity": Identity, "random": Random}
+MODES: dict[str, Callable[..., Mode]] = {"lossless": Lossless, "hyperclone": Clones, "bus": Bus, "identity": Identity, "random": Random}
 
 
 def width_mode(name: str, **parameters) -> Mode:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanochat.common import is_ddp_initialized, share
 from nanochat.gpt import GPT
-from nanochat.growth.expand import apply, wide
+from nanochat.growth.expand import apply, in_float64
 from nanochat.growth.maps import Map, Maps, along, mapped
 from nanochat.optim import SMALL, MuonAdamW, all_gather
 
@@ -126,11 +126,11 @@ def transport(state: dict, maps: Maps, shape: torch.Size) -> dict:
             dim = 0 if value.size(1) == 1 else 1
             if (shape[0] >= shape[1]) != (dim == 0):
                 continue  # the matrix has turned from tall to wide, or back
-            moment = scale_free(wide(value), maps[dim], dim)
+            moment = scale_free(in_float64(value), maps[dim], dim)
         elif key == "exp_avg_sq":
-            moment = mean_if_fresh(apply(wide(value), maps, of_gradient=True, power=2), maps)
+            moment = mean_if_fresh(apply(in_float64(value), maps, of_gradient=True, power=2), maps)
         else:
-            moment = apply(wide(value), maps, of_gradient=True)
+            moment = apply(in_float64(value), maps, of_gradient=True)
         moved[key] = moment.to(value.dtype).to(value.device)
     return moved
 
@@ -139,7 +139,7 @@ def scale_free(moment: torch.Tensor, entry: tuple[Map, bool] | None, dim: int) -
     """Of updates whose rows were scaled to equal lengths, and whose columns were not."""
     if entry is None:
         return moment
-    lines: Maps = [(entry[0].plain(), True), None] if dim == 0 else [None, (entry[0], True)]
+    lines: Maps = [(entry[0].before_scale(), True), None] if dim == 0 else [None, (entry[0], True)]
     return mean_if_fresh(apply(moment, lines, power=2), lines)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
-from nanochat.growth.target import continued_layers, grown_config, layered_target, spelled_out
+from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.recipe import gpt_config, scaling_params
 
@@ -80,7 +80,7 @@ def plan_stages(first: GPTConfig, path: Sequence[Shape], depth_mode: str = "iden
     configs: list[GPTConfig] = [first]
     layers: list[list[int | None]] = [list(range(first.n_layer))]
     for before, shape in zip(path, path[1:]):
-        source = spelled_out(configs[-1])
+        source = layered_config(configs[-1])
         head_dim = source.layers[0].head_dim
         if shape.width < before.width or shape.depth < before.depth:
             raise UsageError(f"{before} cannot become {shape}: a model only grows")

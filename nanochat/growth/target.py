@@ -14,6 +14,7 @@ the shape of the one below it.
 """
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Protocol
 
 import torch
 
@@ -21,9 +22,21 @@ from nanochat.cli import UsageError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec
 
-DEPTH_MODES = ("identity", "append", "stack", "interleave")
 GROWING = ("n_head", "n_kv_head", "mlp_hidden")  # of a layer; ranks grow too, or to 0 (dense)
 FIXED = ("head_dim", "qk_dim", "mlp_depth", "block", "activation", "order", "window", "value_embed")
+
+
+class DepthMode(Protocol):
+    def __call__(self, old: int, new: int) -> list[int | None]:
+        """For each of `new` layers the one of `old` layers (no more than new) that it continues, or None. All of the old ones must be continued."""
+
+
+DEPTH_MODES: dict[str, DepthMode] = {
+    "identity": lambda old, new: [None if t and t * old // new == (t - 1) * old // new else t * old // new for t in range(new)],
+    "append": lambda old, new: [*range(old), *[None] * (new - old)],
+    "stack": lambda old, new: [t % old for t in range(new)],
+    "interleave": lambda old, new: [t * old // new for t in range(new)],
+}
 
 
 def continued_layers(old: int, new: int, mode: str = "identity") -> list[int | None]:
@@ -32,17 +45,10 @@ def continued_layers(old: int, new: int, mode: str = "identity") -> list[int | N
         raise UsageError(f"unknown depth mode {mode!r}: use one of {', '.join(DEPTH_MODES)}")
     if new < old:
         raise UsageError(f"{old} layers cannot become {new}: a model only grows")
-    if mode == "append":
-        return [*range(old), *[None] * (new - old)]
-    if mode == "stack":
-        return [t % old for t in range(new)]
-    repeated = [t * old // new for t in range(new)]
-    if mode == "interleave":
-        return list(repeated)
-    return [layer if t == repeated.index(layer) else None for t, layer in enumerate(repeated)]
+    return DEPTH_MODES[mode](old, new)
 
 
-def spelled_out(config: GPTConfig) -> LayeredGPTConfig:
+def layered_config(config: GPTConfig) -> LayeredGPTConfig:
     """The configuration layer by layer, for the stock model too."""
     if isinstance(config, LayeredGPTConfig):
         return config
@@ -57,7 +63,7 @@ def grown_config(config: GPTConfig, n_layer: int | None = None, n_embd: int | No
     Heads (of the old size) and hidden units grow in proportion to the width, and are rounded up. `changes` may set n_head, n_kv_head,
     mlp_hidden, attn_rank, mlp_rank of all layers, and lm_head_rank. Raises UsageError.
     """
-    source = spelled_out(config)
+    source = layered_config(config)
     n_layer, n_embd = n_layer or source.n_layer, n_embd or source.n_embd
     if layers is None:
         layers = continued_layers(source.n_layer, n_layer, depth_mode)
@@ -98,14 +104,14 @@ def stock_config(config: LayeredGPTConfig) -> GPTConfig:
     """The stock configuration of the same model, or `config` itself if it is no stock model."""
     stock = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     try:
-        return stock if spelled_out(stock) == config else config
+        return stock if layered_config(stock) == config else config
     except AssertionError:  # widths that are no multiple of the head count
         return config
 
 
 def check_growth(source: LayeredGPTConfig, target: LayeredGPTConfig, layers: Sequence[int | None]) -> None:
     """Raises UsageError with the reason why `source` cannot become `target`."""
-    for name in ("vocab_size", "sequence_len"):
+    for name in ("vocab_size", "sequence_len", "causal"):
         check_kept(name, getattr(source, name), getattr(target, name))
     if target.n_embd < source.n_embd:
         raise UsageError(f"a width of {source.n_embd} cannot become {target.n_embd}: a model only grows")
