@@ -8,17 +8,19 @@ the matrix products, so:
 * scalars are Python numbers, and what depends on the position alone is made once for all layers
 * one row is multiplied as a vector where that is faster (kernel_choice.py)
 
-`GPT.cast_for_inference` makes it, for every model but a normalized one and one whose modules stand in another order; those decode by `forward`.
+`GPT.cast_for_inference` makes it for models of the stock kinds of blocks, at any shape and rank; all others decode by `forward`.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanochat.flash_attention import flash_attn
-from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfAttention, Linear, norm
+from nanochat.gpt import GPT, MLP, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, Block, CausalSelfAttention, Linear, norm
 from nanochat.kernel_choice import chosen
+from nanochat.layered_gpt import LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP
 
 
 def product(weight: torch.Tensor) -> Callable:
@@ -40,7 +42,7 @@ def call(layer: nn.Module) -> Callable:
     return product(weight.detach()) if weight is not None else lambda x, residual=None: layer(x) if residual is None else residual + layer(x)
 
 
-class Attention:
+class AttentionStep:
     def __init__(self, attn: CausalSelfAttention):
         self.layer_idx, self.heads, self.kv_heads = attn.layer_idx, attn.n_head, attn.n_kv_head
         self.gated = attn.ve_gate is not None
@@ -79,11 +81,12 @@ class Attention:
         return self.proj(y.reshape(B, -1), x)
 
 
-class MLP:
+class MLPStep:
     def __init__(self, mlp: nn.Module):
-        self.mlp = mlp
-        self.plain = getattr(mlp, "c_gate", None) is None and not len(getattr(mlp, "c_hidden", ()))  # type: ignore[arg-type]
-        self.fc, self.proj = call(mlp.c_fc), call(mlp.c_proj)  # type: ignore[arg-type]
+        self.mlp: Any = mlp
+        self.plain = type(mlp) is MLP or type(mlp) is LayeredMLP and mlp.c_gate is None and not len(mlp.c_hidden)
+        if self.plain:
+            self.fc, self.proj = call(self.mlp.c_fc), call(self.mlp.c_proj)
 
     def __call__(self, x, u):
         """As for attention."""
@@ -98,11 +101,13 @@ class DecodeStep:
 
     @staticmethod
     def suits(model: GPT) -> bool:
-        return model.norm is norm and all(getattr(block, "order", "attn-mlp") == "attn-mlp" for block in model.transformer.h)
+        return type(model) in (GPT, LayeredGPT) and all(
+            type(block) in (Block, LayeredBlock) and getattr(block, "order", "attn-mlp") == "attn-mlp"
+            and type(block.attn) in (CausalSelfAttention, LayeredAttention) and block.attn.causal for block in model.transformer.h)
 
     @torch.no_grad()
     def __init__(self, model: GPT):
-        self.layers = [(Attention(block.attn), MLP(block.mlp)) for block in model.transformer.h]
+        self.layers = [(AttentionStep(block.attn), MLPStep(block.mlp)) for block in model.transformer.h]
         self.resid_lambdas = model.resid_lambdas.tolist()
         self.x0_lambdas = model.x0_lambdas.detach()[:, None, None]
         self.smear_lambda, self.backout_lambda = model.smear_lambda.item(), model.backout_lambda.item()

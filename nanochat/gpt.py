@@ -14,6 +14,7 @@ Names, shapes and formulas are nanochat's (head 92d63d4), so its checkpoints loa
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
