@@ -36,7 +36,7 @@ def product(weight: torch.Tensor) -> Callable:
     return multiply
 
 
-def call(layer: nn.Module) -> Callable:
+def call(layer: Any) -> Callable:
     """The same of any layer: a low-rank one is its product, if it has that, or two calls."""
     weight = layer.weight if type(layer) is Linear else getattr(layer, "product", None)
     return product(weight.detach()) if weight is not None else lambda x, residual=None: layer(x) if residual is None else residual + layer(x)

@@ -9,7 +9,7 @@ from nanochat.decode_step import DecodeStep
 from nanochat.engine import Engine, KVCache
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
-from nanochat.recipe import LayerDials
+from nanochat.layer_dials import LayerDials
 from tests.golden.fixtures import batch
 
 STOCK = GPTConfig(sequence_len=512, vocab_size=50, n_layer=4, n_head=4, n_kv_head=2, n_embd=48, window_pattern="SL")
