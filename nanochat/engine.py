@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nanochat import flash_attention
-from nanochat.cli import ArgumentParser, command
+from nanochat.cli import ArgumentParser, UsageError, command
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.kernel_choice import chosen
 from nanochat.sampling import sample_next_token
@@ -156,10 +156,18 @@ class RowState:
     completed: bool = False
 
 
+def check_causal(model: Any) -> None:
+    """Raises UsageError for a model that looks both ways, where the next token is asked for."""
+    if not getattr(getattr(model, "config", None), "causal", True):
+        raise UsageError("this model was trained on hidden tokens (--objective=mlm) and looks both ways: it tells no next token, so it cannot sample, chat, be "
+                         "fine-tuned on conversations or evaluated by them; use base_eval --eval=pll, or a model that was trained to predict the next token")
+
+
 class Engine:
     """Decodes with any model that has `get_device()`, `forward(ids, kv_cache=...)` and a GPT `config`."""
 
     def __init__(self, model, tokenizer):
+        check_causal(model)
         self.model = model
         self.tokenizer = tokenizer
         self.bos = tokenizer.get_bos_token_id()

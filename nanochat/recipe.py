@@ -13,6 +13,7 @@ from nanochat.cli import UsageError, finite_float, flag, int_or_off, non_negativ
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.layered_gpt import ACTIVATIONS, ORDERS, LayeredGPTConfig, build_gpt
 from nanochat.lowrank import RANK_SCHEDULES, break_even_rank, schedule_ranks
+from nanochat.objectives import OBJECTIVES, ObjectiveSettings
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2 ** 19  # tokens
@@ -49,6 +50,7 @@ class LayerChanges:
     block: str = "prenorm"
     activation: str = "relu2"
     order: str = "attn-mlp"
+    causal: bool = True
 
     def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
         """The stock configuration itself if there is nothing to change, else a layered one. Raises UsageError for layers that cannot be.
@@ -83,7 +85,7 @@ class LayerChanges:
                         attn_rank=attn_rank, mlp_rank=mlp_rank)
                 for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
             head_rank = min(self.lm_head_rank, stock.n_embd) if reference else self.lm_head_rank
-            return replace(plain, layers=layers, lm_head_rank=head_rank)
+            return replace(plain, layers=layers, lm_head_rank=head_rank, causal=self.causal)
         except ValueError as error:
             raise UsageError(f"there is no such model: {error}") from error
 
@@ -150,7 +152,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(ObjectiveSettings):
     """The flags that say what the model is."""
 
     depth: int = flag(20, "layers; width and all else follow", type=positive_int)
@@ -177,7 +179,8 @@ class ModelSettings:
         return LayerChanges(
             attn_rank=self.rank if self.attn_rank is None else self.attn_rank, mlp_rank=self.rank if self.mlp_rank is None else self.mlp_rank,
             lm_head_rank=self.lm_head_rank, rank_schedule=self.rank_schedule, n_head=self.n_head, n_kv_head=self.n_kv_head, qk_dim=self.qk_dim,
-            mlp_ratio=self.mlp_ratio, mlp_depth=self.mlp_depth, block=self.block, activation=self.activation, order=self.order)
+            mlp_ratio=self.mlp_ratio, mlp_depth=self.mlp_depth, block=self.block, activation=self.activation, order=self.order,
+            causal=OBJECTIVES[self.objective].causal)
 
     def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
         """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""

@@ -1,6 +1,6 @@
 """The loop that all trainings share: steps, and what happens between them.
 
-    text ─ loader ─▶ batch ─ objective(model, batch) ─▶ loss ─ accumulate ─▶ optimizer ─▶ next step
+    text ─ loader ─▶ batch ─ loss(model, batch) ─▶ loss ─ accumulate ─▶ optimizer ─▶ next step
                                                               every n steps: save, validate, evaluate, sample, grow
 
 `TrainLoop` is subclassed by what is trained (scripts/base_train.py, chat_sft.py, chat_rl.py), which says what its batches are, how its schedule runs,
@@ -36,7 +36,7 @@ from nanochat.common import (
 )
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.objectives import Objective, next_token
+from nanochat.objectives import Loss, cross_entropy
 from nanochat.optim import MuonAdamW
 from nanochat.report import get_report
 from nanochat.run_log import FILENAME, RunLog
@@ -83,7 +83,7 @@ class TrainLoop:
     (`batches`, `schedule`, `done`), what is validated (`validation_batches`) and kept (`meta_data`, `data_position`), and lists its `events`.
     """
 
-    objective: Objective = staticmethod(next_token)
+    loss: Loss = staticmethod(cross_entropy)
     project = "nanochat"  # of wandb
     section: str  # title in the report
     advice = "lower the learning rates (--matrix-lr, --embedding-lr) or resume an earlier checkpoint"  # to those whose run diverges
@@ -177,7 +177,7 @@ class TrainLoop:
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
         self.evaluated = compiled if self.device.type == "cuda" else model
         self.flops_per_token = model.estimate_flops()
-        self.accumulate = Accumulator(compiled, model, self.scaler, self.objective)
+        self.accumulate = Accumulator(compiled, model, self.scaler, self.loss)
 
     def restore(self, meta: dict, train_state: dict | None) -> None:
         """Takes up the loop where a checkpoint left it. Raises UsageError for a meta file of something else."""

@@ -23,7 +23,7 @@ from nanochat.cli import UsageError, flag, int_or_off, step_or_off
 from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, check_writable, get_base_dir, is_ddp_initialized, print0
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
-from nanochat.objectives import Objective, next_token
+from nanochat.objectives import Loss, cross_entropy
 from nanochat.optim import MuonAdamW
 
 
@@ -230,8 +230,8 @@ def fit_device_batch(model: GPT, rows: int, sequence_len: int) -> int:
 class Accumulator:
     """Forward and backward over the batches of one step, in passes of as many rows as fit."""
 
-    def __init__(self, model, raw_model: GPT, scaler, objective: Objective = next_token):
-        self.model, self.raw_model, self.scaler, self.objective = model, raw_model, scaler, objective
+    def __init__(self, model, raw_model: GPT, scaler, loss: Loss = cross_entropy):
+        self.model, self.raw_model, self.scaler, self.loss = model, raw_model, scaler, loss
         self.rows: int | None = None  # rows per pass, None: whole batches
 
     def __call__(self, batches: Iterator, count: int) -> list[torch.Tensor]:
@@ -268,7 +268,7 @@ class Accumulator:
         trained = (batch[1] >= 0).sum().clamp(min=1)
         loss = torch.zeros((), device=batch[0].device)
         for piece in zip(*(tensor.split(rows) for tensor in batch), strict=True):
-            mean = self.objective(self.model, *piece) / trained
+            mean = self.loss(self.model, *piece) / trained
             (self.scaler.scale(mean / count) if self.scaler else mean / count).backward()
             loss = loss + mean.detach()
         return loss

@@ -34,13 +34,14 @@ from nanochat.common import (
 )
 from nanochat.core_eval import CORE_TASKS, evaluate_task, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
-from nanochat.engine import Engine
+from nanochat.engine import Engine, check_causal
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.mlm import pseudo_perplexity
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 
 EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-MODES = ("core", "bpb", "sample")
+MODES = ("core", "bpb", "sample", "pll")
 
 PROMPTS = [
     "The city that serves as the capital of Italy is",
@@ -162,22 +163,30 @@ def evaluation_modes(text: str) -> list[str]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description="Evaluate a base model")
-    parser.add_argument("--eval", type=evaluation_modes, default=",".join(MODES), help="what to do, joined by commas")
+    parser.add_argument("--eval", type=evaluation_modes, default=None,
+                        help=f"what to do, joined by commas: {', '.join(MODES)} (default: pll for a model of hidden tokens, the others for all others)")
     parser.add_argument("--model-tag", default=None, help="model to evaluate (default: the largest)")
     parser.add_argument("--step", type=non_negative_int, default=None, help="checkpoint to evaluate (default: the last)")
     parser.add_argument("--max-per-task", type=int_or_off, default=-1, help="rows of each CORE task, -1 for all")
     parser.add_argument("--device-batch-size", type=positive_int, default=32, help="sequences per rank and forward pass, for bpb")
     parser.add_argument("--split-tokens", type=positive_int, default=40 * 524288, help="tokens of each split, for bpb")
+    parser.add_argument("--pll-tokens", type=positive_int, default=4096, help="tokens to hide one by one, a forward pass for each, for pll")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     args = parser.parse_args(argv)
 
     _, rank, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
     try:
         report, results = get_report(), Path(get_base_dir(), "base_eval")
-        if "core" in args.eval and rank == 0:
+        if (args.eval is None or "core" in args.eval) and rank == 0:
             check_writable(results)
         folder, step = find_checkpoint(checkpoints_dir_of("base"), args.model_tag, args.step)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
+        causal = getattr(model.config, "causal", True)
+        args.eval = args.eval or (["core", "bpb", "sample"] if causal else ["pll"])
+        if args.eval != ["pll"]:
+            check_causal(model)
+        elif causal:
+            raise UsageError("--eval=pll is for a model of hidden tokens (--objective=mlm); use bpb for this one")
         sequence_len = model.config.sequence_len
         tokens_per_step = args.device_batch_size * sequence_len * world_size
         if "bpb" in args.eval and args.split_tokens < tokens_per_step:
@@ -202,6 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 steps = args.split_tokens // tokens_per_step
                 summary[f"{split} bpb"] = evaluate_bpb(model, with_progress(batches, steps, f"{split} bpb"), steps, token_bytes)
                 print0(f"{split} bpb: {summary[f'{split} bpb']:.6f}")
+
+        if "pll" in args.eval:
+            rows = -(-args.pll_tokens // sequence_len)
+            batches = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, 1, sequence_len, "val", device=device)
+            perplexity, bits = pseudo_perplexity(model, with_progress(batches, rows, "pseudo-log-likelihood"), rows, tokenizer)
+            summary |= {"val pseudo-perplexity": perplexity, "val pseudo bpb": bits}
+            print0(f"val pseudo-perplexity: {perplexity:.3f}, {bits:.6f} bits per byte")
 
         if "core" in args.eval:
             core = evaluate_core(model, tokenizer, device, args.max_per_task)

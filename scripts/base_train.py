@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training
 from nanochat.gpt import GPT
 from nanochat.growth.optimizer import leave_out_frozen
 from nanochat.layered_gpt import build_gpt
+from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
 from nanochat.origin import Checkpoint
 from nanochat.recipe import scaling_params
@@ -123,6 +124,10 @@ class Pretraining(TrainLoop):
         self.growth_history: list[dict] = self.growth.history if self.growth else []
         self.total_batch_size, self.accumulation = plan.horizon.total_batch_size, plan.passes
         self.eval_every, self.eval_steps = settings.eval_every, plan.eval_steps
+        objective = OBJECTIVES[settings.objective]
+        self.loss = objective.loss
+        self.prepare = objective.prepare(self.tokenizer, settings)
+        self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static"))
         self.my_streams = range(self.rank, plan.streams, self.world_size)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
@@ -150,7 +155,10 @@ class Pretraining(TrainLoop):
             if self.growth:  # it counts the growths of this run
                 self.growth_history = self.growth.history = []
         share_weights(self.model)
-        core_every = settings.core_metric_every
+        core_every, sample_every = settings.core_metric_every, settings.sample_every
+        if not getattr(self.model.config, "causal", True) and max(core_every, sample_every) > 0:
+            print0("No samples and no CORE metric in this run: a model that looks both ways does not tell the next token")
+            core_every = sample_every = -1
         if core_every > 0:
             try:
                 bundle = find_eval_bundle()
@@ -160,7 +168,7 @@ class Pretraining(TrainLoop):
             else:
                 load_bundle(bundle, settings.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
         self.core_metric: float | None = None
-        self.events = [Event(core_every, self.measure_core), Event(settings.sample_every, self.sample)]
+        self.events = [Event(core_every, self.measure_core), Event(sample_every, self.sample)]
 
         self.optimizer_setup: dict[str, Any] = dict(
             unembedding_lr=settings.unembedding_lr * horizon.lr_scale, embedding_lr=settings.embedding_lr * horizon.lr_scale,
@@ -245,7 +253,7 @@ class Pretraining(TrainLoop):
     def batches(self) -> Iterator:
         for micro_step in range(self.accumulation):
             self.positions[micro_step % len(self.my_streams)] = self.loader_state
-            yield self.x, self.y
+            yield self.prepare(self.x, self.y)
             self.x, self.y, self.loader_state = next(self.train_loader)
 
     def schedule(self) -> float:
@@ -293,7 +301,7 @@ class Pretraining(TrainLoop):
         return super().must_validate() or self.eval_every > 0 and self.growth is not None and self.growth.at_cap(self.flops)
 
     def validation_batches(self) -> Iterator:
-        return ((x, y) for x, y, _ in with_progress(self.loader("val"), self.eval_steps, "Validation"))
+        return (self.prepare_validation(x, y) for x, y, _ in with_progress(self.loader("val"), self.eval_steps, "Validation"))
 
     def measure_core(self) -> None:
         with self.evaluating():

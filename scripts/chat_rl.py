@@ -136,7 +136,7 @@ def main(argv=None) -> None:
 class Reinforcement(TrainLoop):
     """Shapes change from problem to problem, so nothing is compiled. A checkpoint is named after the last step that is in it."""
 
-    objective = staticmethod(policy_gradient)
+    loss = staticmethod(policy_gradient)
     project = "nanochat-rl"
     section = "Chat RL"
     advice = "lower --init-lr-frac, or resume an earlier checkpoint"

@@ -35,7 +35,7 @@ from nanochat.cli import (
 from nanochat.common import locked, print0, share_weights, with_progress
 from nanochat.compiler import compile_model
 from nanochat.conversation_loader import furthest, pack_conversations
-from nanochat.engine import Engine
+from nanochat.engine import Engine, check_causal
 from nanochat.gpt import GPT
 from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier
@@ -161,6 +161,7 @@ class FineTuning(TrainLoop):
                                   max_seq_len=settings.max_seq_len, world_size=self.world_size))
         B, T, self.total_batch_size = settings.device_batch_size, settings.max_seq_len, settings.total_batch_size
         self.B, self.T = B, T
+        check_causal(model)
         model = with_context(model, T)
         share_weights(model)
         check_output(folder, [model], self.rank == 0)
