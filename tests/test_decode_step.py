@@ -9,7 +9,7 @@ from nanochat.decode_step import DecodeStep
 from nanochat.engine import Engine, KVCache
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
-from nanochat.layer_dials import LayerDials
+from nanochat.recipe import LayerChanges
 from tests.golden.fixtures import batch
 
 STOCK = GPTConfig(sequence_len=512, vocab_size=50, n_layer=4, n_head=4, n_kv_head=2, n_embd=48, window_pattern="SL")
@@ -24,8 +24,8 @@ def layered(**changes) -> LayeredGPTConfig:
 MODELS = {
     "stock": STOCK,
     "spelled out": layered(),
-    "low rank": LayerDials(attn_rank=4, mlp_rank=4).apply(STOCK),
-    "low-rank attention": LayerDials(attn_rank=4).apply(STOCK),
+    "low rank": LayerChanges(attn_rank=4, mlp_rank=4).apply(STOCK),
+    "low-rank attention": LayerChanges(attn_rank=4).apply(STOCK),
     "swiglu": layered(activation="swiglu"),
     "deep mlp": layered(mlp_depth=2),
     "narrow queries": layered(qk_dim=8),
@@ -87,7 +87,7 @@ def test_is_the_forward_pass(monkeypatch, kind, rows, prompt, merged, position):
     assert fast.get_pos() == slow.get_pos() and fast.cache_seqlens.tolist() == slow.cache_seqlens.tolist()
 
 
-@pytest.mark.parametrize("config", [layered(order="parallel"), layered(order="mlp-attn"), LayerDials(block="ngpt").apply(STOCK)], ids=["parallel", "mlp-attn", "ngpt"])
+@pytest.mark.parametrize("config", [layered(order="parallel"), layered(order="mlp-attn"), LayerChanges(block="ngpt").apply(STOCK)], ids=["parallel", "mlp-attn", "ngpt"])
 def test_other_models_decode_by_their_forward_pass(config):
     model, (idx, _) = build(config), batch(3, 1, 12, 50)
     model.cast_for_inference()
