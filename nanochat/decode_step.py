@@ -4,7 +4,6 @@
 the matrix products, so:
 
 * queries, keys, values and the value gate come out of one product; queries and keys are rotated and normalized together
-* a residual sum is part of the product before it
 * scalars are Python numbers, and what depends on the position alone is made once for all layers
 * one row is multiplied as a vector where that is faster (kernel_choice.py)
 
@@ -21,53 +20,54 @@ from nanochat.flash_attention import flash_attn
 from nanochat.gpt import GPT, MLP, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, Block, CausalSelfAttention, Linear, norm
 from nanochat.kernel_choice import chosen
 from nanochat.layered_gpt import LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP
+from nanochat.lowrank import DECODE_ROWS, LowRankLinear
 
 
 def product(weight: torch.Tensor) -> Callable:
-    """Of positions (B, in) with weight (out, in): a function of them, and of what is added to it, (B, out) each."""
+    """Multiplication of positions (B, in) with weight (out, in): (B, out)."""
     transposed = weight.t()
     vector = weight.device.type == "cpu" and chosen("position") == "vector"
-
-    def multiply(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if vector and x.size(0) == 1:
-            y = torch.mv(weight, x.view(-1)) if residual is None else torch.addmv(residual.view(-1), weight, x.view(-1))
-            return y.view(1, -1)
-        return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
-    return multiply
+    return lambda x: torch.mv(weight, x.view(-1)).view(1, -1) if vector and x.size(0) == 1 else torch.mm(x, transposed)
 
 
 def call(layer: Any) -> Callable:
-    """The same of any layer: a low-rank one is its product, if it has that, or two calls."""
-    weight = layer.weight if type(layer) is Linear else getattr(layer, "product", None)
-    return product(weight.detach()) if weight is not None else lambda x, residual=None: layer(x) if residual is None else residual + layer(x)
+    """The same of a layer: of a low-rank one its product, if it has that and the rows are few, or else its factors."""
+    if type(layer) is Linear:
+        return product(layer.weight.detach())
+    if not isinstance(layer, LowRankLinear) or layer.product is None:
+        return layer
+    merged = product(layer.product)
+    return lambda x: (merged if x.size(0) <= DECODE_ROWS else layer)(x)
 
 
 class AttentionStep:
     def __init__(self, attn: CausalSelfAttention):
         self.layer_idx, self.heads, self.kv_heads = attn.layer_idx, attn.n_head, attn.n_kv_head
-        self.gated = attn.ve_gate is not None
-        parts = (attn.c_q, attn.c_k, attn.c_v)
         self.proj = call(attn.c_proj)
+        parts, gate = (attn.c_q, attn.c_k, attn.c_v), attn.ve_gate
+        rows = [part.out_features for part in parts]
+        gates = padding = 0
         if all(type(part) is Linear for part in parts):
-            rows = [part.out_features for part in parts]
             weights = [part.weight for part in parts]
-            if attn.ve_gate is not None:  # it reads the first channels only
-                weights.append(F.pad(attn.ve_gate.weight, (0, attn.c_q.in_features - VE_GATE_CHANNELS)))
+            if gate is not None:  # it reads the first channels only; more rows make whole blocks, which a product is faster with
+                gates, padding = self.kv_heads, -self.kv_heads % 64
+                weights.append(F.pad(gate.weight, (0, attn.c_q.in_features - VE_GATE_CHANNELS, 0, padding)))
             fused = torch.cat(weights).detach()
-            for part, weight in zip(parts, fused.split([*rows, len(fused) - sum(rows)])):
+            for part, weight in zip(parts, fused.split([*rows, gates + padding])):
                 part.weight.data = weight  # a view: nothing is kept twice
             self.project = product(fused)
-            self.sizes = [rows[0] + rows[1], rows[2], len(fused) - sum(rows)]
         else:
             calls = [call(part) for part in parts]
-            gate = attn.ve_gate
-            self.project = lambda x: torch.cat([f(x) for f in calls] + ([gate(x[:, :VE_GATE_CHANNELS])] if gate is not None else []), dim=-1)
-            self.sizes = [attn.c_q.out_features + attn.c_k.out_features, attn.c_v.out_features, self.kv_heads if self.gated else 0]
+            if gate is not None:
+                gates = self.kv_heads
+                calls.append(lambda u: gate(u[:, :VE_GATE_CHANNELS]))
+            self.project = lambda u: torch.cat([part(u) for part in calls], dim=-1)
+        self.sizes = [rows[0] + rows[1], rows[2], gates, padding]
 
     def __call__(self, x, u, ve, rotary, window_size, kv_cache):
         """x the stream and u the same, normed (B, C); ve (B, Hkv*D) or None; rotary two (1 or B, 1, D) -> the stream behind (B, C)."""
         B = x.size(0)
-        qk, v, gate = self.project(u).split(self.sizes, dim=-1)
+        qk, v, gate, _ = self.project(u).split(self.sizes, dim=-1)
         qk = qk.view(B, self.heads + self.kv_heads, -1)
         cos, sin = rotary
         qk = norm(torch.addcmul(qk * cos, qk.roll(cos.size(-1) // 2, dims=-1), sin)).mul_(1.2).unsqueeze(1)
@@ -78,7 +78,7 @@ class AttentionStep:
         k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
         y = flash_attn.flash_attn_with_kvcache(
             q, k_cache, v_cache, k=k, v=v.unsqueeze(1), cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=window_size)
-        return self.proj(y.reshape(B, -1), x)
+        return self.proj(y.reshape(B, -1)).add_(x)
 
 
 class MLPStep:
@@ -93,7 +93,7 @@ class MLPStep:
         if not self.plain:
             return x + self.mlp(u)
         hidden = self.fc(u).relu_()
-        return self.proj(hidden.mul_(hidden), x)
+        return self.proj(hidden.mul_(hidden)).add_(x)
 
 
 class DecodeStep:
