@@ -207,30 +207,31 @@ def _compile_a_line(device: torch.device) -> None:
 
 
 def _try_on_cpu(proof: Path) -> None:
-    """Raises what the compiler raises. PyTorch first compiles ten files to learn which instruction sets the compiler knows, twice as long as our line takes;
-    here it may take for granted that it knows this processor's, and is asked only if the line then fails. The file `proof` says that a line was compiled by
-    this very compiler: in the next run it needs no other."""
+    """Raises what the compiler raises.
+
+    PyTorch compiles ten files to learn whether the compiler knows the processor's instruction sets, and loads each in a process of its own, in every run.
+    Here that is granted, and asked only if our line does not compile then. The file `proof` says what was compiled by this very compiler: the next run
+    needs no trial.
+    """
     import torch._inductor.config as config
     from torch._inductor.cpp_builder import get_cpp_compiler
-    compiler = shutil.which(get_cpp_compiler()) or get_cpp_compiler()
-    status = os.stat(compiler)
-    text = f"{compiler} {status.st_size} {status.st_mtime_ns} "
-    unasked = config.cpp.vec_isa_ok
-    known = next((kind for kind in ("granted", "asked") if proof.is_file() and proof.read_text() == text + kind), "")
-    if known != "asked" and unasked is None:
+    path = shutil.which(get_cpp_compiler()) or get_cpp_compiler()
+    compiler = f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}"
+    tried = proof.read_text() if proof.is_file() else ""
+    ours = config.cpp.vec_isa_ok is None  # else TORCHINDUCTOR_VEC_ISA_OK is set
+    if ours and tried != f"{compiler} asked":
         config.cpp.vec_isa_ok = True
-    if known:
+    if tried in (f"{compiler} granted", f"{compiler} asked"):
         return
-    kind = "granted" if config.cpp.vec_isa_ok else "asked"
     try:
         _compile_a_line(torch.device("cpu"))
     except Exception:
-        if unasked is not None:
+        if not ours:
             raise
-        config.cpp.vec_isa_ok, kind = None, "asked"
+        config.cpp.vec_isa_ok = None
         torch._dynamo.reset()
         _compile_a_line(torch.device("cpu"))
-    write_text_atomic(proof, text + kind)
+    write_text_atomic(proof, f"{compiler} {'granted' if config.cpp.vec_isa_ok else 'asked'}")
 
 
 def jit(*device_types: str, dynamic: bool = False):

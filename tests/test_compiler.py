@@ -270,6 +270,29 @@ def test_what_is_compiled_is_kept_and_mended(tmp_path):
     assert (tmp_path / "mine" / "works").exists()
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_instruction_sets_are_asked_for_only_where_the_trial_fails(tmp_path, monkeypatch):
+    import torch._inductor.config as config
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", None)
+    trials: list = []  # what was granted in each
+
+    def first_fails(device):
+        trials.append(config.cpp.vec_isa_ok)
+        if len(trials) == 1:
+            raise RuntimeError("unknown flag")
+
+    monkeypatch.setattr(compiler, "_compile_a_line", first_fails)
+    proof = tmp_path / "works"
+    compiler._try_on_cpu(proof)
+    assert trials == [True, None]
+    compiler._try_on_cpu(proof)  # the next run
+    assert trials == [True, None] and config.cpp.vec_isa_ok is None
+    proof.write_text("another compiler")
+    compiler._try_on_cpu(proof)
+    compiler._try_on_cpu(proof)
+    assert trials == [True, None, True] and config.cpp.vec_isa_ok is True
+
+
 # -----------------------------------------------------------------------------
 # Short trainings
 
