@@ -132,6 +132,8 @@ class Pretraining(TrainLoop):
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
 
+        settings.check_folder(self.folder)
+
     # -- before the first step
 
     def start(self) -> None:
