@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0, write_text_atomic
+from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0
+from nanochat.files import write_text_atomic
 
 
 def _without_a_bad_cache() -> str:

@@ -23,7 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import is_ddp_initialized, parse_json
+from nanochat.common import is_ddp_initialized
+from nanochat.files import parse_json
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
 CORE_TASKS = 22  # in the published benchmark

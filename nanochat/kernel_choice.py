@@ -31,7 +31,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, write_text_atomic
+from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized
+from nanochat.files import write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
 KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"),

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from nanochat import compiler, kernel_choice
 from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import UsageError, flag, int_or_off, step_or_off
-from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, check_writable, get_base_dir, is_ddp_initialized, print0
+from nanochat.common import COMPUTE_DTYPE, DummyWandb, get_base_dir, is_ddp_initialized, print0
+from nanochat.distributed import check_agreement
+from nanochat.files import check_writable
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.objectives import Loss, cross_entropy

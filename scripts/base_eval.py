@@ -23,18 +23,17 @@ from nanochat.cli import ArgumentParser, UsageError, command, int_or_off, non_ne
 from nanochat.common import (
     PROGRESS_SECONDS,
     autodetect_device_type,
-    check_writable,
     compute_cleanup,
     compute_init,
     download_file_with_lock,
     get_base_dir,
     print0,
     with_progress,
-    write_text_atomic,
 )
 from nanochat.core_eval import CORE_TASKS, evaluate_task, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.engine import Engine, check_causal
+from nanochat.files import check_writable, write_text_atomic
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mlm import pseudo_perplexity
 from nanochat.report import get_report

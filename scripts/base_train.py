@@ -31,19 +31,12 @@ from nanochat.cli import (
     non_negative_float,
     parse_settings,
 )
-from nanochat.common import (
-    autodetect_device_type,
-    check_agreement,
-    get_base_dir,
-    locked,
-    print0,
-    print_banner,
-    share_weights,
-    with_progress,
-)
+from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
+from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.growth.optimizer import leave_out_frozen

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nanochat.cli import ArgumentParser, UsageError, command, positive_int
-from nanochat.common import atomic_path, check_writable, get_base_dir, locked
+from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
+from nanochat.files import atomic_path, check_writable, locked
 from nanochat.report import get_report
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
