@@ -317,6 +317,9 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
         dist.barrier()
     if rank == 0:
         logger.info(f"Distributed world size: {world_size}")
+        if device_type == "cpu":
+            said_by = " (OMP_NUM_THREADS)" if "OMP_NUM_THREADS" in os.environ else ""
+            logger.info(f"CPU threads: {torch.get_num_threads()}{said_by}, {usable_cpus()} CPUs to use")
     if device_type == "cpu":
         from nanochat import kernel_choice  # which needs this module
         kernel_choice.settle()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import flash_attention, origin
+from nanochat import compiler, flash_attention, origin
 from nanochat.cli import (
     UsageError,
     command,
@@ -32,7 +32,6 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
-from nanochat.compiler import compile_model
 from nanochat.core_eval import load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.distributed import check_agreement, share_weights
@@ -177,6 +176,8 @@ class Pretraining(TrainLoop):
         optimizer = leave_out_frozen(self.model.setup_optimizer(**self.optimizer_setup))
         if moments is not None:
             checkpoints.load_optimizer(*moments, optimizer, self.rank, self.world_size)
+        # checkpoints that do not say so were trained compiled
+        compiler.decide(self.device.type, self.budget / self.world_size, None if train_state is None else train_state.get("compiled", True))
         self.take(self.model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
@@ -233,7 +234,7 @@ class Pretraining(TrainLoop):
         if self.settings.fp8:
             convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.settings.fp8_recipe), module_filter_fn=worth_converting)
         # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
-        compiled = model if self.settings.fp8 and self.device.type == "cpu" else compile_model(model, self.device.type)
+        compiled = model if self.settings.fp8 and self.device.type == "cpu" else compiler.compile_model(model, self.device.type)
         self.adopt(model, optimizer, compiled)
 
     def loader(self, split: str, positions: list | None = None) -> Iterator:
