@@ -42,9 +42,11 @@ from nanochat.common import (
     with_progress,
 )
 from nanochat.compiler import compile_model
-from nanochat.core_eval import load_bundle
+from nanochat.core_eval import evaluate_core, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.engine import Engine
+from nanochat.eval_bundle import find_eval_bundle
+from nanochat.evaluations import sample_prompts
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.growth.optimizer import leave_out_frozen
@@ -57,7 +59,6 @@ from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, check_output, find_resume_step, load_optimizer
-from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 @dataclass

@@ -43,8 +43,8 @@ from nanochat.schedules import sft_muon_momentum as muon_momentum
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer
-from scripts.chat_eval import evaluate
 from tasks.common import Task
+from tasks.evaluation import evaluate
 from tasks.registry import CHATCORE, TASKS, build_mixture, chatcore, parts
 
 

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 
+from nanochat import core_eval, eval_bundle, evaluations
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.cli import UsageError
 from scripts import base_eval
@@ -34,7 +35,7 @@ def test_everything(trained, capsys):
     assert run("--device-batch-size=2", "--split-tokens=640", "--max-per-task=6") == 0
     out = capsys.readouterr().out
     assert "train bpb: " in out and "val bpb: " in out and "4 of 22 tasks" in out
-    assert all(f"[sample {i}] {prompt}" in out for i, prompt in enumerate(base_eval.PROMPTS))
+    assert all(f"[sample {i}] {prompt}" in out for i, prompt in enumerate(evaluations.PROMPTS))
     assert "[unconditioned 7]" in out
 
     lines = (trained / "base_eval" / "base_model_000007.csv").read_text().splitlines()
@@ -65,7 +66,7 @@ def test_only_what_is_asked_for(trained, capsys):
 
 
 def test_progress_of_a_long_run(trained, capsys, monkeypatch):
-    monkeypatch.setattr(base_eval, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(core_eval, "PROGRESS_SECONDS", 0)
     assert run("--eval=core") == 0
     out = capsys.readouterr().out
     assert "100% (all of CORE: 100%, eta 0.0m) accuracy" in out
@@ -126,15 +127,15 @@ def test_the_bundle_is_downloaded_once(base_dir, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
-        bundle = base_eval.find_eval_bundle()
+        bundle = eval_bundle.find_eval_bundle()
         assert (bundle / "core.yaml").read_text() == (HERE / "core_bundle" / "core.yaml").read_text()
-    assert asked == [base_eval.EVAL_BUNDLE_URL]
+    assert asked == [eval_bundle.EVAL_BUNDLE_URL]
     assert {path.name for path in base_dir.iterdir()} - {"eval_bundle.zip.lock"} == {"eval_bundle", "eval_bundle.zip"}
 
 
 def test_a_zip_left_by_an_interrupted_run_is_used(base_dir):
     (base_dir / "eval_bundle.zip").write_bytes(zipped())
-    assert (base_eval.find_eval_bundle() / "eval_data").is_dir()
+    assert (eval_bundle.find_eval_bundle() / "eval_data").is_dir()
 
 
 def test_without_network_the_error_says_where_to_put_it(base_dir, monkeypatch):
@@ -143,7 +144,7 @@ def test_without_network_the_error_says_where_to_put_it(base_dir, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(UsageError) as error:
-        base_eval.find_eval_bundle()
+        eval_bundle.find_eval_bundle()
     assert str(base_dir / "eval_bundle.zip") in str(error.value) and f"{base_dir / 'eval_bundle'}" in str(error.value)
 
 
@@ -160,13 +161,13 @@ def test_bad_zips_leave_nothing_behind(base_dir, content, message):
     path = base_dir / "inner" / "bad.zip"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        base_eval.place_eval_bundle(path)
+        eval_bundle.place_eval_bundle(path)
     assert [entry.name for entry in base_dir.iterdir()] == ["inner"]
 
 
 @pytest.mark.parametrize("name", ["report", "base_eval"])
 def test_results_that_could_not_be_written_are_not_computed(trained, capsys, monkeypatch, name):
     (trained / name).write_text("a file")
-    monkeypatch.setattr(base_eval, "sample_prompts", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(evaluations, "sample_prompts", lambda *args: pytest.fail("computed"))
     assert run() == 2
     assert f"cannot write to {trained / name}" in capsys.readouterr().err
