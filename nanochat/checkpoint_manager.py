@@ -7,6 +7,8 @@
 | `optim_{s:06d}_rank{r}.pt` | one rank's optimizer state | train on |
 | `state_{s:06d}_rank{r}.pt` | one rank's data position and random states | train on bit-identically (nanochat has no such file) |
 
+The files of the ranks fit any number of ranks: `load_optimizer` and `load_train_state` share them out anew.
+
 Each file is written to a temporary name, synced and renamed, the model last and only when every rank has written
 its part: where there is a `model_*.pt`, the checkpoint is complete, and a kill never costs an earlier one.
 """
@@ -25,6 +27,7 @@ from nanochat.cli import UsageError
 from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,15 +53,18 @@ def _save(data: Any, path: Path) -> None:
         raise UsageError(f"cannot write {path}: {reason}; make room or fix permissions there, earlier checkpoints are intact") from error
 
 
-def _load(path: Path, device) -> Any:
-    """torch.load that reads only tensors and plain values, after a check of every byte against the file's checksums."""
+def _load(path: Path, device, mapped: bool = False) -> Any:
+    """torch.load that reads only tensors and plain values, after a check of every byte against the file's checksums.
+
+    `mapped`: tensors stay in the file until they are read.
+    """
     if not path.exists():
         raise CheckpointNotFound(f"no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is None:
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # damaged bytes come out as errors of a dozen kinds
@@ -122,10 +128,71 @@ def load_checkpoint(checkpoint_dir: str | os.PathLike, step: int, device, load_o
     return model_data, optimizer_data, meta
 
 
-def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int) -> dict | None:
-    """This rank's data position and random states, or None for a checkpoint without them (nanochat's own)."""
-    path = Path(checkpoint_dir) / f"state_{step:06d}_rank{rank}.pt"
-    return _load(path, "cpu") if path.exists() else None
+def saved_ranks(checkpoint_dir: str | os.PathLike, step: int, kind: str = "optim") -> int:
+    """How many ranks have written optimizer states (or with `kind="state"` train states) of a step; 0 if there are none.
+
+    The meta data know it where a run with more ranks has left files of the same step. Raises CheckpointNotFound if files of ranks are missing.
+    """
+    folder = Path(checkpoint_dir)
+    names = (re.fullmatch(rf"{kind}_{step:06d}_rank(\d+)\.pt", path.name) for path in folder.glob(f"{kind}_{step:06d}_rank*.pt"))
+    found = {int(name[1]) for name in names if name}
+    if not found:
+        return 0
+    ranks = load_meta(folder, step).get("world_size") or max(found) + 1  # nanochat's own do not say
+    if missing := sorted(set(range(ranks)) - found):
+        raise CheckpointNotFound(f"no file {folder / f'{kind}_{step:06d}_rank{missing[0]}.pt'}, though {ranks} ranks have written step {step}; "
+                                 "bring it back, or use another step")
+    return ranks
+
+
+def load_optimizer(checkpoint_dir: str | os.PathLike, step: int, optimizer: MuonAdamW, rank: int = 0, world: int = 1) -> None:
+    """Gives the optimizer of this rank its state and hyper-parameters of a step, whatever number of ranks has written them; initial learning rates
+    stay those of the flags. All ranks must call it.
+
+    From other numbers of ranks each rank maps all shards into memory and takes one parameter after another. Raises CheckpointNotFound if a shard is
+    missing, UsageError if one is corrupt or of another model.
+    """
+    folder = Path(checkpoint_dir)
+    ranks = saved_ranks(folder, step)
+    learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
+    device = next(iter(optimizer.names)).device
+    path = lambda r: folder / f"optim_{step:06d}_rank{r}.pt"
+    try:
+        if ranks in (0, world):  # 0: the error names the missing file
+            optimizer.load_state_dict(_load(path(rank), device))
+        else:
+            log0(f"The optimizer's state of {ranks} ranks is shared out among {world}")
+            optimizer.load_shards([_load(path(r), "cpu", mapped=True) for r in range(ranks)])
+    except (ValueError, KeyError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"the optimizer's state of step {step} in {folder} does not fit this model: {reason}; use another step (chat_sft: --load-optimizer=0)") from error
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["initial_lr"] = learning_rate
+
+
+def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int, world: int | None = None) -> dict | None:
+    """This rank's data positions and random states, or None for a checkpoint without them (nanochat's own).
+
+    Where another number of ranks has written it, `loader_states` (the positions of the streams rank, rank + world, ...) are dealt anew, and what
+    belongs to no stream is the rank's own if there was one, else rank 0's. Raises UsageError if the streams cannot be dealt to so many ranks.
+    `world`: None for as many as then.
+    """
+    folder = Path(checkpoint_dir)
+    ranks = saved_ranks(folder, step, "state")
+    if not ranks:
+        return None
+    load = lambda r: _load(folder / f"state_{step:06d}_rank{r}.pt", "cpu")
+    if world in (None, ranks):
+        return load(rank) if rank < ranks else None
+    states = [load(r) for r in range(ranks)]
+    mine = states[rank if rank < ranks else 0]
+    if "loader_states" not in mine:
+        raise UsageError(f"the data positions of step {step} in {folder} are of {ranks} ranks and cannot be shared out among {world}; use {ranks} ranks")
+    by_stream = [position for turn in zip(*(state["loader_states"] for state in states), strict=True) for position in turn]
+    if len(by_stream) % world:
+        raise UsageError(f"the checkpoint of step {step} in {folder} has {len(by_stream)} data streams, which {world} ranks cannot share evenly; "
+                         f"use a number of ranks that divides {len(by_stream)}")
+    return {**mine, "loader_states": by_stream[rank::world]}
 
 
 def model_from_config(model_config: dict) -> GPT:

@@ -63,7 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
+def _number_type(convert: Callable, accept: Callable, wanted: str) -> Callable:
     def parse(text: str):
         try:
             value = convert(text)
@@ -76,15 +76,15 @@ def _number(convert: Callable, accept: Callable, wanted: str) -> Callable:
     return parse
 
 
-positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
-non_negative_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
-int_or_off = _number(int, lambda v: v == -1 or v > 0, "a whole number above 0, or -1 for off")
-step_or_off = _number(int, lambda v: v >= -1, "a step, or -1 for off")
-positive_float = _number(float, lambda v: v > 0, "a number above 0")
-non_negative_float = _number(float, lambda v: v >= 0, "a number of 0 or more")
-finite_float = _number(float, lambda v: True, "a number")
-fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-seed = _number(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it
+positive_int = _number_type(int, lambda v: v > 0, "a whole number above 0")
+non_negative_int = _number_type(int, lambda v: v >= 0, "a whole number of 0 or more")
+int_or_off = _number_type(int, lambda v: v == -1 or v > 0, "a whole number above 0, or -1 for off")
+step_or_off = _number_type(int, lambda v: v >= -1, "a step, or -1 for off")
+positive_float = _number_type(float, lambda v: v > 0, "a number above 0")
+non_negative_float = _number_type(float, lambda v: v >= 0, "a number of 0 or more")
+finite_float = _number_type(float, lambda v: True, "a number")
+fraction = _number_type(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+seed = _number_type(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it
 
 
 def positive_ints(text: str) -> list[int]:

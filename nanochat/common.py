@@ -304,6 +304,16 @@ def is_ddp_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+# PyTorch 2.13 renamed the two collectives
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of ranks) of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
+
+
 def share(tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
     """The tensor, in place, as that rank has it."""
     if is_ddp_initialized():

@@ -18,7 +18,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.common import get_dist_info
-from nanochat.dataset import Shard, split_files
+from nanochat.data_shards import Shard, split_files
 
 Place = tuple[int, int, int]  # file, row group and row of a document
 Reference = tuple[int, int, int, int]  # place and length in tokens with BOS, by which changed data show

@@ -399,8 +399,9 @@ class GPT(Counting):
     def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
                         weight_decay: float = 0.0, scalar_lr: float = 0.5, matrix_optimizer: str = "muon") -> MuonAdamW:
         """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format."""
-        optimizer = MuonAdamW(self._param_groups(unembedding_lr=unembedding_lr, embedding_lr=embedding_lr, matrix_lr=matrix_lr,
-                                                 weight_decay=weight_decay, scalar_lr=scalar_lr, matrix_optimizer=matrix_optimizer))
+        groups = self._param_groups(unembedding_lr=unembedding_lr, embedding_lr=embedding_lr, matrix_lr=matrix_lr, weight_decay=weight_decay,
+                                    scalar_lr=scalar_lr, matrix_optimizer=matrix_optimizer)
+        optimizer = MuonAdamW(groups, self.named_parameters(), deals=type(self) is not GPT)  # a stock model's checkpoints are nanochat's
         covered = sum(len(group["params"]) for group in optimizer.param_groups)
         assert covered == len(list(self.parameters())), "a parameter is in no group"
         for group in optimizer.param_groups:

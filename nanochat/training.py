@@ -164,17 +164,6 @@ def set_exact_state(state: dict, device: torch.device, scaler) -> None:
     kernel_choice.restore(state.get("kernels"))
 
 
-def load_optimizer(optimizer: MuonAdamW, state: dict) -> None:
-    """Fills in a checkpoint's state; the initial learning rates stay those of the flags. Raises UsageError for that of another model."""
-    learning_rates = [group["initial_lr"] for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"the checkpoint's optimizer state does not fit this model: {error}; use another step (chat_sft: --load-optimizer=0)") from error
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        group["initial_lr"] = learning_rate
-
-
 # -----------------------------------------------------------------------------
 # One optimizer step, in passes that fit into memory
 

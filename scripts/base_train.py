@@ -58,7 +58,7 @@ from nanochat.recipe import scaling_params
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, check_output, find_resume_step, load_optimizer
+from nanochat.training import Process, check_output, find_resume_step
 
 
 @dataclass
@@ -142,18 +142,22 @@ class Pretraining(TrainLoop):
         with torch.device("meta"):  # a growing run writes one of each stage at least
             check_output(self.folder, [build_gpt(stage.config) for stage in self.growth.stages] if self.growth else [self.model], self.rank == 0)
         self.resume_step = self.saved_step = find_resume_step(settings, self.folder)
-        meta = train_state = optimizer_data = None
+        meta = train_state = None
+        moments: tuple[Path, int] | None = None  # the checkpoint whose optimizer goes on
         if self.resume_step is not None:
-            meta, train_state, optimizer_data = self.load(self.folder, self.resume_step)
+            moments = self.folder, self.resume_step
+            meta, train_state = self.load(*moments)
             if not self.growth and self.resume_step > horizon.num_iterations:
                 raise UsageError(f"the checkpoint of step {self.resume_step} is beyond the horizon of {horizon.num_iterations} steps; raise it to train on")
         elif settings.branch_from:
             self.saved_step = settings.branch_from.meta()["step"]
-            meta, train_state, optimizer_data = self.load(settings.branch_from.folder, self.saved_step)
+            moments = settings.branch_from.folder, self.saved_step
+            meta, train_state = self.load(*moments)
         elif settings.init_from:
-            _, _, optimizer_data = self.load(settings.init_from.folder, settings.init_from.meta()["step"])
-            if settings.init_optimizer == "new":
-                optimizer_data = None
+            begin = settings.init_from.folder, settings.init_from.meta()["step"]
+            self.load(*begin)
+            if settings.init_optimizer == "keep":
+                moments = begin
             if self.growth:  # it counts the growths of this run
                 self.growth_history = self.growth.history = []
         share_weights(self.model)
@@ -177,8 +181,8 @@ class Pretraining(TrainLoop):
             matrix_lr=settings.matrix_lr * horizon.lr_scale, weight_decay=self.plan.weight_decay, scalar_lr=settings.scalar_lr * horizon.lr_scale,
             matrix_optimizer=settings.matrix_optimizer)
         optimizer = leave_out_frozen(self.model.setup_optimizer(**self.optimizer_setup))
-        if optimizer_data is not None:
-            load_optimizer(optimizer, optimizer_data)
+        if moments is not None:
+            checkpoints.load_optimizer(*moments, optimizer, self.rank, self.world_size)
         self.take(self.model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
@@ -186,7 +190,7 @@ class Pretraining(TrainLoop):
         if train_state is not None:
             self.positions = train_state["loader_states"]
             if len(self.positions) != len(self.my_streams):
-                raise UsageError(f"the checkpoint was written with other --data-streams than {self.plan.streams}; use the same number")
+                raise UsageError(f"the checkpoint was written with --data-streams={len(self.positions) * self.world_size}, not {self.plan.streams}; use the same number")
         elif meta is not None:
             self.positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
             print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
@@ -204,14 +208,11 @@ class Pretraining(TrainLoop):
         self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
 
     def load(self, folder: Path, step: int) -> tuple:
-        """Meta data, exact training state and optimizer state of the checkpoint to continue; its weights go into the model."""
+        """Meta data and exact training state of the checkpoint to continue; its weights go into the model."""
         growth = self.growth
         print0(f"{'Resuming' if folder == self.folder else 'Beginning'} from step {step} in {folder}")
-        written_by = checkpoints.load_meta(folder, step).get("world_size") or len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
-        if written_by not in (0, self.world_size):
-            raise UsageError(f"the checkpoint of step {step} was written by {written_by} ranks, not {self.world_size}; use as many as then")
-        model_data, optimizer_data, meta = checkpoints.load_checkpoint(folder, step, self.device, load_optimizer=True, rank=self.rank)
-        train_state = checkpoints.load_train_state(folder, step, self.rank)
+        model_data, _, meta = checkpoints.load_checkpoint(folder, step, self.device)
+        train_state = checkpoints.load_train_state(folder, step, self.rank, self.world_size)
         self.growth_history = meta.get("growth", [])
         if growth:
             growth.history = self.growth_history
@@ -223,7 +224,7 @@ class Pretraining(TrainLoop):
         checkpoints.load_weights(self.model, model_data, self.device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in meta.get("frozen", ()))
-        return meta, train_state, optimizer_data
+        return meta, train_state
 
     def restore(self, meta: dict, train_state: dict | None) -> None:
         super().restore(meta, train_state)

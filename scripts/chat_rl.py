@@ -37,7 +37,7 @@ from nanochat.common import get_dist_info, is_ddp_initialized, live_line, locked
 from nanochat.engine import Engine
 from nanochat.objectives import policy_gradient
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer, set_exact_state
+from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, set_exact_state
 from tasks.registry import TASKS
 
 PROBLEMS = {name: entry.problems for name, entry in TASKS.items() if entry.problems}
@@ -161,15 +161,14 @@ class Reinforcement(TrainLoop):
         # The fine-tuned model, or the checkpoint to continue from
         self.sft_step = sft_step
         self.resume_step = self.saved_step = find_resume_step(settings, folder)
-        optimizer_data = train_state = None
+        train_state = None
         if self.resume_step is None:
             model, self.tokenizer, self.meta = checkpoints.build_model(sft_folder, sft_step, self.device, phase="train")
         else:
             print0(f"Resuming after step {self.resume_step} in {folder}")
             model, self.tokenizer, self.meta = checkpoints.build_model(folder, self.resume_step, self.device, phase="train")
             train_state = checkpoints.load_train_state(folder, self.resume_step, self.rank)
-            optimizer_data = checkpoints.load_optimizer_state("rl", self.device, self.rank, folder.name, self.resume_step)
-            if train_state is None or optimizer_data is None:
+            if train_state is None:
                 raise UsageError(f"the checkpoint of step {self.resume_step} in {folder} has no optimizer state to resume from; start a new run")
             names = ("task_name", "examples_per_step", "num_samples", "device_batch_size", "max_new_tokens", "temperature", "top_k", "world_size")
             now = {**self.user_config, "world_size": self.world_size}
@@ -182,8 +181,8 @@ class Reinforcement(TrainLoop):
                                           weight_decay=settings.weight_decay, matrix_optimizer=self.meta.get("matrix_optimizer", "muon"))
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * settings.init_lr_frac
-        if optimizer_data is not None and train_state is not None:
-            load_optimizer(optimizer, optimizer_data)
+        if self.resume_step is not None and train_state is not None:
+            checkpoints.load_optimizer(folder, self.resume_step, optimizer, self.rank, self.world_size)
             set_exact_state(train_state, self.device, self.scaler)
         self.adopt(model, optimizer, model)
         self.events = [Event(settings.eval_every, self.evaluate, at_start=True, at_end=False)]

@@ -42,7 +42,7 @@ from nanochat.schedules import sft_lr_multiplier as lr_multiplier
 from nanochat.schedules import sft_muon_momentum as muon_momentum
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, load_optimizer
+from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step
 from tasks.common import Task
 from tasks.evaluation import evaluate
 from tasks.registry import CHATCORE, TASKS, build_mixture, chatcore, parts
@@ -182,19 +182,10 @@ class FineTuning(TrainLoop):
                                           weight_decay=0.0, matrix_optimizer=self.matrix_optimizer)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * settings.init_lr_frac
-        optimizer_data = None
         if self.resume_step is not None:
-            optimizer_data = checkpoints.load_optimizer_state("sft", self.device, self.rank, folder.name, self.resume_step)
-            if optimizer_data is None:
-                raise UsageError(f"the checkpoint of step {self.resume_step} in {folder} has no optimizer state to resume from; start a new run")
-        elif settings.load_optimizer:
-            shards = len(list(base_folder.glob(f"optim_{base_step:06d}_rank*.pt")))
-            if shards == self.world_size:
-                optimizer_data = checkpoints.load_optimizer_state("base", self.device, self.rank, base_folder.name, base_step)
-            else:
-                print0(f"A new optimizer: the base model's state is of {shards} ranks, here are {self.world_size}")
-        if optimizer_data is not None:
-            load_optimizer(optimizer, optimizer_data)
+            checkpoints.load_optimizer(folder, self.resume_step, optimizer, self.rank, self.world_size)
+        elif settings.load_optimizer and checkpoints.saved_ranks(base_folder, base_step):
+            checkpoints.load_optimizer(base_folder, base_step, optimizer, self.rank, self.world_size)
         self.adopt(model, optimizer, compile_model(model, self.device.type))
         self.token_bytes = get_token_bytes(self.device)
         self.metrics: dict[str, float] = {}

@@ -44,7 +44,6 @@ from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.model import OPTIMIZER_MODES
 from nanochat.growth.modes import MODES, width_mode
-from nanochat.growth.optimizer import full_state, load_full_state, merge_shards
 from nanochat.growth.plan import Shape, describe, growth_record, parse_path, plan_stages
 from nanochat.growth.target import DEPTH_MODES
 from nanochat.loss_eval import evaluate_bpb
@@ -78,27 +77,22 @@ def load(folder: Path, step: int, device: torch.device) -> tuple[GPT, dict]:
     return model, meta
 
 
-def load_optimizer(model: GPT, source: str, folder: Path, step: int, device: torch.device) -> tuple[MuonAdamW | None, int]:
+def load_optimizer(model: GPT, folder: Path, step: int) -> tuple[MuonAdamW | None, int]:
     """The optimizer with the state that all ranks of the run have saved, and how many they were; (None, 0) if there is no state."""
-    ranks = len(list(folder.glob(f"optim_{step:06d}_rank*.pt")))
-    shards = [checkpoints.load_optimizer_state(source, device, rank, folder.name, step) for rank in range(ranks)]
-    if not ranks or None in shards:
+    ranks = checkpoints.saved_ranks(folder, step)
+    if not ranks:
         return None, 0
     optimizer = model.setup_optimizer()
-    try:
-        optimizer.load_state_dict(merge_shards(optimizer, shards))  # type: ignore[arg-type]
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"the optimizer state of step {step} in {folder} does not fit its model ({error}); use --optimizer=none") from error
+    checkpoints.load_optimizer(folder, step, optimizer)
     return optimizer, ranks
 
 
-def optimizer_shards(model: GPT, optimizer: MuonAdamW, ranks: int) -> list[dict]:
+def optimizer_shards(optimizer: MuonAdamW, ranks: int) -> list[dict]:
     """The state dicts of as many ranks."""
-    whole = full_state(model, optimizer)
+    whole = dict(optimizer.full_state_dict())
     shards = []
     for rank in range(ranks):
-        optimizer.state.clear()
-        load_full_state(model, optimizer, whole, rank, ranks)
+        optimizer.load_full_state_dict(whole, rank, ranks)
         shards.append(optimizer.state_dict())
     return shards
 
@@ -160,7 +154,7 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], settings.depth_mode)
     tag = settings.to_tag or f"{folder.name}-{describe(after.config)}"
     check_free(parent / tag)
-    optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, settings.source, folder, step, device)
+    optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step)
 
     comparison = Comparison(model.eval(), settings.eval_tokens)
     check_writable(parent)
@@ -175,7 +169,7 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     record = growth_record(step, model.config, grown.config, settings.mode, settings.depth_mode, settings.seed, **parameters, tokens=tokens, flops=flops,
                            loss_before=None, loss_after=None)
     meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
-    shards = optimizer_shards(grown, grown_optimizer, ranks) if grown_optimizer is not None else [None]
+    shards = optimizer_shards(grown_optimizer, ranks) if grown_optimizer is not None else [None]
     write_folder(parent / tag, step, grown, shards, meta, sorted(folder.glob(f"state_{step:06d}_rank*.pt")))
     print0(f"Saved to {parent / tag}")
 

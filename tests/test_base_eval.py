@@ -96,6 +96,21 @@ def test_what_cannot_be_evaluated_ends_with_one_line(trained, flags, message, ca
     assert err.startswith("error: ") and message in err
 
 
+def test_a_further_evaluation_is_a_line_in_the_registry(trained, capsys, monkeypatch):
+    monkeypatch.setitem(evaluations.EVALUATIONS, "layers", evaluations.Evaluation(lambda subject: ({"layers": subject.model.config.n_layer}, []), default=False))
+    assert run("--eval=layers,bpb", "--device-batch-size=2", "--split-tokens=640") == 0
+    report = (trained / "report" / "base-model-evaluation.md").read_text()
+    assert "- layers: 2\n" in report and report.index("val bpb") < report.index("layers: 2")
+    assert [evaluation.run for evaluation in evaluations.choose(None, build_model(CONFIG, seed=3))] \
+        == [evaluations.EVALUATIONS[name].run for name in ("sample", "bpb", "core")]
+
+
+@pytest.mark.parametrize("names", ["pll", "bpb,pll"])
+def test_what_does_not_suit_the_model_is_refused(trained, capsys, names):
+    assert run(f"--eval={names}") == 2
+    assert "--eval=pll is for a model of hidden tokens" in capsys.readouterr().err
+
+
 def test_bad_core_data_shows_before_anything_is_evaluated(trained, capsys):
     (trained / "eval_bundle" / "eval_data" / "b" / "cloze.jsonl").write_text("[]\n")
     assert run("--max-per-task=6") == 2

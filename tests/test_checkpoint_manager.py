@@ -181,6 +181,70 @@ def test_load_model(base_model):
     assert checkpoints.load_optimizer_state("base", "cpu", rank=1) is None
 
 
+# -----------------------------------------------------------------------------
+# Other numbers of ranks
+
+
+def save_ranks(folder, ranks: int, streams: int, meta: dict | None = None):
+    """A trained model's step 5 as that many ranks would have saved it. Returns the optimizer, whole."""
+    torch.manual_seed(0)
+    model = make_model()
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    model(torch.randint(0, 64, (2, 9)), torch.randint(0, 64, (2, 9))).backward()
+    optimizer.step()
+    whole = dict(optimizer.full_state_dict())
+    for rank in reversed(range(ranks)):
+        optimizer.load_full_state_dict(whole, rank, ranks)
+        train_state = {"loader_states": [{"stream": stream} for stream in range(rank, streams, ranks)], "rng": rank}
+        checkpoints.save_checkpoint(folder, 5, model.state_dict(), optimizer.state_dict(), {"model_config": asdict(CONFIG), **(meta or {})}, rank, train_state)
+    optimizer.load_full_state_dict(whole)
+    return optimizer
+
+
+@pytest.mark.parametrize("meta", [{}, {"world_size": 3}], ids=["nanochat", "ours"])
+def test_a_checkpoint_of_three_ranks_on_one(tmp_path, meta):
+    expected = save_ranks(tmp_path, 3, 6, meta)
+    assert checkpoints.saved_ranks(tmp_path, 5) == 3 and checkpoints.saved_ranks(tmp_path, 4) == 0
+    optimizer = make_model().setup_optimizer(matrix_lr=0.5)
+    checkpoints.load_optimizer(tmp_path, 5, optimizer)
+    assert tiny.identical(optimizer.state_dict()["state"], expected.state_dict()["state"])
+    muon = optimizer.param_groups[-1]
+    assert (muon["initial_lr"], muon["weight_decay"]) == (0.5, 0.1)  # the rate is that of the flags
+    (tmp_path / "optim_000005_rank1.pt").unlink()
+    with pytest.raises(checkpoints.CheckpointNotFound, match="rank1.pt, though 3 ranks"):
+        checkpoints.load_optimizer(tmp_path, 5, optimizer)
+
+
+def test_files_of_a_larger_run_before_are_left_alone(tmp_path):
+    save_ranks(tmp_path, 3, 3)
+    expected = save_ranks(tmp_path, 2, 2, {"world_size": 2})
+    optimizer = make_model().setup_optimizer()
+    checkpoints.load_optimizer(tmp_path, 5, optimizer)
+    assert tiny.identical(optimizer.state_dict()["state"], expected.state_dict()["state"])
+
+
+def test_an_optimizer_of_another_model(tmp_path):
+    save_ranks(tmp_path, 2, 2)
+    for other in (make_model(n_layer=2), make_model(n_embd=64, n_head=2, n_kv_head=2)):
+        with pytest.raises(UsageError, match="does not fit this model: .*; use another step"):
+            checkpoints.load_optimizer(tmp_path, 5, other.setup_optimizer())
+        with pytest.raises(UsageError, match="does not fit this model: .*; use another step"):
+            checkpoints.load_optimizer(tmp_path, 5, other.setup_optimizer(), rank=0, world=2)
+    with pytest.raises(checkpoints.CheckpointNotFound, match="optim_000004_rank0.pt"):
+        checkpoints.load_optimizer(tmp_path, 4, make_model().setup_optimizer())
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (3, 2), (2, 6)])
+def test_data_streams_are_dealt_anew(tmp_path, before, after):
+    save_ranks(tmp_path, before, 6)
+    for rank in range(after):
+        state = checkpoints.load_train_state(tmp_path, 5, rank, after)
+        assert [position["stream"] for position in state["loader_states"]] == list(range(rank, 6, after))
+        assert state["rng"] == (rank if rank < before else 0)
+    with pytest.raises(UsageError, match="6 data streams, which 4 ranks cannot share evenly; use a number of ranks that divides 6"):
+        checkpoints.load_train_state(tmp_path, 5, 0, 4)
+
+
 def test_another_tokenizer(base_model):
     base, _ = base_model
     path = tiny.folder(base) / "meta_000003.json"

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import dataset
+from nanochat import data_hub, data_local, dataset
 from nanochat.cli import UsageError
-from nanochat.dataset import MAX_SHARD, cut, index_to_filename, list_parquet_files, main, parquets_iter_batched
+from nanochat.data_local import cut
+from nanochat.dataset import MAX_SHARD, index_to_filename, list_parquet_files, main, parquets_iter_batched
 from tests.tiny import ROOT
 
 VALIDATION = index_to_filename(MAX_SHARD)
@@ -221,7 +222,7 @@ def test_what_is_taken_of_the_stdlib(monkeypatch, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert list(dataset.stdlib_groups()) == [["a = 1"], ["b = 1"], ["c = 1"]]
+    assert list(data_local.stdlib_groups()) == [["a = 1"], ["b = 1"], ["c = 1"]]
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_plain_text_is_cut_into_documents(base_dir, tmp_path_factory):
     path.write_text("\n\n".join(paragraphs))
     assert main([f"--source={path}"]) == 0
     documents = read("train") + read("val")
-    assert all(text.startswith("Paragraph ") and len(text) <= dataset.DOCUMENT_CHARS for text in documents)
+    assert all(text.startswith("Paragraph ") and len(text) <= data_local.DOCUMENT_CHARS for text in documents)
     assert sorted("".join(documents).replace("\n", "")) == sorted("".join(paragraphs))
 
 
@@ -284,7 +285,7 @@ def test_every_local_source_is_cut_alike(base_dir, tmp_path_factory, name):
         path.write_text("\n".join(json.dumps({"text": book}) for book in books) if "jsonl" in name else ("<|endoftext|>" if "marked" in name else "").join(books))
     assert main([f"--source={path}"]) == 0
     documents = read("train") + read("val")
-    assert max(map(len, documents)) <= dataset.DOCUMENT_CHARS and sorted("".join(documents)) == sorted("".join(books))
+    assert max(map(len, documents)) <= data_local.DOCUMENT_CHARS and sorted("".join(documents)) == sorted("".join(books))
 
 
 def test_packed_files_and_what_is_left_out(folder, tmp_path_factory, capsys):
@@ -316,7 +317,7 @@ def test_text_longer_than_a_read_block(tmp_path):
     path = tmp_path / "long.txt"
     block = 1 << 24
     path.write_text("<|endoftext|>".join(["a" * 100, "b" * (block - 120), "c" * block]))  # the second mark lies across a block's end
-    assert [text[:1] + str(len(text)) for text in dataset._txt_documents(path)] == ["a100", f"b{block - 120}", f"c{block}"]
+    assert [text[:1] + str(len(text)) for text in data_local._txt_documents(path)] == ["a100", f"b{block - 120}", f"c{block}"]
 
 
 def test_lone_surrogates_in_json(base_dir, tmp_path_factory):
@@ -327,7 +328,7 @@ def test_lone_surrogates_in_json(base_dir, tmp_path_factory):
 
 
 def test_several_shards_and_small_row_groups(base_dir, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_CHARS", 20_000)
+    monkeypatch.setattr(data_local, "SHARD_CHARS", 20_000)
     path = tmp_path_factory.mktemp("many") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i:05d} " * 20}) + "\n" for i in range(1000)))
     assert main([f"--source={path}"]) == 0
@@ -510,7 +511,7 @@ def test_climbmix_gives_up_when_the_network_is_gone(folder, hub, capsys):
 
 
 def test_without_a_network_nobody_waits(folder, hub, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "hub_unreachable", lambda: True)
+    monkeypatch.setattr(data_hub, "hub_unreachable", lambda: True)
     for source in ("climbmix", "tinystories"):
         assert main([f"--source={source}", "-n", "1"]) == 2
         assert "huggingface.co cannot be reached" in capsys.readouterr().err
@@ -548,9 +549,9 @@ def streams(monkeypatch):
             raise ConnectionError("no route to host")
         return datasets.Dataset.from_dict({"text": content[split], "id": range(len(content[split]))}).to_iterable_dataset(num_shards=3)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(dataset, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(data_hub, "SHARD_CHARS", 1000)
 
-    real_take = dataset._take
+    real_take = data_hub._take
 
     def take(rows, *args):
         def failing():
@@ -560,7 +561,7 @@ def streams(monkeypatch):
                 content["fail_after"] = content.get("fail_after", -1) - 1
                 yield row
         return real_take(failing(), *args)
-    monkeypatch.setattr(dataset, "_take", take)
+    monkeypatch.setattr(data_hub, "_take", take)
     return content
 
 
@@ -611,7 +612,7 @@ def test_interrupted_stream_goes_on_to_the_same_files(folder, streams, fail_afte
 def test_one_huge_row_is_cut(folder, streams):
     streams.update(train=["word " * 20_000] * 3, validation=["other " * 3000] * 3)
     assert main(["--source=text8"]) == 0
-    assert max(map(len, read("train") + read("val"))) <= dataset.DOCUMENT_CHARS
+    assert max(map(len, read("train") + read("val"))) <= data_local.DOCUMENT_CHARS
     assert "".join(read("train")).count("word") == 60_000
 
 

@@ -68,12 +68,43 @@ def test_resuming_on_two_ranks_is_exact(base, tmp_path_factory):
     assert tiny.losses(base) == tiny.losses(other)
     assert tiny.same_checkpoint(base, other, ranks=2)
 
-    # one rank cannot go on with the shards of two, and a shard that only rank 1 reads is missed by name
-    done = tiny.run(other, "--resume-from-step=4")
-    assert done.returncode == 2 and "written by 2 ranks" in done.stderr
+    # a shard that only rank 1 reads is missed by name
     (tiny.folder(other) / "optim_000004_rank1.pt").write_bytes(b"")
     done = tiny.run(other, "--resume-from-step=4", ranks=2)
     assert done.returncode != 0 and "error on rank 1" in done.stderr and "optim_000004_rank1.pt" in done.stderr
+
+
+LOW_RANK = ("--rank=8", "--rank-schedule=linear")  # matrices are dealt
+
+
+@pytest.mark.parametrize("before, after, flags", [
+    (2, 1, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, ()), (2, 4, ()), (2, 1, LOW_RANK), (1, 2, LOW_RANK), (2, 4, LOW_RANK)))])
+def test_resuming_on_another_number_of_ranks(base, before, after, flags):
+    flags = (*STREAMS, *flags)
+    assert_ok(tiny.run(base, *flags, ranks=before))
+    uninterrupted = tiny.losses(base)
+    assert uninterrupted[-1][:2] == ("eval", 8)
+    done = tiny.run(base, *flags, "--resume-from-step=4", ranks=after)
+    assert_ok(done)
+    assert f"state of {before} ranks is shared out among {after}" in done.stderr
+    resumed = tiny.losses(base)
+    assert [record[:2] for record in resumed] == [record[:2] for record in uninterrupted]
+    assert bpb(base, "d3") == [(step, pytest.approx(value, abs=2e-5)) for kind, step, _, _, value, _ in uninterrupted if kind == "eval"]
+    assert tiny.folder(base).joinpath(f"optim_000008_rank{after - 1}.pt").exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_out_among_other_ranks(base):
+    assert_ok(tiny.run(base, "--num-iterations=4", ranks=2))
+    done = tiny.run(base, "--resume")
+    assert done.returncode == 2 and "the checkpoint was written with --data-streams=2, not 1; use the same number" in done.stderr
+    flags = ("--resume", "--data-streams=2", "--device-batch-size=1")
+    (tiny.folder(base) / "optim_000004_rank1.pt").unlink()
+    done = tiny.run(base, *flags)
+    assert done.returncode == 2 and "rank1.pt, though 2 ranks have written step 4; bring it back, or use another step" in done.stderr
+    shutil.copy(tiny.folder(base) / "state_000004_rank1.pt", tiny.folder(base) / "optim_000004_rank1.pt")
+    done = tiny.run(base, *flags)
+    assert done.returncode == 2 and "does not fit this model: no 'param_groups'; use another step" in done.stderr
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.growth.optimizer import full_state, merge_shards
 from scripts import grow_checkpoint, tok_train
 from tests import tiny
 
@@ -28,7 +27,7 @@ def loaded(folder, step: int = 8):
     model = checkpoints.model_from_config(meta["model_config"])
     checkpoints.load_weights(model, model_data, "cpu")
     optimizer = model.setup_optimizer()
-    optimizer.load_state_dict(merge_shards(optimizer, [optimizer_data]))
+    optimizer.load_state_dict(optimizer_data)
     return model, optimizer, meta
 
 
@@ -52,7 +51,7 @@ def test_a_grown_checkpoint_is_an_ordinary_one(base, capsys):
 
     # the moments came along, and it grows again
     grown, optimizer, _ = loaded(folder)
-    assert all(moments["momentum_buffer"].any() for name, moments in full_state(grown, optimizer).items() if "h.0.attn.c_proj" in name)
+    assert all(moments["momentum_buffer"].any() for name, moments in optimizer.full_state_dict().items() if "h.0.attn.c_proj" in name)
     assert grow("--model-tag=d3-5x128", "--to=5x160", "--noise=0.3", "--to-tag=again") == 0
     _, _, meta = loaded(tiny.folder(base, "again"))
     assert [record["to"] for record in meta["growth"]] == ["5x128", "5x160"] and meta["growth"][1]["noise"] == 0.3
@@ -61,14 +60,15 @@ def test_a_grown_checkpoint_is_an_ordinary_one(base, capsys):
 def test_the_state_of_two_ranks_stays_one_of_two_ranks(base):
     folder = tiny.folder(base)
     model, optimizer, _ = loaded(folder)
-    whole = full_state(model, optimizer)
-    for rank, shard in enumerate(grow_checkpoint.optimizer_shards(model, optimizer, 2)):
+    whole = dict(optimizer.full_state_dict())
+    for rank, shard in enumerate(grow_checkpoint.optimizer_shards(optimizer, 2)):
         torch.save(shard, folder / f"optim_000008_rank{rank}.pt")
+    checkpoints.save_meta(folder, 8, {**checkpoints.load_meta(folder, 8), "world_size": 2})
     assert grow("--to=3x128", "--to-tag=two", "--mode=identity") == 0
     shards = [torch.load(tiny.folder(base, "two") / f"optim_000008_rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    grown, optimizer, _ = loaded(tiny.folder(base, "two"))
-    optimizer.load_state_dict(merge_shards(optimizer, shards))
-    state = full_state(grown, optimizer)
+    optimizer = checkpoints.load_model("base", "cpu", "train", "two")[0].setup_optimizer()
+    optimizer.load_shards(shards)
+    state = optimizer.full_state_dict()
     name = "transformer.h.1.attn.c_k.weight"
     assert torch.equal(state[name]["momentum_buffer"][:96, :96], whole[name]["momentum_buffer"]) and state["lm_head.weight"]["step"] == 8
     assert grow("--to=3x128", "--to-tag=fresh", "--optimizer=reset") == 0

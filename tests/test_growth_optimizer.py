@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.growth import grow, grown_config
-from nanochat.growth.optimizer import full_state, load_full_state, merge_shards
+from nanochat.optim_state import SavedState
 from tests.growing import STOCK, float64, loss_and_gradients, mixed, random_model, uniform
 from tests.tiny import identical
 
@@ -44,7 +44,7 @@ def along_the_trajectory(config, target, steps: int = 3, smear: bool = True, **h
         small_loss, loss = step(model, optimizer, seed), step(large, large_optimizer, seed)
         assert loss == pytest.approx(small_loss, abs=1e-10)
     grown, grown_optimizer = grow(model, target, optimizer, **how)
-    return full_state(grown, grown_optimizer), full_state(large, large_optimizer)
+    return dict(grown_optimizer.full_state_dict()), dict(large_optimizer.full_state_dict())
 
 
 def assert_equal_moments(transported, measured, keys):
@@ -179,7 +179,7 @@ def test_frozen_layers_have_no_state_and_stay():
         step(grown, grown_optimizer, seed)
     moved = {name for name, p in grown.named_parameters() if not torch.equal(p, before[name])}
     assert not moved & frozen and {"transformer.h.3.mlp.c_proj.weight", "transformer.wte.weight"} <= moved
-    assert not {name for name in full_state(grown, grown_optimizer)} & frozen
+    assert not grown_optimizer.full_state_dict().keys() & frozen
     again, again_optimizer = grow(grown, grown_config(grown.config, 5, depth_mode="append"), grown_optimizer, depth_mode="append")
     assert {name for name, p in again.named_parameters() if not p.requires_grad} == frozen  # what is frozen stays so
     step(again, again_optimizer, 0)
@@ -189,27 +189,44 @@ def test_frozen_layers_have_no_state_and_stay():
 # Ranks
 
 
-def shards(model, optimizer, world: int) -> list[dict]:
-    whole = full_state(model, optimizer)
+def shards(optimizer, world: int) -> list[dict]:
+    """What each of so many ranks would save."""
+    whole = dict(optimizer.full_state_dict())
     states = []
     for rank in range(world):
-        optimizer.state.clear()
-        load_full_state(model, optimizer, whole, rank, world)
+        optimizer.load_full_state_dict(whole, rank, world)
         states.append(copy.deepcopy(optimizer.state_dict()))
-    load_full_state(model, optimizer, whole, 0, 1)
+    optimizer.load_full_state_dict(whole, 0, 1)
     return states
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_shards_make_a_whole_again(world):
-    model, optimizer = trained(STOCK)
-    whole = full_state(model, optimizer)
-    parts = shards(model, optimizer, world)
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("config", [STOCK, mixed("ngpt")], ids=["stock", "mixed"])
+def test_shards_make_a_whole_again(config, world):
+    model, optimizer = trained(config)
+    whole = dict(optimizer.full_state_dict())
+    parts = shards(optimizer, world)
     rows = {state["exp_avg"].size(0) for state in parts[0]["state"].values() if "exp_avg" in state and state["exp_avg"].dim() == 2}
     assert 128 // world in rows if 128 % world == 0 else 128 in rows  # of tables that cannot be shared evenly every rank has all
-    other = model.setup_optimizer()
-    other.load_state_dict(merge_shards(other, parts))
-    assert identical(full_state(model, other), whole)
+    assert any("owners" in group for group in parts[0]["param_groups"]) == (config is not STOCK and world > 1)  # dealt where layers differ
+    other = model.setup_optimizer(matrix_lr=0.5)
+    assert identical(dict(SavedState(other, parts)), whole)
+    other.load_shards(parts)
+    assert identical(other.state_dict(), optimizer.state_dict())  # hyper-parameters, too
+    for resharded, part in zip(shards(other, world), parts):
+        assert identical(resharded, part)
+
+
+def test_shards_of_another_model_are_refused():
+    _, optimizer = trained(STOCK, 1)
+    parts = shards(optimizer, 2)
+    wider = random_model(replace(STOCK, n_embd=48, n_head=6, n_kv_head=3)).setup_optimizer()
+    with pytest.raises(ValueError, match=r"exp_avg of lm_head.weight has the shape \(128, 32\), not \(128, 48\)"):
+        wider.load_shards(parts)
+    with pytest.raises(ValueError, match="has the shape"):
+        wider.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="other parameters"):
+        random_model(replace(STOCK, n_layer=5)).setup_optimizer().load_shards(parts)
 
 
 def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
@@ -220,7 +237,7 @@ def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
     optimizer.load_state_dict(torch.load(f"{folder}/optim{rank}.pt"))
     torch.manual_seed(rank)  # ranks may have drawn different numbers
     grown, grown_optimizer = grow(model, grown_config(STOCK, 5, 48), optimizer)
-    torch.save((grown.state_dict(), grown_optimizer.state_dict(), full_state(grown, grown_optimizer)), f"{folder}/grown{rank}.pt")
+    torch.save((grown.state_dict(), grown_optimizer.state_dict(), dict(grown_optimizer.full_state_dict())), f"{folder}/grown{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -228,13 +245,13 @@ def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
 def test_two_ranks_grow_to_the_bits_of_one(tmp_path):
     model, optimizer = trained(STOCK)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    for rank, state in enumerate(shards(model, optimizer, 2)):
+    for rank, state in enumerate(shards(optimizer, 2)):
         torch.save(state, tmp_path / f"optim{rank}.pt")
     grown, grown_optimizer = grow(model, grown_config(STOCK, 5, 48), optimizer)
-    expected = shards(grown, grown_optimizer, 2)
+    expected = shards(grown_optimizer, 2)
     mp.spawn(grow_on_a_rank, args=(2, f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     for rank in range(2):
         weights, state, whole = torch.load(tmp_path / f"grown{rank}.pt")
         assert identical(dict(weights), dict(grown.state_dict()))
         assert identical(state["state"], expected[rank]["state"])
-        assert identical(whole, full_state(grown, grown_optimizer))
+        assert identical(whole, dict(grown_optimizer.full_state_dict()))

@@ -98,14 +98,14 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
 
     grown_optimizer = states.leave_out_frozen(grown.setup_optimizer(**(setup or {})))
     if optimizer_mode == "transport":
-        states.load_full_state(grown, grown_optimizer, Transported(states.Moments(model, optimizer), grown, origin, maps_of))
+        grown_optimizer.load_full_state_dict(Transported(optimizer.full_state_dict(), grown, origin, maps_of))
     return grown, grown_optimizer
 
 
 class Transported(Mapping):
     """The moments of the grown model's parameters, each made when it is asked for."""
 
-    def __init__(self, moments: states.Moments, grown: GPT, origin: Mapping[str, str | None], maps_of: Callable[[str], Maps]):
+    def __init__(self, moments: Mapping[str, dict], grown: GPT, origin: Mapping[str, str | None], maps_of: Callable[[str], Maps]):
         self.moments, self.maps_of = moments, maps_of
         self.shapes = {name: p.shape for name, p in grown.named_parameters() if origin[name] in moments}
         self.origin = origin
