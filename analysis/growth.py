@@ -13,7 +13,8 @@ from pathlib import Path
 
 from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir, write_text_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
 
 SCRATCH = (0.45, 0.6, 0.8, 1.0)  # budgets: shares of the FLOPs of STEPS steps of the last model
 WIDTH = {"grow-path": "4x64,4x128", "grow-at": "0.6"}

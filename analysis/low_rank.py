@@ -12,7 +12,8 @@ from pathlib import Path
 
 from analysis.trials import SHAPE, STEPS, TUNED, Result, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir, write_text_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
 
 LOW_RANK = {**TUNED, "matrix-lr": 0.24}
 RANK = 32

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir, write_text_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
 
 CONTESTANTS: dict[str, dict] = {
     "pre-norm, Muon": TUNED,

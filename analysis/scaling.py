@@ -21,7 +21,8 @@ import numpy as np
 
 from analysis.trials import picture
 from nanochat.cli import ArgumentParser, UsageError, command, folder_name
-from nanochat.common import get_base_dir, write_text_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
 from nanochat.run_log import read_run_log
 
 COLUMNS = {

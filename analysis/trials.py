@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.cli import ArgumentParser, positive_int
-from nanochat.common import atomic_path, locked, write_text_atomic
 from nanochat.dataset import parquets_iter_batched
+from nanochat.files import atomic_path, locked, write_text_atomic
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import get_tokenizer
 

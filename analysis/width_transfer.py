@@ -9,7 +9,8 @@ import sys
 
 from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser
 from nanochat.cli import command, positive_float, positive_int
-from nanochat.common import get_base_dir, write_text_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
 
 
 @command

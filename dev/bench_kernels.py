@@ -3,7 +3,7 @@
     python -m dev.bench_kernels
 
 One line for each kernel and size: milliseconds of each alternative, the one that this machine takes, and whether it was right. Attention forward and
-backward, one decoding step's attention and products; and what is taken everywhere: windows backward in blocks, the loss in chunks, weights in the
+backward, one decoding step's attention and products; and what is taken everywhere: the loss in chunks, weights in the
 compute dtype. Exit status 1 if any of them takes over 10 % longer than an alternative.
 """
 import argparse
@@ -99,7 +99,7 @@ def main(argv=None) -> int:
             check(f"attention forward, {size}", forward, chosen("window" if window >= 0 else "attention"))
         if window >= 0:
             backward["torch, masked"] = masked_backward(rows, length, heads, 64, window)
-        check(f"attention backward, {size}", backward, chosen_backward(length) if window < 0 else "blocked")
+        check(f"attention backward, {size}", backward, chosen_backward(length) if window < 0 or chosen_backward(length) == "fused" else "blocked")
     with torch.inference_mode():
         for rows, length in ((1, 64),) if args.small else ((1, 1024), (16, 512)):
             check(f"one query against {length} keys, {rows} rows, 12 heads of 64", decode_trials(rows, length, 12, 64), chosen("decode"))

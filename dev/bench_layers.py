@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from nanochat.cli import ArgumentParser, UsageError, command, positive_float, positive_int
-from nanochat.common import COMPUTE_DTYPE, atomic_path, autodetect_device_type, compute_init, write_text_atomic
+from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.compiler import compile_model, why_not_compile
+from nanochat.files import atomic_path, write_text_atomic
 from nanochat.gpt import GPT, Linear, run_layer
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights

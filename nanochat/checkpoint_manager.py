@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat.cli import UsageError
-from nanochat.common import atomic_path, get_base_dir, is_ddp_initialized, parse_json, write_text_atomic
+from nanochat.common import get_base_dir, is_ddp_initialized
+from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.optim import MuonAdamW

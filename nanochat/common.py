@@ -1,9 +1,7 @@
-"""What every module needs: compute dtype, base directory, logging, devices and ranks, safe files, peak speeds."""
+"""What every module needs: compute dtype, base directory, logging, devices and the process group, peak speeds."""
 import contextlib
 import ctypes
 import functools
-import io
-import json
 import logging
 import os
 import random
@@ -11,7 +9,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from nanochat.cli import UsageError
+from nanochat.files import atomic_path
 
 # -----------------------------------------------------------------------------
 # Compute dtype: matmuls and activations run in it, master weights stay float32.
@@ -168,91 +166,6 @@ def get_base_dir() -> str:
     return base_dir
 
 
-def check_writable(folder: str | os.PathLike) -> None:
-    """To be called before a long computation whose result goes to `folder`. Creates it; raises UsageError where nothing can be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=str(folder)) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
-
-
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
-    """Holds `folder` against other processes that lock it, by a file beside it; the lock ends with the process, however that ends.
-
-    While another process holds it, waits and says so, or with `wait=False` raises UsageError. The holder may lock it again. On a file system
-    that knows no locks there is none.
-    """
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            if not wait:
-                raise UsageError(f"another process is writing to {folder}; wait until it has ended, or choose another --model-tag") from None
-            print(f"Waiting for another process that is writing to {folder}", flush=True)
-            stack.enter_context(lock.acquire())
-        except NotImplementedError:
-            pass
-        yield
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced to disk and renamed onto `path`.
-
-    A kill at any moment leaves either the old file or the new one, never a part of it. On an exception the
-    temporary file is removed and `path` is untouched.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
-        os.replace(temporary, path)
-        if os.name == "posix":  # make the rename itself durable
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold bytes that are no text
-
-
-def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
-    """A UTF-8 file to read, with or without byte order mark; a name that ends in .gz or .zst is unpacked."""
-    content: Any = open(path, "rb")
-    if compression := {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower()):
-        import pyarrow
-        content = pyarrow.CompressedInputStream(content, compression)
-    return io.TextIOWrapper(content, encoding="utf-8-sig")
-
-
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, of which nesting deeper than Python can follow is a ValueError like all other bad JSON."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
 def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[str], Any] | None = None) -> str:
     """Fetches `url` once into `base_dir/filename`, however many ranks ask for it; returns the path."""
     path = os.path.join(get_base_dir(), filename)
@@ -302,54 +215,6 @@ def is_ddp_requested() -> bool:
 
 def is_ddp_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-# PyTorch 2.13 renamed the two collectives
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, number of ranks) of the process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
-
-
-def share(tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
-    """The tensor, in place, as that rank has it."""
-    if is_ddp_initialized():
-        dist.broadcast(tensor, rank)
-    return tensor
-
-
-def share_weights(model: torch.nn.Module) -> None:
-    """Gives every rank the weights of rank 0: equal seeds give equal numbers only on equal devices, and not from every kernel."""
-    for p in model.parameters():
-        share(p.data)
-
-
-def agreed(value: Any) -> Any:
-    """What rank 0 has decided, on every rank. For what a rank by itself could see otherwise: files, the clock, sums in another order."""
-    if not is_ddp_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def check_agreement(what: str, value: Any, advice: str) -> None:
-    """Raises UsageError on every rank if they do not all have the same value, where one that differs would make all wait for ever."""
-    if not is_ddp_initialized():
-        return
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
-    if different is None:
-        return
-    mine, theirs = values[0], values[different]
-    if isinstance(mine, dict) and isinstance(theirs, dict):  # only what differs
-        keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
-        mine, theirs = ({key: value.get(key) for key in keys} for value in (mine, theirs))
-    raise UsageError(f"the ranks do not agree on {what}: rank 0 has {mine}, rank {different} has {theirs}; {advice}")
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
@@ -452,6 +317,9 @@ def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.
         dist.barrier()
     if rank == 0:
         logger.info(f"Distributed world size: {world_size}")
+        if device_type == "cpu":
+            said_by = " (OMP_NUM_THREADS)" if "OMP_NUM_THREADS" in os.environ else ""
+            logger.info(f"CPU threads: {torch.get_num_threads()}{said_by}, {usable_cpus()} CPUs to use")
     if device_type == "cpu":
         from nanochat import kernel_choice  # which needs this module
         kernel_choice.settle()

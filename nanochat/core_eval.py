@@ -24,8 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import PROGRESS_SECONDS, is_ddp_initialized, parse_json, print0
+from nanochat.common import PROGRESS_SECONDS, is_ddp_initialized, print0
 from nanochat.eval_bundle import find_eval_bundle
+from nanochat.files import parse_json
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
 CORE_TASKS = 22  # in the published benchmark

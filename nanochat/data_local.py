@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanochat.cli import UsageError
-from nanochat.common import logger, open_text, parse_json
+from nanochat.common import logger
 from nanochat.data_shards import (
     MAX_SHARD,
     SHARD_CHARS,
@@ -26,6 +26,7 @@ from nanochat.data_shards import (
     write_record,
     write_shard,
 )
+from nanochat.files import open_text, parse_json
 
 DOCUMENT_CHARS = 2000  # plain text is cut to this, because the loader drops what no row can hold: at 6000 the most of it
 VALIDATION_SHARE, MAX_VALIDATION_DOCUMENTS = 0.05, 20_000  # of sources without a validation split of their own

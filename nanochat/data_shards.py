@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import UsageError
-from nanochat.common import atomic_path, get_base_dir, logger, parse_json, write_text_atomic
+from nanochat.common import get_base_dir, logger
+from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.tokenizer import replace_surrogates
 
 MAX_SHARD = 6542  # index of ClimbMix's last shard, which is validation; other sources number theirs alike

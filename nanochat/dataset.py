@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.cli import ArgumentParser, UsageError, command, int_or_off, positive_int
-from nanochat.common import locked
 from nanochat.data_hub import HUB, download_single_file, get_climbmix, get_streamed
 from nanochat.data_local import get_local
 from nanochat.data_shards import (
@@ -30,6 +29,7 @@ from nanochat.data_shards import (
     parquets_iter_batched,
     read_record,
 )
+from nanochat.files import locked
 
 __all__ = ["MAX_SHARD", "data_source", "download_single_file", "index_to_filename", "list_parquet_files", "parquets_iter_batched"]  # nanochat's names
 SOURCES = ["climbmix", *HUB, "stdlib"]

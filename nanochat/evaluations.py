@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.cli import UsageError, flag, int_or_off, positive_int
-from nanochat.common import check_writable, get_base_dir, get_dist_info, print0, with_progress, write_text_atomic
+from nanochat.common import get_base_dir, get_dist_info, print0, with_progress
 from nanochat.core_eval import core_csv, evaluate_core, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
 from nanochat.engine import Engine, check_causal
 from nanochat.eval_bundle import find_eval_bundle
+from nanochat.files import check_writable, write_text_atomic
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.mlm import pseudo_perplexity
 from nanochat.tokenizer import get_token_bytes

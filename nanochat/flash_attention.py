@@ -5,7 +5,7 @@
 | Ampere to Hopper with the `kernels` package, bf16 | FlashAttention-3 |
 | other CUDA with a working Triton, sliding window | FlexAttention: blocks outside the band are never computed |
 | other CUDA, whole context | PyTorch's built-in kernel |
-| CPU | PyTorch's kernel, or blocks of queries by batched matmuls: what is faster there (kernel_choice.py), forward and backward apart |
+| CPU | PyTorch's kernel, blocks of queries by batched matmuls, or fused_attention.cpp: what is fastest there (kernel_choice.py), forward and backward apart |
 | anywhere else, whole context | PyTorch's built-in kernel |
 | anywhere else, sliding window | blocks of queries, each against just the keys it sees |
 
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
 from nanochat.compiler import why_not_compile
+from nanochat.fused_attention import empty, fused_backward, fused_forward, has_fused
 from nanochat.kernel_choice import chosen, chosen_backward
 
 
@@ -182,31 +183,31 @@ def _flat(x):
     return x.reshape(-1, x.size(2), x.size(3)).contiguous()
 
 
-def _empty(x, width: int, **kwargs):
-    """(B, H, T, width) for x (B, H, T, D), laid out as (B, T, H, width): the layout of the projections before and after attention."""
-    return x.new_empty(x.size(0), x.size(2), x.size(1), width, **kwargs).transpose(1, 2)
-
-
 def _builtin(q, k, v, causal: bool, mask=None):
-    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `_empty`."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
+    """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `empty`, and (B, H, T), the logarithm of the sum of each query's exponentials."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
 
 
 @torch.library.custom_op("nanochat::attention", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str) -> torch.Tensor:
-    if kernel == "torch" and left < 0 and right <= 0:
-        return _builtin(q, k, v, right == 0)
-    out = _empty(q, v.size(3))
-    if kernel == "blocked":
-        for queries, keys, _, _, probs in _pieces(q, k, left, right):
-            out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
-    else:
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int, right: int, kernel: str, backward: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and what the fused backward wants: (B, H, T) float32, empty for another one."""
+    if kernel == "fused":
+        out, log_sum = fused_forward(q, k, v, left, right)
+    elif kernel == "torch" and left < 0 and right <= 0:
+        out, log_sum = _builtin(q, k, v, right == 0)
+    elif kernel == "torch":
+        out, log_sum = empty(q, v.size(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
         for start in range(0, q.size(2), BLOCK):
             end = min(start + BLOCK, q.size(2))
             first_key, last_key = _span(start, end, q.size(2), left, right)
             mask = _additive_mask(end - start, last_key - first_key, start - first_key, left, right, q.dtype, q.device)
-            out[:, :, start:end] = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
-    return out
+            piece = _builtin(q[:, :, start:end], k[:, :, first_key:last_key], v[:, :, first_key:last_key], False, mask)
+            out[:, :, start:end], log_sum[:, :, start:end] = piece
+    else:
+        out, log_sum = empty(q, v.size(3)), q.new_empty(0, dtype=torch.float32)
+        for queries, keys, _, _, probs in _pieces(q, k, left, right):
+            out[queries] = torch.bmm(probs, _flat(v[keys])).view_as(out[queries])
+    return out, log_sum.contiguous() if backward == "fused" else q.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("nanochat::attention_backward", mutates_args=())
@@ -214,8 +215,8 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
               right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Recomputes the probabilities piece by piece (Dao et al., 2205.14135) instead of keeping them."""
     scale = q.size(-1) ** -0.5
-    grad_q = _empty(q, q.size(3))
-    grad_k, grad_v = (_empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
+    grad_q = empty(q, q.size(3))
+    grad_k, grad_v = (empty(x, x.size(3), dtype=torch.float32).zero_() for x in (k, v))
     for queries, keys, q_piece, k_piece, probs in _pieces(q, k, left, right):
         g = _flat(grad[queries])
         grad_v[keys].add_(torch.bmm(probs.mT, g).view_as(grad_v[keys]))  # not +=, which would copy the sum onto itself
@@ -226,33 +227,60 @@ def _backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return grad_q.mul_(scale), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+@torch.library.custom_op("nanochat::attention_fused_backward", mutates_args=())
+def _fused_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, log_sum: torch.Tensor, left: int,
+                    right: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return fused_backward(grad, q, k, v, out, log_sum, left, right)
+
+
 @_forward.register_fake
-def _(q, k, v, left, right, kernel):
-    return _empty(q, v.size(3))
+def _(q, k, v, left, right, kernel, backward):
+    return empty(q, v.size(3)), q.new_empty(q.shape[:3] if backward == "fused" else (0,), dtype=torch.float32)
 
 
-@_backward.register_fake
-def _(grad, q, k, v, left, right):
-    return _empty(q, q.size(3)), _empty(k, k.size(3)), _empty(v, v.size(3))
+def _fake_backward(grad, q, k, v, *rest):
+    return empty(q, q.size(3)), empty(k, k.size(3)), empty(v, v.size(3))
+
+
+_backward.register_fake(_fake_backward)
+_fused_backward.register_fake(_fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.band, _ = inputs
-    ctx.save_for_backward(q, k, v)
+    q, k, v, *ctx.band, _, ctx.backward = inputs
+    ctx.save_for_backward(q, k, v, *(output if ctx.backward == "fused" else ()))
+    ctx.set_materialize_grads(False)
 
 
-_forward.register_autograd(lambda ctx, grad: (*_backward(grad, *ctx.saved_tensors, *ctx.band), None, None, None), setup_context=_setup_context)
+def _gradients(ctx, grad, _):
+    backward = _fused_backward if ctx.backward == "fused" else _backward
+    return *backward(grad, *ctx.saved_tensors, *ctx.band), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def band_attention(q, k, v, left: int, right: int, forward: str, backward: str = "blocked"):
-    """O(T * band) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py."""
+    """O(T * band) time, no T x T tensor. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); the kernels by the names of kernel_choice.py.
+
+    What a kernel cannot do another one does: PyTorch's takes one width, and no window backward; the fused one takes bfloat16 of one even width, and
+    its backward pass wants what the blocked forward pass does not compute.
+    """
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    if q.size(3) != v.size(3):  # PyTorch's kernel takes one width
+    fused = "fused" in (forward, backward) and q.dtype == torch.bfloat16 and q.size(3) % 2 == 0 and (q.device.type == "meta" or has_fused())
+    if q.size(3) != v.size(3):
         forward = backward = "blocked"
+    elif not fused:
+        forward, backward = ("blocked" if kernel == "fused" else kernel for kernel in (forward, backward))
+    elif forward == "blocked" and backward == "fused":
+        forward = "fused"
     if left < 0 and right <= 0 and forward == backward == "torch":
         return F.scaled_dot_product_attention(q, k, v, is_causal=right == 0)
-    return _forward(q, k, v, left, right, forward)
+    return _forward(q, k, v, left, right, forward, backward)[0]
+
+
+# -----------------------------------------------------------------------------
 
 
 def attend_to_all(q, k, v):

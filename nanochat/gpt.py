@@ -14,6 +14,7 @@ Names, shapes and formulas are nanochat's (head 92d63d4), so its checkpoints loa
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -115,25 +116,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if has_ve(layer_idx, config.n_layer) else None
 
-    qkv: torch.Tensor | None = None  # the three projections as one matrix
-
-    @torch.no_grad()
-    def fuse_for_inference(self) -> None:
-        """Lays the three projections out as one matrix, of which they become views: one matmul in the place of three."""
-        parts = (self.c_q, self.c_k, self.c_v)
-        if all(type(part) is Linear for part in parts):
-            self.qkv = torch.cat([part.weight for part in parts])
-            for part, rows in zip(parts, self.qkv.split([part.out_features for part in parts])):
-                part.weight.data = rows
-
     def project(self, x, cos_sin):
         """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, Hkv, D); queries and keys rotated."""
-        if self.qkv is None:
-            q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
-            return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
-        qk, v = linear(x, self.qkv.to(x.dtype)).split([self.qkv.size(0) - self.c_v.out_features, self.c_v.out_features], dim=-1)
-        qk = apply_rotary_emb(qk.unflatten(-1, (self.n_head + self.n_kv_head, -1)), *cos_sin)
-        return *qk.split([self.n_head, self.n_kv_head], dim=2), v.unflatten(-1, (self.n_kv_head, -1))
+        q, k, v = (c(x).unflatten(-1, (heads, -1)) for c, heads in ((self.c_q, self.n_head), (self.c_k, self.n_kv_head), (self.c_v, self.n_kv_head)))
+        return apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v
 
     def forward(self, x_BTC, ve_BTE, cos_sin, window_size, kv_cache):
         """x normed (B, T, C), ve (B, T, K*D) or None -> (B, T, C)."""
@@ -225,6 +211,7 @@ class GPT(Counting):
     norm = staticmethod(norm)  # of the stream before the first layer and after the last
     cos: torch.Tensor
     sin: torch.Tensor
+    decode_step: Any = None  # set by cast_for_inference
 
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
         super().__init__()
@@ -306,12 +293,12 @@ class GPT(Counting):
             self.value_embeds.to(COMPUTE_DTYPE)
 
     def cast_for_inference(self) -> None:
-        """Stores the matrices in the compute dtype: the same outputs, half the bytes to read per decoded token; and those of queries, keys and values as one."""
+        """Stores the matrices in the compute dtype: the same outputs, half the bytes to read per decoded token. What then decodes has few calls."""
+        from nanochat.decode_step import DecodeStep  # which needs this module
         for module in self.modules():
             if isinstance(module, Linear):
                 module.to(COMPUTE_DTYPE)
-        for block in self.transformer.h:
-            block.attn.fuse_for_inference()
+        self.decode_step = DecodeStep(self) if DecodeStep.suits(self) else None
 
     def _precompute_rotary_embeddings(self, seq_len: int, head_dim: int, base: float = 100000, device=None):
         """cos and sin of position * base^(-2j/D), each (1, seq_len, 1, D/2) in the compute dtype."""
@@ -341,6 +328,8 @@ class GPT(Counting):
         assert idx.device == self.cos.device, f"tokens on {idx.device}, model on {self.cos.device}"
         assert self.cos.dtype == COMPUTE_DTYPE
 
+        if T == 1 and self.decode_step is not None and targets is None and kv_cache is not None:
+            return self.decode_step(self, idx, kv_cache)
         x = self._smear(self.embed(idx), kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x

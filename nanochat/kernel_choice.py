@@ -2,9 +2,9 @@
 
 | kernel | alternatives |
 |---|---|
-| `attention`: causal, forward | `torch`: PyTorch's own; `blocked`: blocks of queries by batched matmuls (flash_attention.py) |
-| `window`: sliding window, forward | `torch`: PyTorch's own, a band of queries at a time; `blocked` |
-| `backward`, `long-backward`: of attention, below and from 1,024 positions on (of windows always `blocked`) | `blocked`; `torch` |
+| `attention`: whole context, forward | `torch`: PyTorch's own; `blocked`: blocks of queries by batched matmuls (flash_attention.py); `fused`: fused_attention.cpp |
+| `window`: sliding window, forward | `torch`: PyTorch's own, a band of queries at a time; `blocked`; `fused` |
+| `backward`, `long-backward`: of attention, below and from 1,024 positions on | `blocked`, also of windows in the place of `torch`; `torch`; `fused` |
 | `decode`: one query against the cache | `torch`: a cache in the compute dtype; `float32`: a float32 one, twice as large |
 | `position`: a single one times a matrix | `vector`: PyTorch's matrix-vector product; `matrix`: its matrix product (oneDNN) |
 
@@ -13,7 +13,7 @@ Notable:
   machine before, else by a stopwatch, in about a second. With several ranks, rank 0 decides for all.
 * Kernels round differently, so a run must keep its own: a measurement is kept below NANOCHAT_BASE_DIR under the machine's name (CPU,
   instruction set, torch, threads, dtype), and a checkpoint holds the choices it was trained with, which count when it is resumed on such a machine.
-* What is no choice, as it won wherever it was measured: windows backward go in blocks, the loss in chunks (the logits of all tokens would be the
+* What is no choice, as it won wherever it was measured: the loss goes in chunks (the logits of all tokens would be the
   largest tensor of a step), and weights are read in the compute dtype. `python -m dev.bench_kernels` puts choices and rules to the test.
 """
 import functools
@@ -31,11 +31,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, write_text_atomic
+from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized
+from nanochat.files import write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
-KERNELS = {"attention": ("torch", "blocked"), "window": ("torch", "blocked"), "backward": ("blocked", "torch"),
-           "long-backward": ("torch", "blocked"), "decode": ("torch", "float32"), "position": ("vector", "matrix")}
+KERNELS = {"attention": ("torch", "blocked", "fused"), "window": ("torch", "blocked", "fused"), "backward": ("blocked", "torch", "fused"),
+           "long-backward": ("torch", "blocked", "fused"), "decode": ("torch", "float32"), "position": ("vector", "matrix")}
 CLEARLY = 1.05
 LONG = 1024
 
@@ -129,14 +130,20 @@ def _valid(choices) -> dict[str, str]:
 def _remembered() -> dict[str, str]:
     """What was measured on this machine before; nothing if the file is absent, damaged or of another version."""
     try:
-        return _valid(json.loads(_path().read_text(encoding="utf-8")))
+        kept = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError, UsageError):
         return {}
+    # what was not among the alternatives then was not measured
+    return _valid(kept) if isinstance(kept, dict) and kept.pop("of", None) == _alternatives() else {}
+
+
+def _alternatives() -> str:
+    return " ".join("|".join(alternatives) for alternatives in KERNELS.values())
 
 
 def _remember(choices: dict[str, str]) -> None:
     try:
-        write_text_atomic(_path(), json.dumps(choices, indent=2) + "\n")
+        write_text_atomic(_path(), json.dumps(choices | {"of": _alternatives()}, indent=2) + "\n")
     except (OSError, UsageError):  # a folder that cannot be written to: measured again next time
         pass
 
@@ -181,10 +188,12 @@ def in_turns(works: dict[str, Callable], rounds: int = 30, at_most: float = 0.3)
 def attention_trials(rows: int, length: int, heads: int, dim: int, window: int) -> tuple[dict[str, Callable], dict[str, Callable]]:
     """By alternative: the forward pass without gradients, and the backward pass alone."""
     from nanochat.flash_attention import band_attention
+    from nanochat.fused_attention import has_fused
     q, k, v, upstream = (torch.randn(rows, length, heads, dim).to(COMPUTE_DTYPE).transpose(1, 2) for _ in range(4))  # as the model lays them out
-    forward: dict[str, Callable] = {name: functools.partial(band_attention, q, k, v, window, 0, name) for name in ("torch", "blocked")}
+    fused = ("fused",) if COMPUTE_DTYPE == torch.bfloat16 and has_fused() else ()
+    forward: dict[str, Callable] = {name: functools.partial(band_attention, q, k, v, window, 0, name) for name in ("torch", "blocked", *fused)}
     inputs = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    outputs = {name: band_attention(q, k, v, window, 0, "torch", name) for name in (("torch", "blocked") if window < 0 else ("blocked",))}
+    outputs = {name: band_attention(q, k, v, window, 0, "torch", name) for name in (("torch", "blocked") if window < 0 else ("blocked",)) + fused}
     backward: dict[str, Callable] = {name: functools.partial(torch.autograd.grad, y, inputs, upstream, retain_graph=True) for name, y in outputs.items()}
     return forward, backward
 

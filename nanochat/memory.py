@@ -142,7 +142,7 @@ def _attention(device_type: str, compiled: bool) -> Callable:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=right == 0, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attention.band_attention(q, k, v, left, right, forward).transpose(1, 2)
+        return flash_attention.band_attention(q, k, v, left, right, forward, backward).transpose(1, 2)
     return attend
 
 

@@ -14,6 +14,7 @@
   |row i of U V|^2 = u_i G u_i^T, so the product itself is never formed.
 """
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -249,25 +250,23 @@ def _normalize_all(first: torch.Tensor, matrices: list, products: list) -> None:
 
 
 class NormalizedWeights:
-    """All weights of a model that live on the sphere; calling it puts them back there, in one compiled pass on CUDA."""
+    """All weights of a model that live on the sphere: columns of what writes the stream, rows of all other matrices. Calling it puts them back there, in
+    one compiled pass on CUDA."""
 
     def __init__(self, model):
         self.matrices: list[tuple[torch.Tensor, int]] = [(model.transformer.wte.weight, 1)]
         self.products: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        self._add(1, model.lm_head)
-        for block in model.transformer.h:
-            attn, mlp = block.attn, block.mlp
-            self._add(1, attn.c_q, attn.c_k, attn.c_v, mlp.c_fc, mlp.c_gate, *mlp.c_hidden)
-            self._add(0, attn.c_proj, mlp.c_proj)
+        for name, axes in model.axes().items():
+            if len(axes) == 2 and not axes[1].startswith("stream["):  # a matrix, and no gate
+                self._add(0 if axes[0] == "stream" else 1, attrgetter(name)(model))
 
-    def _add(self, dim: int, *layers) -> None:
-        """Rows (dim 1) or columns (dim 0) of these layers have length 1."""
-        for layer in layers:
-            if isinstance(layer, LowRankLinear):
-                facing, other = (layer.V, layer.U) if dim == 1 else (layer.U, layer.V)
-                self.products.append((facing.weight, other.weight, dim))
-            elif layer is not None:
-                self.matrices.append((layer.weight, dim))
+    def _add(self, dim: int, layer: Linear | LowRankLinear | None) -> None:
+        """Rows (dim 1) or columns (dim 0) of the layer have length 1."""
+        if isinstance(layer, LowRankLinear):
+            facing, other = (layer.V, layer.U) if dim == 1 else (layer.U, layer.V)
+            self.products.append((facing.weight, other.weight, dim))
+        elif layer is not None:
+            self.matrices.append((layer.weight, dim))
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
-from nanochat.common import COMPUTE_DTYPE, all_gather, rank_and_world, reduce_scatter, share
+from nanochat.common import COMPUTE_DTYPE
 from nanochat.compiler import jit
+from nanochat.distributed import all_gather, rank_and_world, reduce_scatter, share
 from nanochat.optim_state import (
     GatheredState,
     SavedState,

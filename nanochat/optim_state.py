@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from nanochat.common import all_gather, is_ddp_initialized, rank_and_world, share
+from nanochat.common import is_ddp_initialized
+from nanochat.distributed import all_gather, rank_and_world, share
 
 SHARDED_FROM = 1024  # elements of a parameter of AdamW's; smaller ones, and those whose rows cannot be shared evenly, are updated on every rank
 

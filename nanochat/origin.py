@@ -7,6 +7,7 @@
 | `--init-from=TAG[@S]` | of any run, grown or of nanochat's making too | new, or the run's (`--init-optimizer=keep`) | from the beginning | from the beginning |
 """
 import argparse
+import functools
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,8 +35,13 @@ class Checkpoint(NamedTuple):
 
     def meta(self) -> dict:
         """Raises UsageError where there is no such checkpoint."""
-        folder, step = checkpoints.find_checkpoint(self.folder.parent, self.tag, self.step)
-        return checkpoints.load_meta(folder, step)
+        return _meta(self.folder, self.step)
+
+
+@functools.lru_cache(maxsize=4)  # it is asked for several times, and says what was found
+def _meta(folder: Path, step: int | None) -> dict:
+    found, step = checkpoints.find_checkpoint(folder.parent, folder.name, step)
+    return checkpoints.load_meta(found, step)
 
 
 def checkpoint_name(text: str) -> Checkpoint:
@@ -62,6 +68,12 @@ class OriginSettings:
             raise UsageError("a branch is made of both: --branch-from=TAG@STEP and --warmdown-steps, its length")
         if self.branch_from and self.branch_from.step is None:
             raise UsageError(f"--branch-from={self.branch_from.tag} lacks the step; write {self.branch_from.tag}@STEP")
+
+    def check_folder(self, folder: Path) -> None:
+        """Raises UsageError for a run that would write over the one that it begins with."""
+        for source in (self.branch_from, self.init_from):
+            if source and source.folder == folder:
+                raise UsageError(f"the run would write over {source.tag}, with which it begins; give it a --model-tag of its own")
 
 
 def inherited(settings: type, meta: dict) -> dict[str, Any]:

@@ -28,7 +28,8 @@ import torch
 from markdown_it import MarkdownIt
 
 from nanochat.cli import UsageError, command, flag, parse_settings
-from nanochat.common import atomic_path, check_writable, get_base_dir, get_dist_info, print0, write_text_atomic
+from nanochat.common import get_base_dir, get_dist_info, print0
+from nanochat.files import atomic_path, check_writable, write_text_atomic
 from nanochat.run_report import TrainingRun, bullets, decimals, find_run_log, hourly_rate, verbatim
 
 EXPECTED_FILES = [

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.cli import UsageError
-from nanochat.common import logger, parse_json, write_text_atomic
+from nanochat.common import logger
+from nanochat.files import parse_json, write_text_atomic
 
 FILENAME = "log.jsonl"  # in the checkpoint directory of its run
 

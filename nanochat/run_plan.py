@@ -12,6 +12,7 @@ from nanochat.growth.model import empty_model
 from nanochat.growth.plan import Shape, Stage, describe, plan_stages
 from nanochat.layered_gpt import build_gpt
 from nanochat.memory import memory_table
+from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MATRIX_OPTIMIZERS
 from nanochat.origin import Checkpoint, OriginSettings
 from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
@@ -77,6 +78,9 @@ class RunPlan:
         if self.streams % self.world_size:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
         first, final = settings.first_and_final(vocab_size)
+        if getattr(first, "causal", True) != OBJECTIVES[settings.objective].causal:
+            raise UsageError(f"the weights of {settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
+                             "tokens with it; give the objective of then")
         self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
         for remark in settings.changes().remarks(final):
             print0(remark)
@@ -121,7 +125,7 @@ class RunPlan:
         """Makes the rest of the run a warm-down from where the trunk stands; a trunk that grows does so no further."""
         meta, steps, batch = trunk.meta(), self.settings.warmdown_steps or 0, self.horizon.total_batch_size
         self.model = self.final_model = empty_model(checkpoints.model_from_config(meta["model_config"]).config, self.padded_vocab, device)
-        step, flops = meta["step"], meta["loop_state"].get("flops", self.model.estimate_flops() * meta["step"] * batch)
+        step, flops = meta["step"], meta.get("loop_state", {}).get("flops", self.model.estimate_flops() * meta["step"] * batch)
         now = self.schedule.at(self.horizon.num_iterations * flops / self.budget if self.growth else step)
         self.schedule = Branch(self.settings, now, step, steps)
         self.growth = None

@@ -18,7 +18,8 @@ import tiktoken
 import torch
 
 from nanochat.cli import UsageError
-from nanochat.common import atomic_path, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.files import atomic_path
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # begins every document

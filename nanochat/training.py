@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from nanochat import kernel_choice
+from nanochat import compiler, kernel_choice
 from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import UsageError, flag, int_or_off, step_or_off
-from nanochat.common import COMPUTE_DTYPE, DummyWandb, check_agreement, check_writable, get_base_dir, is_ddp_initialized, print0
+from nanochat.common import COMPUTE_DTYPE, DummyWandb, get_base_dir, is_ddp_initialized, print0
+from nanochat.distributed import check_agreement
+from nanochat.files import check_writable
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.objectives import Loss, cross_entropy
@@ -146,11 +148,11 @@ def check_same(then: dict, now: dict) -> None:
 
 
 def get_exact_state(device: torch.device, scaler) -> dict:
-    """Random states, the loss scaler's state and the kernels, which round differently."""
+    """Random states, the loss scaler's state, and what rounds differently: the kernels, and whether the model is compiled."""
     rng = {"python": list(random.getstate()[1]), "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
-    return dict(rng=rng, scaler=scaler.state_dict() if scaler else None, kernels=kernel_choice.state())
+    return dict(rng=rng, scaler=scaler.state_dict() if scaler else None, kernels=kernel_choice.state(), compiled=compiler.state())
 
 
 def set_exact_state(state: dict, device: torch.device, scaler) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import flash_attention, origin
+from nanochat import compiler, flash_attention, origin
 from nanochat.cli import (
     UsageError,
     command,
@@ -31,22 +31,14 @@ from nanochat.cli import (
     non_negative_float,
     parse_settings,
 )
-from nanochat.common import (
-    autodetect_device_type,
-    check_agreement,
-    get_base_dir,
-    locked,
-    print0,
-    print_banner,
-    share_weights,
-    with_progress,
-)
-from nanochat.compiler import compile_model
+from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
 from nanochat.core_eval import evaluate_core, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
 from nanochat.eval_bundle import find_eval_bundle
 from nanochat.evaluations import sample_prompts
+from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.growth.optimizer import leave_out_frozen
@@ -134,6 +126,8 @@ class Pretraining(TrainLoop):
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
 
+        settings.check_folder(self.folder)
+
     # -- before the first step
 
     def start(self) -> None:
@@ -183,6 +177,8 @@ class Pretraining(TrainLoop):
         optimizer = leave_out_frozen(self.model.setup_optimizer(**self.optimizer_setup))
         if moments is not None:
             checkpoints.load_optimizer(*moments, optimizer, self.rank, self.world_size)
+        # checkpoints that do not say so were trained compiled
+        compiler.decide(self.device.type, self.budget / self.world_size, None if train_state is None else train_state.get("compiled", True))
         self.take(self.model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
@@ -239,7 +235,7 @@ class Pretraining(TrainLoop):
         if self.settings.fp8:
             convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.settings.fp8_recipe), module_filter_fn=worth_converting)
         # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
-        compiled = model if self.settings.fp8 and self.device.type == "cpu" else compile_model(model, self.device.type)
+        compiled = model if self.settings.fp8 and self.device.type == "cpu" else compiler.compile_model(model, self.device.type)
         self.adopt(model, optimizer, compiled)
 
     def loader(self, split: str, positions: list | None = None) -> Iterator:

@@ -33,8 +33,10 @@ from nanochat.cli import (
     parse_settings,
     positive_int,
 )
-from nanochat.common import get_dist_info, is_ddp_initialized, live_line, locked, print0, share_weights, with_progress
+from nanochat.common import get_dist_info, is_ddp_initialized, live_line, print0, with_progress
+from nanochat.distributed import share_weights
 from nanochat.engine import Engine
+from nanochat.files import locked
 from nanochat.objectives import policy_gradient
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, set_exact_state

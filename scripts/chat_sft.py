@@ -32,10 +32,12 @@ from nanochat.cli import (
     parse_settings,
     positive_int,
 )
-from nanochat.common import locked, print0, share_weights, with_progress
+from nanochat.common import print0, with_progress
 from nanochat.compiler import compile_model
 from nanochat.conversation_loader import furthest, pack_conversations
+from nanochat.distributed import share_weights
 from nanochat.engine import Engine, check_causal
+from nanochat.files import locked
 from nanochat.gpt import GPT
 from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier

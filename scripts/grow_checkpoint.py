@@ -29,17 +29,9 @@ from nanochat.cli import (
     positive_int,
     seed,
 )
-from nanochat.common import (
-    autodetect_device_type,
-    check_writable,
-    compute_cleanup,
-    compute_init,
-    get_base_dir,
-    locked,
-    print0,
-    with_progress,
-)
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.files import check_writable, locked
 from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.model import OPTIMIZER_MODES

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from nanochat.cli import UsageError, command, flag, parse_settings, positive_int
-from nanochat.common import atomic_path, check_writable, get_base_dir, locked
+from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
+from nanochat.files import atomic_path, check_writable, locked
 from nanochat.report import get_report
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 

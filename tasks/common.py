@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.cli import UsageError
-from nanochat.common import get_base_dir, hub_unreachable, open_text, parse_json, print0
+from nanochat.common import get_base_dir, hub_unreachable, print0
+from nanochat.files import open_text, parse_json
 
 # -----------------------------------------------------------------------------
 # Data

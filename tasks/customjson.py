@@ -11,7 +11,8 @@ import os
 from typing import Any
 
 from nanochat.cli import UsageError
-from nanochat.common import open_text, parse_json, print0
+from nanochat.common import print0
+from nanochat.files import open_text, parse_json
 from tasks.common import JSON_LINES, Task, check_messages, read_jsonl
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # that ShareGPT's and its relatives' turns are from

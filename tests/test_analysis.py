@@ -6,7 +6,7 @@ import torch
 
 from analysis import growth, growth_bound, low_rank, normalized, trials, width_transfer
 from analysis.trials import Result, cost_with
-from nanochat.common import locked
+from nanochat.files import locked
 from scripts import base_train
 
 

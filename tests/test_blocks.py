@@ -141,6 +141,17 @@ def test_a_model_that_looks_both_ways_says_so_to_the_kernel_and_takes_no_cache(b
     assert not grown.config.causal and not any(layer.attn.causal for layer in grown.transformer.h)
 
 
+@torch.no_grad()
+def test_such_a_model_sees_what_comes_after():
+    for causal in (True, False):
+        model = random_model(mixed(causal=causal))
+        text = tokens()[:1]
+        changed = text.clone()
+        changed[0, -1] = (changed[0, -1] + 1) % growing.VOCAB
+        difference = (model(changed) - model(text)).abs()[0].amax(dim=-1)
+        assert difference[-1] > 0 and difference[:-1].any() != causal
+
+
 def test_checkpoints_from_before_that_was_a_choice_are_causal():
     old = asdict(mixed())
     del old["causal"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import common
+from nanochat import common, files
 from nanochat.cli import UsageError
 from tests.tiny import ROOT
 
@@ -36,14 +36,14 @@ def test_base_directory(tmp_path, monkeypatch):
 
 def test_atomic_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    common.write_text_atomic(path, "één")
+    files.write_text_atomic(path, "één")
     assert path.read_text(encoding="utf-8") == "één"
-    with pytest.raises(RuntimeError), common.atomic_path(path) as temporary:
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
         temporary.write_text("half")
         assert path.read_text(encoding="utf-8") == "één"
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "één"
-    with common.atomic_path(str(path)) as temporary:
+    with files.atomic_path(str(path)) as temporary:
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
 
@@ -51,7 +51,7 @@ def test_atomic_files(tmp_path):
 def test_atomic_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        common.write_text_atomic(tmp_path / "x", "")
+        files.write_text_atomic(tmp_path / "x", "")
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
@@ -59,7 +59,7 @@ def test_atomic_files_follow_the_umask(tmp_path):
 
 HOLD = """
 import sys
-from nanochat.common import locked
+from nanochat.files import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -79,33 +79,33 @@ def other(tmp_path):
 def test_one_process_holds_a_folder(tmp_path, other):
     (tmp_path / "link").symlink_to("d4")
     for name in ("d4", "link"):  # however it is called
-        with pytest.raises(UsageError, match="another process is writing to .*d4"), common.locked(tmp_path / name, wait=False):
+        with pytest.raises(UsageError, match="another process is writing to .*d4"), files.locked(tmp_path / name, wait=False):
             pass
     other.kill()  # whatever ends it
     other.wait()
-    with common.locked(tmp_path / "d4", wait=False), common.locked(tmp_path / "d4", wait=False):
+    with files.locked(tmp_path / "d4", wait=False), files.locked(tmp_path / "d4", wait=False):
         assert not (tmp_path / "d4").exists()
 
 
 def test_waiting_for_a_folder(tmp_path, other, capsys, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *args, print=print, **kwargs: (print(*args, **kwargs), other.stdin.close()))  # it ends once we wait
-    with common.locked(tmp_path / "d4"):
+    with files.locked(tmp_path / "d4"):
         pass
     assert "Waiting for another process that is writing to" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
-    common.check_writable(tmp_path / "new")
+    files.check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write to .*file"):
-        common.check_writable(tmp_path / "file")
+        files.check_writable(tmp_path / "file")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "{", "", "9" * 5000])
 def test_json_that_cannot_be_read_is_a_value_error(text):
     with pytest.raises(ValueError):
-        common.parse_json(text)
+        files.parse_json(text)
 
 
 def test_progress(capsys, monkeypatch):

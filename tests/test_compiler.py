@@ -4,17 +4,21 @@ What CUDA compiles is traced here without generating code (the backends `eager` 
 """
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nanochat import compiler, flash_attention, optim
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import grow
 from nanochat.growth.target import grown_config
+from nanochat.kernel_choice import machine
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import LayerChanges
 from tests.golden.fixtures import batch, build_model
@@ -164,7 +168,7 @@ def test_compiled(function):
 
 
 def test_eager_where_compiling_is_off(capsys):
-    compiler.why_not_compile.cache_clear()
+    compiler._why_not.cache_clear()
     with torch.device("meta"):
         model = GPT(GPTConfig(**CONFIG))
     assert compiler.compile_model(model, "cpu") is model
@@ -218,3 +222,114 @@ def test_what_triton_needs(monkeypatch, tmp_path):
     assert compiler._missing("cuda") == ""
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     assert "no working Triton" in compiler._missing("cuda")
+
+
+# -----------------------------------------------------------------------------
+# What is kept between runs
+
+
+def test_a_beginning_of_a_library_is_removed(tmp_path, capsys):
+    whole_ = Path(next(path for path in sys.path if (Path(path) / "torch").is_dir()), "torch", "lib", "libshm.so").read_bytes()
+    names = {"cwhole.main.so": whole_, "cempty.main.so": b"", "cheader.main.so": whole_[:64], "cbuilt.main.so": whole_[:-1]}
+    for name, content in names.items():
+        (tmp_path / name[1:3]).mkdir()
+        (tmp_path / name[1:3] / name).write_bytes(content)
+    (tmp_path / "locks").mkdir()
+    with FileLock(tmp_path / "locks" / "cbuilt.lock"):  # another process is at it
+        compiler.remove_truncated(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*/*.so")) == ["cbuilt.main.so", "cwhole.main.so"]
+    assert capsys.readouterr().out.count("is only the beginning of a file") == 2
+    compiler.remove_truncated(tmp_path)
+    assert [path.name for path in tmp_path.glob("*/*.so")] == ["cwhole.main.so"]
+
+
+def run_once(env: dict[str, str]) -> str:
+    """Compiles a function in a process of its own."""
+    program = ("import torch; from nanochat import compiler; print('why:', compiler.why_not_compile('cpu'));"
+               "print(torch.compile(lambda x: (3 * x).cos())(torch.zeros(100)).sum().item()); print(torch._dynamo.utils.counters['stats']['unique_graphs'], 'graphs')")
+    env = {key: value for key, value in os.environ.items() if key not in ("TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_CACHE_DIR")} | env
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "why: \n100.0" in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_what_is_compiled_is_kept_and_mended(tmp_path):
+    env = {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    assert "2 graphs" in run_once(env)  # one of them the trial
+    folder, = (tmp_path / "base" / "compiled").iterdir()
+    assert machine() == folder.name
+    assert "1 graphs" in run_once(env), "the trial is not repeated"
+    for library in folder.glob("*/*.so"):
+        library.write_bytes(library.read_bytes()[:1000])
+    assert "is only the beginning of a file" in run_once(env)
+    (folder / "works").write_text("another compiler")
+    assert "2 graphs" in run_once(env)
+    assert "2 graphs" in run_once(env | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "mine")})
+    assert (tmp_path / "mine" / "works").exists()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_instruction_sets_are_asked_for_only_where_the_trial_fails(tmp_path, monkeypatch):
+    import torch._inductor.config as config
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", None)
+    trials: list = []  # what was granted in each
+
+    def first_fails(device):
+        trials.append(config.cpp.vec_isa_ok)
+        if len(trials) == 1:
+            raise RuntimeError("unknown flag")
+
+    monkeypatch.setattr(compiler, "_compile_a_line", first_fails)
+    proof = tmp_path / "works"
+    compiler._try_on_cpu(proof)
+    assert trials == [True, None]
+    compiler._try_on_cpu(proof)  # the next run
+    assert trials == [True, None] and config.cpp.vec_isa_ok is None
+    proof.write_text("another compiler")
+    compiler._try_on_cpu(proof)
+    compiler._try_on_cpu(proof)
+    assert trials == [True, None, True] and config.cpp.vec_isa_ok is True
+
+
+# -----------------------------------------------------------------------------
+# Short trainings
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    monkeypatch.setattr(compiler, "_why_not", lambda device_type: "")
+    for name in ("_decided", "_settled"):
+        monkeypatch.setattr(compiler, name, "")
+
+
+@pytest.mark.parametrize("seconds, compiled", [(5, False), (10_000, True)])
+def test_a_short_training_is_not_compiled(undecided, monkeypatch, capsys, seconds, compiled):
+    assert compiler.state() is None and not compiler.why_not_compile("cpu")
+    monkeypatch.setattr(compiler, "expected_seconds", lambda flops: seconds)
+    compiler.decide("cpu", 1e12)
+    assert compiler.state() is compiled
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**CONFIG))
+    run = compiler.compile_model(model, "cpu")
+    assert isinstance(run, compiler.CompiledLayers) is compiled
+    assert ("in a run of about 5 s compiling takes longer than it saves" in capsys.readouterr().out) is not compiled
+
+    compiler.decide("cpu", 1e12, before=not compiled)
+    assert compiler.state() is not compiled, "a run goes on as it began"
+    compiler.decide("cuda", 1.0)
+    assert compiler.state() is True, "only a CPU's time is foreseen"
+
+
+@pytest.mark.parametrize("before", [None, False])
+def test_the_user_compiles_a_short_training(undecided, monkeypatch, before):
+    monkeypatch.setattr(compiler, "expected_seconds", lambda flops: 1)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    compiler.decide("cpu", 1.0, before)
+    assert compiler.state() is True
+
+
+def test_a_longer_training_takes_longer():
+    assert 0 < compiler.expected_seconds(1e9) < compiler.expected_seconds(1e14)

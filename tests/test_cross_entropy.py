@@ -96,3 +96,22 @@ def test_unknown_reduction():
     hidden, weight, targets = problem(5, 3, 5)
     with pytest.raises(ValueError, match="max"):
         softcap_cross_entropy(hidden, weight, targets, CAP, "max")
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_bfloat16_with_and_without_a_compiler(monkeypatch, compiler):
+    """Rows that do not count get no gradient, logits far beyond the cap are fine, and a NaN is no number."""
+    if not compiler:
+        monkeypatch.setattr(cross_entropy, "native", lambda path: None)
+    hidden, weight, targets = problem(6, 130, 300, width=32, spread=3.0)
+    hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
+    loss, want = softcap_cross_entropy(hidden, weight, targets, CAP), plain(hidden, weight, targets, "mean")
+    assert abs(loss.item() - want.item()) < 2e-2
+    got, expected = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, (hidden, weight))
+    for a, b in zip(got, expected):
+        assert (a.double() - b.double()).norm() < 0.02 * b.double().norm()
+    assert not got[0][targets < 0].any()
+    with torch.no_grad():
+        hidden[5, 0] = float("nan")
+        targets[5] = 1
+        assert softcap_cross_entropy(hidden, weight, targets, CAP).isnan()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.run import get_args_parser
 
-from nanochat import common, flash_attention
+from nanochat import distributed, flash_attention
 from nanochat.cli import UsageError, settings_parser
 from nanochat.optim import MuonAdamW
 from scripts.base_train import Settings
@@ -144,13 +144,13 @@ def _on_a_rank(rank: int, work, address: str) -> None:
 
 
 def of_two_minds(rank: int) -> None:
-    assert common.agreed({"grow": rank == 0}) == {"grow": True}
-    common.check_agreement("nothing", {"a": 1}, "")
+    assert distributed.agreed({"grow": rank == 0}) == {"grow": True}
+    distributed.check_agreement("nothing", {"a": 1}, "")
     with pytest.raises(UsageError, match=r"do not agree on the flags: rank 0 has \{'seed': 0\}, rank 1 has \{'seed': 1\}; start all nodes alike"):
-        common.check_agreement("the flags", {"depth": 4, "seed": rank}, "start all nodes alike")
+        distributed.check_agreement("the flags", {"depth": 4, "seed": rank}, "start all nodes alike")
     model = torch.nn.Linear(3, 2)
     torch.nn.init.constant_(model.weight, rank)
-    common.share_weights(model)
+    distributed.share_weights(model)
     assert not model.weight.any()
     # one rank without FlashAttention-3: no rank uses it
     flash_attention.USE_FA3, flash_attention.WHY_NOT_FA3 = rank == 0, "" if rank == 0 else "no package"
@@ -166,7 +166,7 @@ def test_rank_0_decides(tmp_path):
 # What a rank might see otherwise than rank 0, each put into rank 1 of a growing run that decides by kappa
 DIVERGENT = """
 import os, sys, torch
-from nanochat import common, loss_eval
+from nanochat import distributed, loss_eval
 from nanochat import run_plan, train_loop
 from nanochat.growth import controller
 from scripts import base_train
@@ -183,7 +183,7 @@ if os.environ["RANK"] == "1":
 finish = base_train.Pretraining.finish
 def compare(self):
     weights = {name: p.double().sum().item() for name, p in self.model.named_parameters()}
-    common.check_agreement("the weights", weights, "")
+    distributed.check_agreement("the weights", weights, "")
     finish(self)
 base_train.Pretraining.finish = compare
 sys.exit(base_train.main(sys.argv[1:]))

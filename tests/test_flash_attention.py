@@ -36,7 +36,7 @@ def choose(patch, **choices: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), length=st.integers(2, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
-       window=st.one_of(st.just(-1), st.integers(0, 500)), forward=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+       window=st.one_of(st.just(-1), st.integers(0, 500)), forward=st.sampled_from(["torch", "blocked", "fused"]), backward=st.sampled_from(["torch", "blocked", "fused"]))
 def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group, window, forward, backward):
     q, k, v = qkv(seed, 2, length, kv_heads * group, kv_heads, 8)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def test_forward_and_backward_equal_the_definition(seed, length, kv_heads, group
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), length=st.integers(1, 400), kv_heads=st.sampled_from([1, 2]), group=st.sampled_from([1, 3]),
        window=st.one_of(st.just((-1, -1)), st.integers(0, 500).map(lambda w: (w, w)), st.tuples(st.integers(-1, 500), st.integers(-1, 500))),
-       widths=st.sampled_from([(8, 8), (8, 16)]), kernel=st.sampled_from(["torch", "blocked"]), backward=st.sampled_from(["torch", "blocked"]))
+       widths=st.sampled_from([(8, 8), (8, 16)]), kernel=st.sampled_from(["torch", "blocked", "fused"]), backward=st.sampled_from(["torch", "blocked", "fused"]))
 def test_both_sides_equal_the_definition(seed, length, kv_heads, group, window, widths, kernel, backward):
     q, k, _ = qkv(seed, 2, length, kv_heads * group, kv_heads, widths[0])
     _, _, v = qkv(seed + 1, 2, length, kv_heads * group, kv_heads, widths[1])
@@ -88,8 +88,8 @@ def test_what_has_no_meaning_is_refused():
         fa.flash_attn_func(q[:, :2], k, v)
 
 
-@pytest.mark.parametrize("backward", ["torch", "blocked"])
-@pytest.mark.parametrize("forward", ["torch", "blocked"])
+@pytest.mark.parametrize("backward", ["torch", "blocked", "fused"])
+@pytest.mark.parametrize("forward", ["torch", "blocked", "fused"])
 @pytest.mark.parametrize("window", [(-1, 0), (0, 0), (5, 0), (128, 0), (200, 0), (-1, -1), (60, 60)])
 def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backward):
     """The error must stay of the size that rounding to bf16 makes anyway."""
@@ -102,7 +102,7 @@ def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backwar
     got = torch.autograd.grad(y, (q, k, v), upstream)
     expected = torch.autograd.grad(want, (q, k, v), upstream.double())
     for a, b in zip((y, *got), (want, *expected)):
-        assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-6
+        assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-4  # with a window of 0 scores have no gradient at all
 
 
 def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
@@ -119,7 +119,47 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
-    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel))
+    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel, "blocked"))
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
+def test_fused_attention_is_a_well_behaved_operator(window):
+    if not fa.has_fused():
+        pytest.skip("no AVX512-BF16, or no compiler")
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 32, torch.bfloat16))
+    torch.library.opcheck(fa._forward, (q, k, v, *window, "fused", "fused"))
+
+
+@pytest.mark.parametrize("kernel", ["torch", "blocked", "fused"])
+def test_no_number_goes_unnoticed(monkeypatch, kernel):
+    """A NaN in one query's row of scores must reach its output, whatever tricks the exponential plays."""
+    choose(monkeypatch, attention=kernel, backward="blocked")
+    q, k, v = (x.detach() for x in qkv(2, 1, 150, 1, 1, 32, torch.bfloat16))
+    q[0, 140, 0, 3] = float("nan")
+    y = fa.flash_attn_func(q, k, v, causal=True)
+    assert y[0, 140].isnan().all() and y[0, :140].isfinite().all() and y[0, 141:].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [2, 6, 40, 96, 256])
+def test_fused_attention_of_any_even_width(monkeypatch, width):
+    """Also with operands whose rows do not begin at even numbers."""
+    choose(monkeypatch, attention="fused", backward="fused")
+    q, k, v = qkv(5, 1, 90, 2, 1, width, torch.bfloat16)
+    odd = torch.randn(1, 90, 1, width + 1).bfloat16()[..., 1:]
+    for values in (v, odd):
+        y, want = fa.flash_attn_func(q, k, values, causal=True), by_definition(q, k, values, -1)
+        assert (y.double() - want).norm() <= 0.012 * want.norm()
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(monkeypatch):
+    choose(monkeypatch, attention="fused", backward="fused")
+    answers = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        q, k, v = qkv(6, 2, 200, 3, 3, 32, torch.bfloat16)
+        y = fa.flash_attn_func(q, k, v, causal=True)
+        answers.append((y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))))
+    assert all(torch.equal(a, b) for answer in answers[1:] for a, b in zip(answers[0], answer))
 
 
 def test_values_of_another_width():

@@ -50,20 +50,14 @@ def test_padded_vocabulary_is_never_predicted_nor_trained_towards():
 
 
 def test_inference_cast_changes_no_logit_and_no_weight():
-    """The three projections become one matrix, whose sums may be taken in another order."""
     model = build_model(CONFIG, seed=2)
     idx, _ = batch(3, 1, 20, 50)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         before = model(idx)
         model.cast_for_inference()
-        assert all(block.attn.qkv is not None for block in model.transformer.h)
         torch.testing.assert_close(model(idx), before, rtol=0, atol=1e-5)
     assert model.state_dict().keys() == weights.keys() and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    attention = model.transformer.h[0].attn
-    attention.c_k.weight.data.zero_()
-    q, k, v = attention.project(torch.randn(1, 2, model.config.n_embd), model.cos_sin(0, 2)[0])
-    assert q.any() and v.any() and not k.any(), "the matrix follows its parts"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

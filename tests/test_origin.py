@@ -64,9 +64,13 @@ def test_the_weights_of_another_run(base):
 @pytest.mark.parametrize("flags, message", [
     (["--branch-from=d3@4"], "--warmdown-steps"), (["--warmdown-steps=4"], "--branch-from=TAG@STEP"), (["--branch-from=d3", "--warmdown-steps=4"], "lacks the step"),
     (["--branch-from=d9@4", "--warmdown-steps=4"], "no model 'd9'"), (["--init-from=d9"], "no model 'd9'"), (["--init-from=../x"], "is not a checkpoint"),
+    (["--init-from=d3", "--model-tag=d3"], "would write over d3"), (["--branch-from=d3@4", "--warmdown-steps=2", "--model-tag=d3"], "would write over d3"),
+    (["--init-from=d3", "--model-tag=other", "--objective=mlm"], "another objective"),
     (["--init-from=d3", "--branch-from=d3@4", "--warmdown-steps=4"], "give one of them"), (["--branch-from=d3@x", "--warmdown-steps=4"], "is not a checkpoint"),
 ])
 def test_what_cannot_be_begun_with(base, capsys, flags, message):
+    if "d3" in " ".join(flags) and ("over" in message or "objective" in message):
+        assert tiny.train() == 0
     try:
         status = tiny.train(*flags)
     except SystemExit as error:  # argparse's

@@ -56,6 +56,15 @@ def test_kill_9_between_saves(base, finished_run):
     assert_same(base, finished_run)
 
 
+def test_a_run_too_short_to_compile_goes_on_eagerly(base):
+    """What was decided is kept, as compiled code rounds differently."""
+    done = tiny.run(base, TORCHDYNAMO_DISABLE="")
+    assert done.returncode == 0 and "Running eagerly, without torch.compile: in a run of about" in done.stdout, done.stderr
+    forget(base, 8)
+    done = tiny.run(base, "--resume", TORCHDYNAMO_DISABLE="")
+    assert done.returncode == 0 and "Running eagerly, without torch.compile: this run began so" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["Step 00000", "step 00000", "step 00003", "Step 00004", "step 00004", "step 00007"])
 def test_kill_9_after_any_line(base, finished_run, line):

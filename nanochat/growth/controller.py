@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from nanochat.cli import UsageError, finite_float, flag, fraction, non_negative_float, non_negative_int, positive_float, positive_int
-from nanochat.common import agreed, print0
+from nanochat.common import print0
+from nanochat.distributed import agreed
 from nanochat.fp8 import disable_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_run

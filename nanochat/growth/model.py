@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanochat.cli import UsageError
-from nanochat.common import share_weights
+from nanochat.distributed import share_weights
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth import optimizer as states
 from nanochat.growth.axes import ModelAxes, Write

@@ -39,8 +39,8 @@ class Mode(Protocol):
     def rank(self, old: int, new: int) -> Map:
         """Between the factors of a low-rank matrix."""
 
-    def fill(self, W_OI: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
-        """What is added to a weight of any number of dimensions that has gone through the maps: random numbers where it continues nothing (None: zeros)."""
+    def fill(self, weight: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
+        """What is added to a weight of any shape that has gone through the maps, for example random numbers where it continues nothing (None: nothing)."""
 
 
 @dataclass(frozen=True)

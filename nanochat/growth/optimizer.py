@@ -14,7 +14,7 @@ optimizer), transformed, cut to what this rank keeps (`load_full_state_dict` of 
 """
 import torch
 
-from nanochat.common import rank_and_world
+from nanochat.distributed import rank_and_world
 from nanochat.growth.expand import apply, in_float64
 from nanochat.growth.maps import Map, Maps, along, mapped
 from nanochat.optim import MuonAdamW

@@ -1,0 +1,98 @@
+"""Files that are whole or not there at all, folders that one process at a time writes to, text in any wrapping."""
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nanochat.cli import UsageError
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """To be called before a long computation whose result goes to `folder`. Creates it; raises UsageError where nothing can be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=str(folder)) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}); set NANOCHAT_BASE_DIR to a folder you can write to") from error
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
+    """Holds `folder` against other processes that lock it, by a file beside it; the lock ends with the process, however that ends.
+
+    While another process holds it, waits and says so, or with `wait=False` raises UsageError. The holder may lock it again. On a file system
+    that knows no locks there is none.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            if not wait:
+                raise UsageError(f"another process is writing to {folder}; wait until it has ended, or choose another --model-tag") from None
+            print(f"Waiting for another process that is writing to {folder}", flush=True)
+            stack.enter_context(lock.acquire())
+        except NotImplementedError:
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced to disk and renamed onto `path`.
+
+    A kill at any moment leaves either the old file or the new one, never a part of it. On an exception the
+    temporary file is removed and `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
+        os.replace(temporary, path)
+        if os.name == "posix":  # make the rename itself durable
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold bytes that are no text
+
+
+def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
+    """A UTF-8 file to read, with or without byte order mark; a name that ends in .gz or .zst is unpacked."""
+    content: Any = open(path, "rb")
+    if compression := {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower()):
+        import pyarrow
+        content = pyarrow.CompressedInputStream(content, compression)
+    return io.TextIOWrapper(content, encoding="utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, of which nesting deeper than Python can follow is a ValueError like all other bad JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
