@@ -12,10 +12,10 @@ import torch
 from nanochat import core_eval
 from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import compute_init
+from nanochat.eval_bundle import find_eval_bundle
 from nanochat.gpt import GPT
 from nanochat.recipe import gpt_config
 from nanochat.tokenizer import get_tokenizer
-from scripts.base_eval import find_eval_bundle
 
 
 def one_by_one(model, example) -> bool:

@@ -25,14 +25,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.cli import ArgumentParser, command, positive_int
+from nanochat.cli import ArgumentParser, command, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import build_gpt
 from nanochat.lowrank import LowRankLinear, call_cost
 from nanochat.recipe import LayerChanges
-from scripts.infer_bench import positive_ints
 
 NO_SPECIAL_TOKENS = SimpleNamespace(get_bos_token_id=lambda: -1, encode_special=lambda name: -1)  # so that no answer ends early
 

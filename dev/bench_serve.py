@@ -19,12 +19,11 @@ import torch
 
 from dev.bench_decode import NO_SPECIAL_TOKENS, random_model
 from nanochat.batching import BatchedEngine, Request
-from nanochat.cli import ArgumentParser, command, positive_int
+from nanochat.cli import ArgumentParser, command, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import Sampling
-from scripts.infer_bench import positive_ints
 
 
 def one_by_one(engine: Engine, requests: list[tuple[list[int], int]]) -> list[float]:

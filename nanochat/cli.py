@@ -87,6 +87,14 @@ fraction = _number_type(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 seed = _number_type(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it
 
 
+def positive_ints(text: str) -> list[int]:
+    """Several `positive_int`, joined by commas."""
+    try:
+        return [positive_int(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,8,32") from None
+
+
 def folder_name(text: str) -> str:
     """A name that stays below the folder it is put in; empty for the default."""
     if text in (".", "..") or "/" in text or "\\" in text:
@@ -98,15 +106,25 @@ def folder_name(text: str) -> str:
 # Settings
 
 
-def flag(default: Any, help: str = "(default: %(default)s)", type: Callable | None = None, choices: Collection | None = None) -> Any:
-    """A field of a settings class that is the flag of its name. type: one of the above, or any function that raises ArgumentTypeError; by default
-    the text is taken as it is, and False as default makes a switch."""
-    options: dict[str, Any] = dict(default=default, help=help)
+REQUIRED: Any = dataclasses.MISSING
+
+
+def flag(default: Any, help: str, type: Callable | None = None, choices: Collection | None = None, short: str = "", positional: bool = False,
+         **more: Any) -> Any:
+    """A field of a settings class that is the flag of its name, or the positional argument.
+
+    default: False makes a switch, REQUIRED a flag that must be given; a text goes through `type`, as on the command line. type: one of the above, or any
+    function that raises ArgumentTypeError; without it the text is taken as it is. short: another name, such as -i. more: what else `add_argument` takes.
+    """
+    options = dict(help=help, **({"required": True} if default is REQUIRED else {"default": default}), **more)
     if default is False:
         options["action"] = "store_true"
     else:
         options |= {name: value for name, value in (("type", type), ("choices", choices)) if value is not None}
-    return dataclasses.field(default=default, metadata=options)
+    metadata = dict(short=short, positional=positional, options=options)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 Settings = TypeVar("Settings")
@@ -116,7 +134,8 @@ def settings_parser(settings: type, description: str) -> ArgumentParser:
     """A parser with one flag for each field of a dataclass."""
     parser = ArgumentParser(description=description)
     for field in dataclasses.fields(settings):
-        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
+        short, long = field.metadata["short"], field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
+        parser.add_argument(*[short] if short else [], long, **field.metadata["options"])
     return parser
 
 

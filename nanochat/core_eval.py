@@ -13,6 +13,7 @@ Speed: examples of like length run through the model together, and logits are co
 """
 import csv
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
-from nanochat.common import is_ddp_initialized
+from nanochat.common import PROGRESS_SECONDS, is_ddp_initialized, print0
+from nanochat.eval_bundle import find_eval_bundle
 from nanochat.files import parse_json
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
@@ -368,3 +370,47 @@ def _row_complaint(row: Any, task_type: str) -> str | None:
         if type(row.get("gold")) is not int or not 0 <= row["gold"] < len(row[options]):
             return f"'gold' is {row.get('gold')!r}, which is no index into the {len(row[options])} {options}"
     return None
+
+
+# -----------------------------------------------------------------------------
+# The whole benchmark
+
+
+def evaluate_core(model, tokenizer, device, max_per_task: int = -1) -> dict:
+    """{"results": accuracy by task, "centered_results", "core_metric": the mean of the centered results}.
+
+    All ranks call it and get the same. `max_per_task` above 0 takes that many rows of each task. A bundle may lack tasks; the
+    output says so. Raises UsageError for data that cannot be evaluated, before anything is.
+    """
+    tasks, missing = load_bundle(find_eval_bundle(), max_per_task)
+    total_work, done_work = sum(task.work for task in tasks), 0
+    started = shown = time.perf_counter()
+
+    def progress(fraction: float) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if now - shown > PROGRESS_SECONDS:
+            shown = now
+            done = (done_work + fraction * task.work) / total_work
+            print0(f"{fraction:.0%} (all of CORE: {done:.0%}, eta {(now - started) * (1 - done) / done / 60:.1f}m) ", end="", flush=True)
+
+    results, centered_results = {}, {}
+    for task in tasks:
+        task_started = time.perf_counter()
+        print0(f"Evaluating: {task.label} ({task.meta['num_fewshot']}-shot, type: {task.meta['task_type']})... ", end="", flush=True)
+        accuracy = evaluate_task(model, tokenizer, task.data, device, task.meta, progress)
+        results[task.label], centered_results[task.label] = accuracy, task.centered(accuracy)
+        done_work += task.work
+        print0(f"accuracy: {accuracy:.4f} | centered: {task.centered(accuracy):.4f} | time: {time.perf_counter() - task_started:.2f}s", flush=True)
+    if len(tasks) != CORE_TASKS:
+        print0(f"The CORE metric is the mean of {len(tasks)} of {CORE_TASKS} tasks, not comparable with published numbers"
+               + (f"; no data for {', '.join(missing)}" if missing else ""))
+    return {"results": results, "centered_results": centered_results, "core_metric": sum(centered_results.values()) / len(tasks)}
+
+
+def core_csv(core: dict) -> str:
+    """What `evaluate_core` returns as a table of three padded columns."""
+    def line(name: str, accuracy: str, centered: str) -> str:
+        return f"{name:<35}, {accuracy:<10}, {centered:<10}\n"
+    rows = [line(label, f"{accuracy:.6f}", f"{core['centered_results'][label]:.6f}") for label, accuracy in core["results"].items()]
+    return line("Task", "Accuracy", "Centered") + "".join(rows) + line("CORE", "", f"{core['core_metric']:.6f}")

@@ -18,6 +18,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from nanochat import cross_entropy, flash_attention
-from nanochat.cli import ArgumentParser, command, fraction, positive_float, positive_int
+from nanochat.cli import command, flag, fraction, parse_settings, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, get_peak_flops
 from nanochat.compiler import why_not_compile
 from nanochat.gpt import GPTConfig
@@ -351,41 +352,44 @@ def _card(text: str) -> tuple[str, float, float]:
     return name, gib, flops
 
 
+@dataclass
+class Settings:
+    cards: list[tuple[str, float, float]] = flag([_card(text) for text in ("RTX 4060=8", "RTX 3060=12", "RTX 4080=16", "RTX 3090=24")],
+                                                 "Cards as name=GiB, or as name=GiB@TFLOPS where the name is not known", type=_card, nargs="+")
+    depths: list[int] = flag([4, 8, 12, 16, 20, 24], "Depths of the models", type=positive_int, nargs="+")
+    device_type: str = flag("cuda", "Kind of device to train on", choices=sorted(cross_entropy.CHUNK_ELEMENTS))
+    eager: bool = flag(False, "Train without torch.compile, as where there is no Triton")
+    mfu: float = flag(0.4, "Share of the peak that training reaches", type=fraction)
+    max_seq_len: int = flag(2048, "Context length in tokens", type=positive_int)
+    target_param_data_ratio: float = flag(12, "Tokens to train on per parameter of blocks and head", type=positive_float)
+
+
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description="What fits on which card, and how long its training takes")
-    parser.add_argument("--cards", type=_card, nargs="+", default=[_card(text) for text in ("RTX 4060=8", "RTX 3060=12", "RTX 4080=16", "RTX 3090=24")],
-                        help="name=GiB, or name=GiB@TFLOPS where the name is not known")
-    parser.add_argument("--depths", type=positive_int, nargs="+", default=[4, 8, 12, 16, 20, 24])
-    parser.add_argument("--device-type", default="cuda", choices=sorted(cross_entropy.CHUNK_ELEMENTS))
-    parser.add_argument("--eager", action="store_true", help="without torch.compile: no Triton, as on Windows")
-    parser.add_argument("--mfu", type=fraction, default=0.4, help="share of the peak that training reaches")
-    parser.add_argument("--max-seq-len", type=positive_int, default=2048)
-    parser.add_argument("--target-param-data-ratio", type=positive_float, default=12)
-    args = parser.parse_args(argv)
-    compiled = not args.eager and can_compile(args.device_type)
-    print(f"Rows of {args.max_seq_len} tokens per pass that fit, and the hours of a whole run at {args.mfu:.0%} of the peak: {COMPUTE_DTYPE}, {args.device_type}, "
-          f"{'compiled' if compiled else 'eager'}, {args.target_param_data_ratio:g} tokens per parameter\n")
-    print("| depth | parameters | FLOPs | " + " | ".join(f"{name}, {gib:g} GB" for name, gib, _ in args.cards) + " |\n|---:|---:|---:|" + "---:|" * len(args.cards))
-    for depth in args.depths:
-        shape: dict[str, Any] = dict(aspect_ratio=64, head_dim=128, sequence_len=args.max_seq_len, vocab_size=32768, window_pattern="SSSL")
+    settings = parse_settings(Settings, argv, "What fits on which card, and how long its training takes")
+    compiled = not settings.eager and can_compile(settings.device_type)
+    print(f"Rows of {settings.max_seq_len} tokens per pass that fit, and the hours of a whole run at {settings.mfu:.0%} of the peak: {COMPUTE_DTYPE}, {settings.device_type}, "
+          f"{'compiled' if compiled else 'eager'}, {settings.target_param_data_ratio:g} tokens per parameter\n")
+    print("| depth | parameters | FLOPs | " + " | ".join(f"{name}, {gib:g} GB" for name, gib, _ in settings.cards) + " |\n|---:|---:|---:|" + "---:|" * len(settings.cards))
+    for depth in settings.depths:
+        shape: dict[str, Any] = dict(aspect_ratio=64, head_dim=128, sequence_len=settings.max_seq_len, vocab_size=32768, window_pattern="SSSL")
         config = gpt_config(depth, **shape)
         with torch.device("meta"):
             model = build_gpt(config)
-        horizon = plan_horizon(model, shape, -1, -1, args.target_param_data_ratio, -1)
+        horizon = plan_horizon(model, shape, -1, -1, settings.target_param_data_ratio, -1)
         flops = model.estimate_flops() * horizon.total_tokens
         fitting: dict[str, int] = {}
         needed: list[float] = []
         for rows in (1, 2, 4, 8, 16, 32):
             if rows <= 8:
-                needed.append(sum(training_memory(config, rows, args.device_type, compiled).values()) / GIB + RESERVED)
+                needed.append(sum(training_memory(config, rows, settings.device_type, compiled).values()) / GIB + RESERVED)
             else:  # a straight line by now, as the pieces of the loss have their full size
                 needed.append(needed[-1] + 2 * (needed[-1] - needed[-2]))
-            fits = {name: rows for name, gib, _ in args.cards if needed[-1] <= gib}
+            fits = {name: rows for name, gib, _ in settings.cards if needed[-1] <= gib}
             fitting |= fits
             if not fits:
                 break
-        cells = [f"{fitting[name]}: {flops / (args.mfu * peak) / 3600:.1f} h" if name in fitting else "no" for name, _, peak in args.cards]
+        cells = [f"{fitting[name]}: {flops / (settings.mfu * peak) / 3600:.1f} h" if name in fitting else "no" for name, _, peak in settings.cards]
         print(f"| {depth} | {model.num_scaling_params()['total'] / 1e6:.0f} M | {flops:.1e} | " + " | ".join(cells) + " |", flush=True)
 
 

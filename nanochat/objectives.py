@@ -31,9 +31,9 @@ def policy_gradient(model, inputs: torch.Tensor, targets: torch.Tensor, advantag
 class ObjectiveSettings:
     """The flags of pretraining's objective."""
 
-    objective: str = flag("next-token", "what is learned: the next token, or (mlm) hidden tokens from both sides", choices=("next-token", "mlm"))
-    mask_rate: float = flag(0.15, "share of the tokens that mlm hides", type=fraction)
-    masking: str = flag("dynamic", "mlm hides other tokens of a text each time, or (static) the same ones", choices=MASKINGS)
+    objective: str = flag("next-token", "What is learned; next-token: the next token, mlm: hidden tokens from both sides", choices=("next-token", "mlm"))
+    mask_rate: float = flag(0.15, "Share of the tokens that mlm hides", type=fraction)
+    masking: str = flag("dynamic", "Which tokens of a text mlm hides; dynamic: others each time, static: always the same ones", choices=MASKINGS)
 
 
 class Objective(NamedTuple):

@@ -55,10 +55,10 @@ def checkpoint_name(text: str) -> Checkpoint:
 class OriginSettings:
     """The flags that let a run begin where another one stands."""
 
-    branch_from: Checkpoint | None = flag(None, "TAG@STEP: go on from this checkpoint with its flags and nothing but a warm-down", type=checkpoint_name)
-    warmdown_steps: int | None = flag(None, "length of a branch", type=positive_int)
-    init_from: Checkpoint | None = flag(None, "TAG or TAG@STEP: begin with the weights of this checkpoint, and its shape", type=checkpoint_name)
-    init_optimizer: str = flag("new", "new: the optimizer of --init-from begins anew; keep: with the checkpoint's moments", choices=("new", "keep"))
+    branch_from: Checkpoint | None = flag(None, "Checkpoint TAG@STEP to go on from, with its flags and nothing but a warm-down", type=checkpoint_name)
+    warmdown_steps: int | None = flag(None, "Length of a branch in steps", type=positive_int)
+    init_from: Checkpoint | None = flag(None, "Checkpoint TAG or TAG@STEP whose weights and shape to begin with", type=checkpoint_name)
+    init_optimizer: str = flag("new", "Optimizer of --init-from; new: it begins anew, keep: with the checkpoint's moments", choices=("new", "keep"))
 
     def check_origin(self) -> None:
         """Raises UsageError for flags that contradict each other."""

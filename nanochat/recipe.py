@@ -155,25 +155,25 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
 class ModelSettings(ObjectiveSettings):
     """The flags that say what the model is."""
 
-    depth: int = flag(20, "layers; width and all else follow", type=positive_int)
-    aspect_ratio: int = flag(64, "width = depth * this, rounded up to whole heads", type=positive_int)
-    head_dim: int = flag(128, "width of a head", type=positive_int)
-    max_seq_len: int = flag(2048, "context length in tokens", type=positive_int)
-    window_pattern: str = flag("SSSL", "attention span per layer, repeated: L full context, S a quarter")
+    depth: int = flag(20, "Layers of the model; width and all else follow from it", type=positive_int)
+    aspect_ratio: int = flag(64, "Width per layer: the model's width is this times the depth, rounded up to whole heads", type=positive_int)
+    head_dim: int = flag(128, "Width of a head", type=positive_int)
+    max_seq_len: int = flag(2048, "Context length in tokens", type=positive_int)
+    window_pattern: str = flag("SSSL", "Attention span of each layer, repeated; L: full context, S: a quarter")
     # layers that differ from the stock ones (layered_gpt.py)
-    rank: int = flag(0, "low-rank attention and MLP: W = U V; 0: dense", type=non_negative_int)
-    attn_rank: int | None = flag(None, "rank of the attention alone; default --rank", type=non_negative_int)
-    mlp_rank: int | None = flag(None, "rank of the MLP alone; default --rank", type=non_negative_int)
-    lm_head_rank: int = flag(0, "rank of the head; 0: dense", type=non_negative_int)
-    rank_schedule: str = flag("constant", "how the ranks are spread over depth, at the same budget", choices=RANK_SCHEDULES)
-    n_head: int = flag(-1, "query heads; -1: width / head-dim", type=int_or_off)
-    n_kv_head: int = flag(-1, "key and value heads; -1: as many as query heads", type=int_or_off)
-    qk_dim: int = flag(-1, "width of a query and a key; -1: head-dim", type=int_or_off)
-    mlp_ratio: float = flag(-1, "hidden width of the MLP / width; default 4, or 8/3 for swiglu (as many parameters)", type=positive_float)
-    mlp_depth: int = flag(1, "hidden layers of the MLP", type=positive_int)
-    activation: str = flag("relu2", "of the MLP's hidden units", choices=ACTIVATIONS)
-    order: str = flag("attn-mlp", "order of attention and MLP in a layer", choices=ORDERS)
-    block: str = flag("prenorm", "prenorm: nanochat's; ngpt: hidden states and weights on the unit sphere (ngpt.py)", choices=BLOCKS)
+    rank: int = flag(0, "Rank of attention and MLP, whose matrices are W = U V; 0: dense", type=non_negative_int)
+    attn_rank: int | None = flag(None, "Rank of the attention alone; 0: dense (default: --rank)", type=non_negative_int)
+    mlp_rank: int | None = flag(None, "Rank of the MLP alone; 0: dense (default: --rank)", type=non_negative_int)
+    lm_head_rank: int = flag(0, "Rank of the head; 0: dense", type=non_negative_int)
+    rank_schedule: str = flag("constant", "How the ranks are spread over depth, at the same budget", choices=RANK_SCHEDULES)
+    n_head: int = flag(-1, "Query heads of a layer; -1: width / head-dim", type=int_or_off)
+    n_kv_head: int = flag(-1, "Key and value heads of a layer; -1: as many as query heads", type=int_or_off)
+    qk_dim: int = flag(-1, "Width of a query and a key; -1: head-dim", type=int_or_off)
+    mlp_ratio: float = flag(-1, "Hidden width of the MLP / width; -1: 4, or 8/3 for swiglu (as many parameters)", type=positive_float)
+    mlp_depth: int = flag(1, "Hidden layers of the MLP", type=positive_int)
+    activation: str = flag("relu2", "Activation of the MLP's hidden units", choices=ACTIVATIONS)
+    order: str = flag("attn-mlp", "Order of attention and MLP in a layer", choices=ORDERS)
+    block: str = flag("prenorm", "Kind of block; prenorm: nanochat's, ngpt: hidden states and weights on the unit sphere (ngpt.py)", choices=BLOCKS)
 
     def changes(self) -> LayerChanges:
         return LayerChanges(
@@ -199,11 +199,11 @@ class ModelSettings(ObjectiveSettings):
 class HorizonSettings:
     """The flags that say how long to train, of which the first positive one counts, and in which portions."""
 
-    num_iterations: int = flag(-1, "optimizer steps", type=int_or_off)
-    target_flops: float = flag(-1.0, "training FLOPs", type=finite_float)
-    target_param_data_ratio: float = flag(12, "tokens per parameter of blocks and head", type=finite_float)
-    device_batch_size: int = flag(32, "rows per rank and pass; -1: as many as fit", type=int_or_off)
-    total_batch_size: int = flag(-1, "tokens per step; -1: from model and horizon", type=int_or_off)
+    num_iterations: int = flag(-1, "Optimizer steps; -1: as many as --target-flops asks for", type=int_or_off)
+    target_flops: float = flag(-1.0, "Training FLOPs; -1: as many as --target-param-data-ratio asks for", type=finite_float)
+    target_param_data_ratio: float = flag(12, "Tokens to train on per parameter of blocks and head", type=finite_float)
+    device_batch_size: int = flag(32, "Rows per rank and pass; -1: as many as fit", type=int_or_off)
+    total_batch_size: int = flag(-1, "Tokens per step; -1: from model and horizon", type=int_or_off)
 
     def passes(self, total: int, rows: int, sequence_len: int, world_size: int, streams: int) -> int:
         """Of `rows` rows of `sequence_len` tokens, how many a rank makes in a step of `total` tokens. Raises UsageError where they do not make one."""

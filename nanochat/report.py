@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import psutil
 import torch
 from markdown_it import MarkdownIt
 
-from nanochat.cli import ArgumentParser, UsageError, command
+from nanochat.cli import UsageError, command, flag, parse_settings
 from nanochat.common import get_base_dir, get_dist_info, print0
 from nanochat.files import atomic_path, check_writable, write_text_atomic
 from nanochat.run_report import TrainingRun, bullets, decimals, find_run_log, hourly_rate, verbatim
@@ -378,18 +379,21 @@ def _page(markdown: str) -> str:
 """
 
 
+@dataclass
+class Settings:
+    command: str = flag("generate", "What to do: write the report, or restart it", choices=("generate", "reset"), positional=True, nargs="?")
+    model_tag: str | None = flag(None, "Pretraining run to show (default: the newest)")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(description="Write or restart the report of a training pipeline")
-    parser.add_argument("command", nargs="?", default="generate", choices=["generate", "reset"], help="what to do")
-    parser.add_argument("--model-tag", default=None, help="pretraining run to show (default: the newest)")
-    args = parser.parse_args(argv)
+    settings = parse_settings(Settings, argv, "Write or restart the report of a training pipeline")
     report = get_report()
-    if args.command == "reset":
+    if settings.command == "reset":
         report.reset()
         print0(f"Report restarted in {get_base_dir()}/report")
     else:
-        print0(f"Report: {report.generate(args.model_tag)}, copied with report.html to the current folder")
+        print0(f"Report: {report.generate(settings.model_tag)}, copied with report.html to the current folder")
     return 0
 
 

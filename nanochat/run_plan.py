@@ -25,12 +25,12 @@ from nanochat.training import Process, RunSettings, fit_device_batch
 class PlanSettings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
     """The flags that the plan follows from."""
 
-    seed: int = flag(42, "of the initialization; the data keep their order", type=seed)
-    weight_decay: float = flag(0.28, "of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
-    matrix_optimizer: str = flag("muon", "of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
-    eval_every: int = flag(250, "steps between validations; -1: never", type=int_or_off)
-    eval_tokens: int = flag(80 * 524288, "tokens of a validation", type=positive_int)
-    data_streams: int = flag(-1, "shares that the row groups are dealt into; -1: one per rank. With the same number, runs on fewer ranks see the same batches",
+    seed: int = flag(42, "Seed of the initialization; the data keep their order", type=seed)
+    weight_decay: float = flag(0.28, "Weight decay of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
+    matrix_optimizer: str = flag("muon", "Optimizer of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
+    eval_every: int = flag(250, "Steps between validations; -1: never", type=int_or_off)
+    eval_tokens: int = flag(80 * 524288, "Tokens of a validation", type=positive_int)
+    data_streams: int = flag(-1, "Shares that the row groups are dealt into; -1: one per rank; with the same number, runs on fewer ranks see the same batches",
                              type=int_or_off)
 
     def path(self) -> list[Shape]:

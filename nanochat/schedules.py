@@ -65,10 +65,10 @@ class Now(NamedTuple):
 class ScheduleSettings:
     """The flags of pretraining's schedule."""
 
-    warmup_steps: int = flag(40, "steps over which the learning rates rise; default of ngpt: 0", type=non_negative_int)
-    warmdown_ratio: float = flag(0.65, "share of the run over which the learning rates fall", type=fraction)
-    warmdown_shape: str = flag("linear", "how they fall", choices=WARMDOWN_SHAPES)
-    final_lr_frac: float = flag(0.05, "share of the learning rates that is left at the end", type=fraction)
+    warmup_steps: int = flag(40, "Steps over which the learning rates rise; ngpt: 0", type=non_negative_int)
+    warmdown_ratio: float = flag(0.65, "Share of the run over which the learning rates fall", type=fraction)
+    warmdown_shape: str = flag("linear", "Curve on which the learning rates fall", choices=WARMDOWN_SHAPES)
+    final_lr_frac: float = flag(0.05, "Share of the learning rates that is left at the end", type=fraction)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ from nanochat.optim import MuonAdamW
 class RunSettings:
     """The flags of all trainings."""
 
-    run: str = flag(os.environ.get("WANDB_RUN") or "dummy", "wandb run name; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
-    device_type: str = flag("", "cuda, mps or cpu (default: autodetect)")
-    resume_from_step: int = flag(-1, "continue from this checkpoint; -1: a new run", type=step_or_off)
-    resume: bool = flag(False, "continue from the newest complete checkpoint, or begin if there is none")
-    save_every: int = flag(-1, "steps between checkpoints; -1: only at the end", type=int_or_off)
+    run: str = flag(os.environ.get("WANDB_RUN") or "dummy", "Name of the run for wandb; dummy: no wandb; torchrun takes --run for its own, use WANDB_RUN")
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
+    resume_from_step: int = flag(-1, "Step of the checkpoint to continue from; -1: a new run", type=step_or_off)
+    resume: bool = flag(False, "Continue from the newest complete checkpoint, or begin if there is none")
+    save_every: int = flag(-1, "Steps between checkpoints; -1: only at the end", type=int_or_off)
 
 
 class Process(NamedTuple):

@@ -32,10 +32,12 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
-from nanochat.core_eval import load_bundle
+from nanochat.core_eval import evaluate_core, load_bundle
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
+from nanochat.eval_bundle import find_eval_bundle
+from nanochat.evaluations import sample_prompts
 from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
@@ -49,23 +51,22 @@ from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, check_output, find_resume_step
-from scripts.base_eval import evaluate_core, find_eval_bundle, sample_prompts
 
 
 @dataclass
 class Settings(PlanSettings):
-    fp8: bool = flag(False, "FP8 matmuls (CUDA compute capability 8.9 and newer)")
-    fp8_recipe: str = flag("tensorwise", "how FP8 numbers are scaled", choices=RECIPES)
-    grow_plan: bool = flag(False, "print the stages of growth and end")
-    memory: bool = flag(False, "print what a training step of each stage takes, also on a device that is not here, and end")
-    embedding_lr: float = flag(0.3, "learning rate of the embeddings", type=non_negative_float)
-    unembedding_lr: float = flag(0.008, "learning rate of the head", type=non_negative_float)
-    matrix_lr: float = flag(0.02, "learning rate of the blocks' matrices", type=non_negative_float)
-    scalar_lr: float = flag(0.5, "learning rate of the residual scalars", type=non_negative_float)
-    core_metric_every: int = flag(2000, "steps between CORE evaluations; -1: never", type=int_or_off)
-    core_metric_max_per_task: int = flag(500, "problems of each task of CORE; -1: all", type=int_or_off)
-    sample_every: int = flag(2000, "steps between samples; -1: never", type=int_or_off)
-    model_tag: str | None = flag(None, "name of the checkpoint folder (default: d<depth>)", type=folder_name)
+    fp8: bool = flag(False, "Multiply matrices in FP8 (CUDA compute capability 8.9 and newer)")
+    fp8_recipe: str = flag("tensorwise", "How FP8 numbers are scaled", choices=RECIPES)
+    grow_plan: bool = flag(False, "Print the stages of growth and end")
+    memory: bool = flag(False, "Print what a training step of each stage takes, also on a device that is not here, and end")
+    embedding_lr: float = flag(0.3, "Learning rate of the embeddings", type=non_negative_float)
+    unembedding_lr: float = flag(0.008, "Learning rate of the head", type=non_negative_float)
+    matrix_lr: float = flag(0.02, "Learning rate of the blocks' matrices", type=non_negative_float)
+    scalar_lr: float = flag(0.5, "Learning rate of the residual scalars", type=non_negative_float)
+    core_metric_every: int = flag(2000, "Steps between evaluations on CORE; -1: never", type=int_or_off)
+    core_metric_max_per_task: int = flag(500, "Rows of each task of CORE; -1: all", type=int_or_off)
+    sample_every: int = flag(2000, "Steps between samples; -1: never", type=int_or_off)
+    model_tag: str | None = flag(None, "Name of the checkpoint folder (default: d<depth>)", type=folder_name)
 
 
 def parse(argv) -> Settings:

@@ -8,9 +8,10 @@ stderr. A base model knows no conversation: each input is a text of its own, whi
 """
 import contextlib
 import sys
+from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
-from nanochat.cli import ArgumentParser, command, non_negative_float, non_negative_int
+from nanochat.cli import command, flag, non_negative_float, non_negative_int, parse_settings
 from nanochat.common import autodetect_device_type, compute_init
 from nanochat.engine import Engine, TextStream
 
@@ -67,29 +68,32 @@ class Chat:
             self.turns.append([*turn, *answer, self.engine.assistant_end])
 
 
+@dataclass
+class Settings:
+    source: str | None = flag(None, "Stage of training that the model comes from (default: sft where there is one, else base)", choices=SOURCES, short="-i")
+    model_tag: str | None = flag(None, "Model to load (default: the largest)", short="-g")
+    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
+    prompt: str = flag("", "Message to answer before the command ends (default: ask for messages)", short="-p")
+    temperature: float = flag(0.6, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
+    top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int, short="-k")
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
+
+
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-i", "--source", choices=SOURCES, help="stage of training (default: sft where there is one, else base)")
-    parser.add_argument("-g", "--model-tag", help="model to load (default: the largest)")
-    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
-    parser.add_argument("-p", "--prompt", default="", help="answer this and exit")
-    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.6, help="0 always takes the likeliest token")
-    parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    args = parser.parse_args(argv)
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
 
-    source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
-    *_, device = compute_init(args.device_type or autodetect_device_type())
-    folder, step = find_checkpoint(checkpoints_dir_of(source), args.model_tag, args.step)
+    source = settings.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
+    *_, device = compute_init(settings.device_type or autodetect_device_type())
+    folder, step = find_checkpoint(checkpoints_dir_of(source), settings.model_tag, settings.step)
     model, tokenizer, _ = build_model(folder, step, device, phase="eval")
     note(f"{source} model {folder.name} of step {step}: {sum(p.numel() for p in model.parameters()):,} parameters, "
          f"context of {model.config.sequence_len} tokens, on {device}")
     engine, base = Engine(model, tokenizer), source == "base"
 
     chat = Chat(engine, base)
-    if args.prompt:
-        chat.say(args.prompt, args.temperature, args.top_k)
+    if settings.prompt:
+        chat.say(settings.prompt, settings.temperature, settings.top_k)
         return
     note("A base model: it continues what you write." if base else "Type clear for a new conversation, quit to end.")
     if sys.stdin.isatty():
@@ -109,7 +113,7 @@ def main(argv=None) -> None:
         elif message:
             if not base:
                 print("\nAssistant: ", end="", flush=True)
-            chat.say(message, args.temperature, args.top_k)
+            chat.say(message, settings.temperature, settings.top_k)
 
 
 if __name__ == "__main__":

@@ -9,120 +9,15 @@ ChatCORE is the mean accuracy over its five tasks, each rescaled so that guessin
 """
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 
-import torch
-import torch.distributed as dist
-
-from nanochat.batching import BatchedEngine, Request
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import ArgumentParser, command, non_negative_float, non_negative_int, positive_int
-from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, is_ddp_initialized, print0, with_progress
-from nanochat.core_eval import logits_at
+from nanochat.cli import REQUIRED, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, print0
 from nanochat.engine import Engine
 from nanochat.report import get_report
-from nanochat.sampling import Sampling
-from tasks.common import Task
+from tasks.evaluation import evaluate
 from tasks.registry import CHATCORE, TASKS, chatcore
-
-
-def _share(passed: int, total: int, device: torch.device) -> float:
-    """passed / total over all ranks."""
-    counts = torch.tensor([passed, total], device=device)
-    if is_ddp_initialized():
-        dist.all_reduce(counts)
-    passed, total = counts.tolist()
-    return passed / max(total, 1)
-
-
-def _limit(task: Task, max_problems: int | None) -> int:
-    return len(task) if max_problems is None else min(len(task), max_problems)
-
-
-def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """(number of the prompt, its likeliest answer), in the order in which they end: up to `slots` prompts share each decoding step."""
-    if not prompts:  # a rank may have none
-        return
-    context = max(map(len, prompts)) + max_new_tokens
-    engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context, patient=True)
-    answers: list[list[int]] = [[] for _ in prompts]
-    ended: list[tuple[int, str]] = []
-
-    def listener(number: int) -> Callable:
-        return lambda token, reason, _: ended.append((number, reason)) if token is None else answers[number].append(token)
-
-    for number, prompt in enumerate(prompts):
-        engine.submit(Request(prompt, max_new_tokens, listener(number), Sampling(temperature=0)))
-    while engine.waiting or engine.running:
-        engine.step()
-        for number, reason in ended:
-            if reason == "error":
-                raise RuntimeError(f"problem {number} could not be answered: the lines above say why")
-            yield number, answers[number]
-        ended.clear()
-
-
-def run_generative_eval(task_object: Task, tokenizer, model, engine: Engine, num_samples: int, max_new_tokens: int, temperature: float,
-                        top_k: int | None, max_problems: int | None = None, batch_size: int = 1) -> float:
-    """Share of the problems that at least one of `num_samples` answers solves. Problems are dealt to the ranks in turn.
-
-    Likeliest answers are decoded for `batch_size` problems at a time; drawn ones for a problem at a time, with all its samples.
-    """
-    _, rank, _, world_size = get_dist_info()
-    problems = [task_object[index] for index in range(rank, _limit(task_object, max_problems), world_size)]
-    prompts = [tokenizer.render_for_completion(problem) for problem in problems]
-
-    def drawn() -> Iterator[tuple[int, list[list[int]]]]:
-        for number, prompt in enumerate(prompts):
-            samples, _ = engine.generate_batch(prompt, num_samples=num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-            yield number, [sample[len(prompt):] for sample in samples]
-
-    def likeliest() -> Iterator[tuple[int, list[list[int]]]]:
-        for number, answer in greedy_answers(model, tokenizer, prompts, batch_size, max_new_tokens):
-            yield number, [answer]
-
-    passed = 0
-    for number, answers in with_progress(drawn() if temperature > 0 else likeliest(), len(prompts), type(task_object).__name__):
-        passed += any(task_object.evaluate(problems[number], tokenizer.decode(answer)) for answer in answers)
-    return _share(passed, len(prompts), model.get_device())
-
-
-@torch.inference_mode()
-def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, max_problems: int | None = None) -> float:
-    """Share of the problems where the right letter is the most likely among the problem's letters. Batches are dealt to the ranks in turn."""
-    _, rank, _, world_size = get_dist_info()
-    device, bos = model.get_device(), tokenizer.get_bos_token_id()
-    size = _limit(task_object, max_problems)
-    mine = range(rank * batch_size, size, world_size * batch_size)
-    passed = total = 0
-    for first in with_progress(mine, len(mine), type(task_object).__name__):
-        problems = [task_object[index] for index in range(first, min(first + batch_size, size))]
-        prompts = [tokenizer.render_for_completion(problem) for problem in problems]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [bos] * (longest - len(prompt)) for prompt in prompts], device=device)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        logits = logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()
-        for problem, row in zip(problems, logits, strict=True):
-            letter_ids = [tokenizer.encode(letter) for letter in problem["letters"]]
-            assert all(len(letter_id) == 1 for letter_id in letter_ids), "every letter must be one token"
-            choice = int(row[[letter_id[0] for letter_id in letter_ids]].argmax())
-            passed += int(task_object.evaluate(problem, problem["letters"][choice]))
-            total += 1
-    return _share(passed, total, device)
-
-
-def evaluate(task_object: Task, model, tokenizer, engine: Engine, batch_size: int = 1, num_samples: int = 1, max_new_tokens: int = 512,
-             temperature: float = 0.0, top_k: int | None = 50, max_problems: int | None = None) -> float:
-    """Accuracy on a task, the same on all ranks, which all must call it."""
-    if task_object.eval_type == "generative":
-        return run_generative_eval(task_object, tokenizer, model, engine, num_samples, max_new_tokens, temperature, top_k, max_problems,
-                                   batch_size)
-    return run_categorical_eval(task_object, tokenizer, model, batch_size, max_problems)
-
-
-def run_chat_eval(task_name: str, model, tokenizer, engine: Engine, **kwargs) -> float:
-    """`evaluate` on a task given by its name."""
-    return evaluate(TASKS[task_name].test(), model, tokenizer, engine, **kwargs)
 
 
 def task_names(text: str) -> list[str]:
@@ -133,39 +28,42 @@ def task_names(text: str) -> list[str]:
     return names
 
 
+@dataclass
+class Settings:
+    source: str = flag(REQUIRED, "Stage of training that the model comes from", choices=SOURCES, short="-i")
+    task_name: list[str] | None = flag(None, f"Tasks, joined by |: any of {', '.join(TASKS)} (default: those of ChatCORE)", type=task_names, short="-a")
+    temperature: float = flag(0.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
+    max_new_tokens: int = flag(512, "Length of the longest answer in tokens", type=positive_int, short="-m")
+    num_samples: int = flag(1, "Answers to a problem, of which one must be right", type=positive_int, short="-n")
+    top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int, short="-k")
+    batch_size: int = flag(8, "Problems in one pass", type=positive_int, short="-b")
+    model_tag: str | None = flag(None, "Model to evaluate (default: the largest)", short="-g")
+    step: int | None = flag(None, "Checkpoint to evaluate (default: the last)", type=non_negative_int, short="-s")
+    max_problems: int | None = flag(None, "Problems of each task (default: all)", type=positive_int, short="-x")
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
+
+
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-i", "--source", choices=SOURCES, required=True, help="stage of training")
-    parser.add_argument("-a", "--task-name", type=task_names, default=None, help=f"tasks joined by |, of {', '.join(TASKS)} (default: those of ChatCORE)")
-    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.0, help="0 always takes the likeliest token")
-    parser.add_argument("-m", "--max-new-tokens", type=positive_int, default=512)
-    parser.add_argument("-n", "--num-samples", type=positive_int, default=1, help="answers to a problem, of which one must be right")
-    parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="sample among this many tokens; 0: among all")
-    parser.add_argument("-b", "--batch-size", type=positive_int, default=8, help="problems in one pass")
-    parser.add_argument("-g", "--model-tag", default=None, help="model to evaluate (default: the largest)")
-    parser.add_argument("-s", "--step", type=non_negative_int, default=None, help="checkpoint to evaluate (default: the last)")
-    parser.add_argument("-x", "--max-problems", type=positive_int, default=None, help="of each task (default: all)")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    args = parser.parse_args(argv)
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
 
-    *_, device = compute_init(args.device_type or autodetect_device_type())
+    *_, device = compute_init(settings.device_type or autodetect_device_type())
     try:
         report = get_report()
-        tasks = {name: TASKS[name].test() for name in args.task_name or CHATCORE}  # missing data show now, not after an hour
-        folder, step = find_checkpoint(checkpoints_dir_of(args.source), args.model_tag, args.step)
+        tasks = {name: TASKS[name].test() for name in settings.task_name or CHATCORE}  # missing data show now, not after an hour
+        folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
         engine = Engine(model, tokenizer)
         accuracies = {}
         for name, task in tasks.items():
-            accuracies[name] = evaluate(task, model, tokenizer, engine, args.batch_size, args.num_samples, args.max_new_tokens, args.temperature,
-                                        args.top_k, args.max_problems)
+            accuracies[name] = evaluate(task, model, tokenizer, engine, settings.batch_size, settings.num_samples, settings.max_new_tokens, settings.temperature,
+                                        settings.top_k, settings.max_problems)
             print0(f"{name} accuracy: {100 * accuracies[name]:.2f}%", flush=True)
         summary: dict = {}
         if accuracies.keys() == CHATCORE.keys():
             summary["ChatCORE metric"] = chatcore(accuracies)
             print0(f"ChatCORE metric: {summary['ChatCORE metric']:.4f}")
-        report.log(section=f"Chat evaluation {args.source}", data=[{"model": f"{folder.name} (step {step})", **vars(args)}, accuracies, summary])
+        report.log(section=f"Chat evaluation {settings.source}", data=[{"model": f"{folder.name} (step {step})", **asdict(settings)}, accuracies, summary])
     finally:
         compute_cleanup()
 

@@ -47,29 +47,29 @@ PROBLEMS = {name: entry.problems for name, entry in TASKS.items() if entry.probl
 
 @dataclass
 class Settings(RunSettings):
-    model_tag: str | None = flag(None, "fine-tuned model to start from (default: the largest)", type=folder_name)
-    model_step: int | None = flag(None, "its checkpoint (default: the last)", type=non_negative_int)
-    task_name: str = flag("GSM8K", "what to get better at", choices=PROBLEMS)
+    model_tag: str | None = flag(None, "Fine-tuned model to start from (default: the largest)", type=folder_name)
+    model_step: int | None = flag(None, "Checkpoint of the fine-tuned model (default: the last)", type=non_negative_int)
+    task_name: str = flag("GSM8K", "Task to get better at", choices=PROBLEMS)
     # horizon
-    num_epochs: int = flag(1, "passes over the training problems", type=positive_int)
-    num_iterations: int = flag(-1, "optimizer steps; -1: all epochs", type=int_or_off)
+    num_epochs: int = flag(1, "Passes over the training problems", type=positive_int)
+    num_iterations: int = flag(-1, "Optimizer steps; -1: all epochs", type=int_or_off)
     # samples
-    device_batch_size: int = flag(8, "samples generated or trained on in one pass", type=positive_int)
-    examples_per_step: int = flag(16, "problems per step, over all ranks", type=positive_int)
-    num_samples: int = flag(16, "answers to each problem", type=positive_int)
-    max_new_tokens: int = flag(256, "longest answer", type=positive_int)
-    temperature: float = flag(1.0, "how freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float)
-    top_k: int = flag(50, "sample among this many tokens; 0: among all", type=non_negative_int)
+    device_batch_size: int = flag(8, "Samples generated or trained on in one pass", type=positive_int)
+    examples_per_step: int = flag(16, "Problems per step, over all ranks", type=positive_int)
+    num_samples: int = flag(16, "Answers to each problem", type=positive_int)
+    max_new_tokens: int = flag(256, "Length of the longest answer in tokens", type=positive_int)
+    temperature: float = flag(1.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float)
+    top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int)
     # optimization
-    embedding_lr: float = flag(0.2, "learning rate of the embeddings", type=non_negative_float)
-    unembedding_lr: float = flag(0.004, "learning rate of the head", type=non_negative_float)
-    matrix_lr: float = flag(0.02, "learning rate of the blocks' matrices", type=non_negative_float)
-    weight_decay: float = flag(0.0, "of the blocks' matrices", type=non_negative_float)
-    init_lr_frac: float = flag(0.05, "share of the learning rates to begin with; they fall linearly to 0", type=non_negative_float)
+    embedding_lr: float = flag(0.2, "Learning rate of the embeddings", type=non_negative_float)
+    unembedding_lr: float = flag(0.004, "Learning rate of the head", type=non_negative_float)
+    matrix_lr: float = flag(0.02, "Learning rate of the blocks' matrices", type=non_negative_float)
+    weight_decay: float = flag(0.0, "Weight decay of the blocks' matrices", type=non_negative_float)
+    init_lr_frac: float = flag(0.05, "Share of the learning rates to begin with; they fall linearly to 0", type=non_negative_float)
     # evaluation and output
-    eval_every: int = flag(60, "steps between evaluations; -1: never", type=int_or_off)
-    eval_examples: int = flag(400, "test problems to evaluate on", type=positive_int)
-    save_every: int = flag(60, "steps between checkpoints; -1: only at the end", type=int_or_off)
+    eval_every: int = flag(60, "Steps between evaluations; -1: never", type=int_or_off)
+    eval_examples: int = flag(400, "Test problems to evaluate on", type=positive_int)
+    save_every: int = flag(60, "Steps between checkpoints; -1: only at the end", type=int_or_off)
 
 
 def run_gsm8k_eval(task, tokenizer, engine: Engine, max_examples: int | None = None, num_samples: int = 1, max_completion_tokens: int = 256,

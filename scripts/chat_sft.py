@@ -45,42 +45,42 @@ from nanochat.schedules import sft_muon_momentum as muon_momentum
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step
-from scripts.chat_eval import evaluate
 from tasks.common import Task
+from tasks.evaluation import evaluate
 from tasks.registry import CHATCORE, TASKS, build_mixture, chatcore, parts
 
 
 @dataclass
 class Settings(RunSettings):
     # the base model
-    model_tag: str | None = flag(None, "base model to start from (default: the largest); the chat model gets the same tag", type=folder_name)
-    model_step: int | None = flag(None, "its checkpoint (default: the last)", type=non_negative_int)
-    load_optimizer: int = flag(1, "1: go on with its optimizer state", type=int, choices=(0, 1))
+    model_tag: str | None = flag(None, "Base model to start from (default: the largest); the chat model gets the same tag", type=folder_name)
+    model_step: int | None = flag(None, "Checkpoint of the base model (default: the last)", type=non_negative_int)
+    load_optimizer: int = flag(1, "Optimizer to start with; 1: with the base model's state, 0: a new one", type=int, choices=(0, 1))
     # data
-    mixture: str = flag("smoltalk,mmlu,gsm8k", "what to train on: smoltalk, mmlu, gsm8k, spelling and files of conversations (.jsonl, .json), joined by commas",
+    mixture: str = flag("smoltalk,mmlu,gsm8k", "What to train on: smoltalk, mmlu, gsm8k, spelling and files of conversations (.jsonl, .json), joined by commas",
                         type=parts)
-    mmlu_epochs: int = flag(3, "passes over MMLU in one over the mixture", type=positive_int)
-    gsm8k_epochs: int = flag(4, "passes over GSM8K in one over the mixture", type=positive_int)
+    mmlu_epochs: int = flag(3, "Passes over MMLU in one over the mixture", type=positive_int)
+    gsm8k_epochs: int = flag(4, "Passes over GSM8K in one over the mixture", type=positive_int)
     # horizon and batch; where the default is None, `inherit` fills in the base model's
-    num_iterations: int = flag(-1, "batches of --device-batch-size rows that each rank trains on; -1: once through the mixture", type=int_or_off)
-    max_seq_len: int = flag(None, "context length in tokens", type=positive_int)
-    device_batch_size: int = flag(None, "rows per rank and pass", type=positive_int)
-    total_batch_size: int = flag(None, "tokens per step", type=positive_int)
+    num_iterations: int = flag(-1, "Batches of --device-batch-size rows that each rank trains on; -1: once through the mixture", type=int_or_off)
+    max_seq_len: int = flag(None, "Context length in tokens (default: the base model's)", type=positive_int)
+    device_batch_size: int = flag(None, "Rows per rank and pass (default: the base model's)", type=positive_int)
+    total_batch_size: int = flag(None, "Tokens per step (default: the base model's)", type=positive_int)
     # optimization
-    embedding_lr: float = flag(None, "learning rate of the embeddings", type=non_negative_float)
-    unembedding_lr: float = flag(None, "learning rate of the head", type=non_negative_float)
-    matrix_lr: float = flag(None, "learning rate of the blocks' matrices", type=non_negative_float)
-    init_lr_frac: float = flag(0.8, "share of the learning rates to begin with", type=non_negative_float)
-    warmup_ratio: float = flag(0.0, "share of the run over which the learning rates rise", type=fraction)
-    warmdown_ratio: float = flag(0.5, "share of the run over which they fall", type=fraction)
-    warmdown_shape: str = flag("linear", "how they fall", choices=WARMDOWN_SHAPES)
-    final_lr_frac: float = flag(0.0, "share of the learning rates that is left at the end", type=fraction)
+    embedding_lr: float = flag(None, "Learning rate of the embeddings (default: the base model's)", type=non_negative_float)
+    unembedding_lr: float = flag(None, "Learning rate of the head (default: the base model's)", type=non_negative_float)
+    matrix_lr: float = flag(None, "Learning rate of the blocks' matrices (default: the base model's)", type=non_negative_float)
+    init_lr_frac: float = flag(0.8, "Share of the learning rates to begin with", type=non_negative_float)
+    warmup_ratio: float = flag(0.0, "Share of the run over which the learning rates rise", type=fraction)
+    warmdown_ratio: float = flag(0.5, "Share of the run over which the learning rates fall", type=fraction)
+    warmdown_shape: str = flag("linear", "Curve on which the learning rates fall", choices=WARMDOWN_SHAPES)
+    final_lr_frac: float = flag(0.0, "Share of the learning rates that is left at the end", type=fraction)
     # evaluation
-    eval_every: int = flag(200, "steps between validations; -1: never", type=int_or_off)
-    eval_tokens: int = flag(40 * 524288, "tokens of a validation", type=positive_int)
-    chatcore_every: int = flag(200, "steps between evaluations on tasks; -1: never", type=int_or_off)
-    chatcore_max_cat: int = flag(-1, "problems of each multiple-choice task; -1: all", type=int_or_off)
-    chatcore_max_sample: int = flag(24, "problems of each other task; -1: all", type=int_or_off)
+    eval_every: int = flag(200, "Steps between validations; -1: never", type=int_or_off)
+    eval_tokens: int = flag(40 * 524288, "Tokens of a validation", type=positive_int)
+    chatcore_every: int = flag(200, "Steps between evaluations on tasks; -1: never", type=int_or_off)
+    chatcore_max_cat: int = flag(-1, "Problems of each multiple-choice task; -1: all", type=int_or_off)
+    chatcore_max_sample: int = flag(24, "Problems of each other task; -1: all", type=int_or_off)
 
 
 def inherit(settings: Settings, meta: dict) -> Settings:

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from nanochat.answers import Worker
 from nanochat.api import ApiError, check_sampling
 from nanochat.batching import BatchedEngine, slots_for
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
-from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int
+from nanochat.cli import UsageError, command, flag, folder_name, non_negative_float, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_init
 from nanochat.server import Connection, create_app
 
@@ -75,61 +76,65 @@ def is_private(host: str) -> bool:
         return host == "localhost"
 
 
+@dataclass
+class Settings:
+    num_gpus: int = flag(1, "Copies of the model, each on a GPU of its own", type=positive_int, short="-n")
+    source: str | None = flag(None, "Stage of training that the model comes from (default: sft where there is one, else base)", choices=SOURCES, short="-i")
+    temperature: float = flag(0.8, "How freely answers are sampled where a request does not say; 0 always takes the likeliest token",
+                              type=non_negative_float, short="-t")
+    top_k: int = flag(50, "Number of likeliest tokens to sample among where a request does not say; 0: all tokens", type=non_negative_int, short="-k")
+    max_tokens: int = flag(512, "Length of the longest answer in tokens where a request does not say", type=positive_int, short="-m")
+    model_tag: str | None = flag(None, "Model to load (default: the largest)", type=folder_name, short="-g")
+    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
+    port: int = flag(8000, "Port to serve at; 0: a free one", type=non_negative_int, short="-p")
+    host: str = flag("127.0.0.1", "Address to serve at; 0.0.0.0: for everyone who can reach this machine")
+    api_key: str | None = flag(None, "Key that every client must send; other users of this machine can read it on the command line, but not in the "
+                                     "environment's NANOCHAT_API_KEY")
+    cors_origin: list[str] = flag([], "Origin of web pages that may use the server besides its own, such as https://example.org; may be given several times",
+                                  action="append", metavar="ORIGIN")
+    batch_size: int | None = flag(None, "Answers generated at the same time, for which more of them wait (default: as many as a quarter of the free memory "
+                                        "holds, at most 64)", type=positive_int)
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
+
+
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", "--num-gpus", type=positive_int, default=1, help="copies of the model, each on a GPU of its own")
-    parser.add_argument("-i", "--source", choices=SOURCES, help="stage of training (default: sft where there is one, else base)")
-    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.8, help="where a request has none; 0 always takes the likeliest token")
-    parser.add_argument("-k", "--top-k", type=non_negative_int, default=50, help="where a request has none: sample among this many tokens; 0: among all")
-    parser.add_argument("-m", "--max-tokens", type=positive_int, default=512, help="of an answer, where a request has none")
-    parser.add_argument("-g", "--model-tag", type=folder_name, help="model to load (default: the largest)")
-    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
-    parser.add_argument("-p", "--port", type=non_negative_int, default=8000, help="0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: for everyone who can reach this machine")
-    parser.add_argument("--api-key", help="what every client must send; on the command line other users of this machine can read it, in the environment's "
-                                          "NANOCHAT_API_KEY they cannot")
-    parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
-                        help="web pages that may use the server besides its own, such as https://example.org; may be given several times")
-    parser.add_argument("--batch-size", type=positive_int,
-                        help="answers generated at the same time; more of them wait (default: as many as a quarter of the free memory holds, at most 64)")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    args = parser.parse_args(argv)
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
     try:
-        check_sampling(args.temperature, args.top_k, args.max_tokens)
+        check_sampling(settings.temperature, settings.top_k, settings.max_tokens)
     except ApiError as error:
         raise UsageError(error.detail) from error
-    if args.port > 65535:
-        raise UsageError(f"there is no port {args.port}; use one up to 65535")
+    if settings.port > 65535:
+        raise UsageError(f"there is no port {settings.port}; use one up to 65535")
 
-    key = check_key(args.api_key)
-    for origin in args.cors_origin:
+    key = check_key(settings.api_key)
+    for origin in settings.cors_origin:
         if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
             raise UsageError(f"--cors-origin={origin} is no origin; it looks like https://example.org, without a path")
 
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of code for matmuls of a shape: 1,024 of up to 2 MB each, and prompts have all lengths
         os.environ.setdefault(cache, "32")
-    sock = bind(args.host, args.port)
-    source = args.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
-    *_, device = compute_init(args.device_type or autodetect_device_type())
-    if args.num_gpus > (torch.cuda.device_count() if device.type == "cuda" else 1):
-        raise UsageError(f"--num-gpus={args.num_gpus}: there are not so many GPUs here; leave it out")
-    folder, step = find_checkpoint(checkpoints_dir_of(source), args.model_tag, args.step)
+    sock = bind(settings.host, settings.port)
+    source = settings.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
+    *_, device = compute_init(settings.device_type or autodetect_device_type())
+    if settings.num_gpus > (torch.cuda.device_count() if device.type == "cuda" else 1):
+        raise UsageError(f"--num-gpus={settings.num_gpus}: there are not so many GPUs here; leave it out")
+    folder, step = find_checkpoint(checkpoints_dir_of(source), settings.model_tag, settings.step)
     workers = []
-    for gpu in range(args.num_gpus):
-        place = torch.device("cuda", gpu) if args.num_gpus > 1 else device
+    for gpu in range(settings.num_gpus):
+        place = torch.device("cuda", gpu) if settings.num_gpus > 1 else device
         model, tokenizer, meta = build_model(folder, step, place, phase="eval")
-        workers.append(Worker(gpu, place, BatchedEngine(model, tokenizer, slots=args.batch_size or slots_for(model)), tokenizer))
+        workers.append(Worker(gpu, place, BatchedEngine(model, tokenizer, slots=settings.batch_size or slots_for(model)), tokenizer))
     info = describe_model(source, folder, model, meta)
-    app = create_app(workers, info, args.temperature, args.top_k, args.max_tokens, key, args.cors_origin, [args.host])
+    app = create_app(workers, info, settings.temperature, settings.top_k, settings.max_tokens, key, settings.cors_origin, [settings.host])
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS))
     # while uvicorn starts; and when all is done it raises the signal again, which is no reason to die of it
     signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
-    host = f"[{args.host}]" if ":" in args.host else args.host
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"{info['model']} of step {step} at http://{host}:{sock.getsockname()[1]} (Ctrl-C ends)", flush=True)
-    if key is None and not is_private(args.host):
+    if key is None and not is_private(settings.host):
         print("warning: everyone who can reach this machine can use the model; --api-key=KEY asks them for a key", file=sys.stderr, flush=True)
     server.run(sockets=[sock])
 

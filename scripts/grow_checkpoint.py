@@ -10,14 +10,25 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import ArgumentParser, UsageError, command, folder_name, non_negative_float, non_negative_int, positive_int, seed
+from nanochat.cli import (
+    REQUIRED,
+    UsageError,
+    command,
+    flag,
+    folder_name,
+    non_negative_float,
+    non_negative_int,
+    parse_settings,
+    positive_int,
+    seed,
+)
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.files import check_writable, locked
@@ -32,24 +43,23 @@ from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Grow a checkpoint")
-    add = parser.add_argument
-    add("--to", required=True, help="depth x width, or depth x width x rank: 15x960, 15x960x128; a rank of 0 is dense")
-    add("--source", default="base", choices=checkpoints.SOURCES)
-    add("--model-tag", type=folder_name, default=None, help="folder of the checkpoint (default: the largest model)")
-    add("--step", type=non_negative_int, default=None, help="of the checkpoint (default: the last)")
-    add("--to-tag", type=folder_name, default=None, help="folder of the grown checkpoint (default: the old one and the new shape)")
-    add("--mode", default="lossless", choices=MODES, help="how the width grows")
-    add("--depth-mode", default="identity", choices=DEPTH_MODES)
-    add("--optimizer", default="transport", choices=(*OPTIMIZER_MODES, "none"), help="the moments: carried over, started anew, or no optimizer state")
-    add("--theta", type=non_negative_float, default=None, help="mode lossless: angle in degrees between the copies of a channel, 45: equal copies, 0: fresh channels")
-    add("--spread", type=non_negative_float, default=None, help="mode lossless: how unequally copies are read, from 0 to 1")
-    add("--noise", type=non_negative_float, default=None, help="mode lossless: size of the noise that breaks symmetry, relative to the weights")
-    add("--seed", type=seed, default=0)
-    add("--eval-tokens", type=positive_int, default=2 ** 17, help="of validation text to compare the losses on")
-    add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    return parser
+@dataclass
+class Settings:
+    to: str = flag(REQUIRED, "Shape to grow to, depth x width or depth x width x rank: 15x960, 15x960x128; a rank of 0 is dense")
+    source: str = flag("base", "Stage of training that the checkpoint comes from", choices=checkpoints.SOURCES)
+    model_tag: str | None = flag(None, "Folder of the checkpoint (default: the largest model)", type=folder_name)
+    step: int | None = flag(None, "Step of the checkpoint (default: the last)", type=non_negative_int)
+    to_tag: str | None = flag(None, "Folder of the grown checkpoint (default: the old one and the new shape)", type=folder_name)
+    mode: str = flag("lossless", "How the width grows", choices=MODES)
+    depth_mode: str = flag("identity", "How the depth grows", choices=DEPTH_MODES)
+    optimizer: str = flag("transport", "What becomes of the optimizer's moments: carried over, started anew, or left out", choices=(*OPTIMIZER_MODES, "none"))
+    theta: float | None = flag(None, "Angle in degrees between the copies of a channel in mode lossless; 45: equal copies, 0: fresh channels",
+                               type=non_negative_float)
+    spread: float | None = flag(None, "How unequally copies are read in mode lossless, from 0 to 1", type=non_negative_float)
+    noise: float | None = flag(None, "Size of the noise that breaks symmetry in mode lossless, relative to the weights", type=non_negative_float)
+    seed: int = flag(0, "Seed of the noise and of fresh weights", type=seed)
+    eval_tokens: int = flag(2 ** 17, "Tokens of validation text to compare the losses on", type=positive_int)
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
 
 
 def load(folder: Path, step: int, device: torch.device) -> tuple[GPT, dict]:
@@ -114,41 +124,41 @@ class Comparison:
 
 @command
 def main(argv=None) -> None:
-    args = build_parser().parse_args(argv)
-    _, _, _, world_size, device = compute_init(args.device_type or autodetect_device_type())
+    settings = parse_settings(Settings, argv, "Grow a checkpoint")
+    _, _, _, world_size, device = compute_init(settings.device_type or autodetect_device_type())
     try:
         if world_size > 1:
             raise UsageError("grow_checkpoint runs as one process, without torchrun; it serves checkpoints of any number of ranks")
-        grow_checkpoint(args, device)
+        grow_checkpoint(settings, device)
     finally:
         compute_cleanup()
 
 
-def grow_checkpoint(args, device: torch.device) -> None:
-    shapes = parse_path(args.to)
+def grow_checkpoint(settings: Settings, device: torch.device) -> None:
+    shapes = parse_path(settings.to)
     if len(shapes) != 1:
-        raise UsageError(f"--to={args.to}: give one shape, such as 15x960")
-    parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(args, name)) is not None}
-    width_mode(args.mode, **parameters)  # checks them before anything takes time
-    parent = Path(checkpoints.checkpoints_dir_of(args.source))
-    folder, step = checkpoints.find_checkpoint(parent, args.model_tag, args.step)
+        raise UsageError(f"--to={settings.to}: give one shape, such as 15x960")
+    parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(settings, name)) is not None}
+    width_mode(settings.mode, **parameters)  # checks them before anything takes time
+    parent = Path(checkpoints.checkpoints_dir_of(settings.source))
+    folder, step = checkpoints.find_checkpoint(parent, settings.model_tag, settings.step)
     model, meta = load(folder, step, device)
-    before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], args.depth_mode)
-    tag = args.to_tag or f"{folder.name}-{describe(after.config)}"
+    before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], settings.depth_mode)
+    tag = settings.to_tag or f"{folder.name}-{describe(after.config)}"
     check_free(parent / tag)
-    optimizer, ranks = (None, 0) if args.optimizer == "none" else load_optimizer(model, folder, step)
+    optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step)
 
-    comparison = Comparison(model.eval(), args.eval_tokens)
+    comparison = Comparison(model.eval(), settings.eval_tokens)
     check_writable(parent)
 
-    grown, grown_optimizer = grow(model, after.config, optimizer, mode=args.mode, layers=after.layers, optimizer_mode="reset" if args.optimizer == "reset" else "transport",
-                                  generator=torch.Generator().manual_seed(args.seed), **parameters)
+    grown, grown_optimizer = grow(model, after.config, optimizer, mode=settings.mode, layers=after.layers, optimizer_mode="reset" if settings.optimizer == "reset" else "transport",
+                                  generator=torch.Generator().manual_seed(settings.seed), **parameters)
     print0(f"{describe(model.config)} -> {describe(grown.config)}: {before.params:,} -> {after.params:,} parameters, "
-           f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {args.mode}, depth {args.depth_mode}")
+           f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {settings.mode}, depth {settings.depth_mode}")
     history = meta.get("growth", [])
     tokens = step * meta["total_batch_size"] if "total_batch_size" in meta else None
     flops = tokens * before.flops_per_token if tokens is not None and not history else None
-    record = growth_record(step, model.config, grown.config, args.mode, args.depth_mode, args.seed, **parameters, tokens=tokens, flops=flops,
+    record = growth_record(step, model.config, grown.config, settings.mode, settings.depth_mode, settings.seed, **parameters, tokens=tokens, flops=flops,
                            loss_before=None, loss_after=None)
     meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
     shards = optimizer_shards(grown_optimizer, ranks) if grown_optimizer is not None else [None]

@@ -9,7 +9,6 @@
 Runs on any device; what only a known GPU can tell (peaks, memory) is null elsewhere. The last line on stdout is one JSON
 object with all results.
 """
-import argparse
 import itertools
 import json
 import math
@@ -17,12 +16,13 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import ArgumentParser, UsageError, command, non_negative_float, non_negative_int, positive_int
+from nanochat.cli import UsageError, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int, positive_ints
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_peak_bandwidth, get_peak_flops
 from nanochat.engine import Engine
 from nanochat.lowrank import DECODE_ROWS, LowRankLinear
@@ -34,13 +34,6 @@ PASSAGE = (
     "streets empty, and only the clock on the town hall, which has been seven minutes late since 1962, still makes a sound.\n\n"
 )
 WARM_UP_TOKENS = 8
-
-
-def positive_ints(text: str) -> list[int]:
-    try:
-        return [positive_int(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,8,32") from None
 
 
 def weight_bytes(model: nn.Module, rows: int = 1) -> int:
@@ -86,29 +79,32 @@ def percent_of(used: float, peak: float | None, digits: int) -> float | None:
     return round(100 * used / peak, digits) if peak else None
 
 
+@dataclass
+class Settings:
+    source: str = flag("base", "Stage of training that the model comes from", choices=SOURCES, short="-i")
+    model_tag: str | None = flag(None, "Model to load (default: the largest)", short="-g")
+    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
+    prompt_tokens: int = flag(2048, "Tokens of the prompt, cut so that prompt and answer fit into the context", type=positive_int)
+    decode_tokens: int = flag(256, "Tokens of each answer", type=positive_int)
+    batch_sizes: list[int] = flag("1,8,32,128", "Numbers of answers generated at the same time, joined by commas", type=positive_ints)
+    temperature: float = flag(0.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
+    device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
+
+
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-i", "--source", choices=SOURCES, default="base", help="stage of training")
-    parser.add_argument("-g", "--model-tag", help="model to load (default: the largest)")
-    parser.add_argument("-s", "--step", type=non_negative_int, help="checkpoint to load (default: the last)")
-    parser.add_argument("--prompt-tokens", type=positive_int, default=2048, help="cut so that prompt and answer fit into the context")
-    parser.add_argument("--decode-tokens", type=positive_int, default=256)
-    parser.add_argument("--batch-sizes", type=positive_ints, default="1,8,32,128")
-    parser.add_argument("-t", "--temperature", type=non_negative_float, default=0.0)
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
-    args = parser.parse_args(argv)
-    ddp, *_, device = compute_init(args.device_type or autodetect_device_type())
+    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
+    ddp, *_, device = compute_init(settings.device_type or autodetect_device_type())
     if ddp:
         compute_cleanup()
         raise UsageError("infer_bench measures one device: start it without torchrun")
-    folder, step = find_checkpoint(checkpoints_dir_of(args.source), args.model_tag, args.step)
+    folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
     model, tokenizer, meta = build_model(folder, step, device, phase="eval")
     engine = Engine(model, tokenizer)
     context = model.config.sequence_len
-    if args.decode_tokens >= context:
-        raise UsageError(f"--decode-tokens={args.decode_tokens} leaves no room for a prompt in the context of {context}; use fewer")
-    prompt_tokens = min(args.prompt_tokens, context - args.decode_tokens)
+    if settings.decode_tokens >= context:
+        raise UsageError(f"--decode-tokens={settings.decode_tokens} leaves no room for a prompt in the context of {context}; use fewer")
+    prompt_tokens = min(settings.prompt_tokens, context - settings.decode_tokens)
     prompt = build_prompt(tokenizer, prompt_tokens)
 
     on_cuda = device.type == "cuda"
@@ -117,14 +113,14 @@ def main(argv=None) -> None:
     peak_flops, peak_bandwidth = (peak if math.isfinite(peak) else None for peak in peaks)
     total_vram = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
     all_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    context_mid = prompt_tokens + args.decode_tokens // 2
+    context_mid = prompt_tokens + settings.decode_tokens // 2
     step_weight_bytes, kv_bytes = weight_bytes(model), model.kv_read_bytes(context_mid)
     decode_flops = model.estimate_decode_flops(context_mid)
     dtypes: Counter[str] = Counter()
     for p in model.parameters():
         dtypes[str(p.dtype).removeprefix("torch.")] += p.numel()
     result = {
-        "source": args.source,
+        "source": settings.source,
         "step": step,
         "model_config": meta["model_config"],
         "gpu": gpu,
@@ -141,16 +137,16 @@ def main(argv=None) -> None:
         "ceiling_bs1_tok_per_sec": round(peak_bandwidth / (step_weight_bytes + kv_bytes), 1) if peak_bandwidth else None,
         "max_full_context_rows": (total_vram - all_bytes) // (model.kv_bytes_per_token() * context) if total_vram else None,
         "prompt_tokens": prompt_tokens,
-        "decode_tokens": args.decode_tokens,
-        "temperature": args.temperature,
+        "decode_tokens": settings.decode_tokens,
+        "temperature": settings.temperature,
     }
     width = max(map(len, result))
     for key, value in result.items():
         print(f"{key:{width}}  {'unknown' if value is None else f'{value:,}' if isinstance(value, int) else value}")
 
     result["sweep"] = sweep = []
-    bench_generate(engine, prompt, 1, 2, args.temperature)  # warm-up
-    seconds = bench_generate(engine, prompt, 1, 2, args.temperature)["ttft"]
+    bench_generate(engine, prompt, 1, 2, settings.temperature)  # warm-up
+    seconds = bench_generate(engine, prompt, 1, 2, settings.temperature)["ttft"]
     result["prefill"] = {
         "tok_per_sec": round(prompt_tokens / seconds, 1),
         "mfu_percent": percent_of(model.estimate_prefill_flops(prompt_tokens) / seconds, peak_flops, 2),
@@ -159,10 +155,10 @@ def main(argv=None) -> None:
     print(f"\nprefill: {prompt_tokens:,} tokens in {1e3 * seconds:.1f} ms, {prompt_tokens / seconds:,.1f} tokens/s")
 
     print(f"\n{'batch':>5} {'TTFT ms':>10} {'TPOT ms':>10} {'tokens/s':>10} {'MBU %':>8} {'MFU %':>8} {'memory GiB':>10} {'steps':>6}")
-    for batch_size in args.batch_sizes:
+    for batch_size in settings.batch_sizes:
         try:
-            bench_generate(engine, prompt, batch_size, min(WARM_UP_TOKENS, args.decode_tokens), args.temperature)
-            run = bench_generate(engine, prompt, batch_size, args.decode_tokens, args.temperature)
+            bench_generate(engine, prompt, batch_size, min(WARM_UP_TOKENS, settings.decode_tokens), settings.temperature)
+            run = bench_generate(engine, prompt, batch_size, settings.decode_tokens, settings.temperature)
         except torch.OutOfMemoryError:
             print(f"{batch_size:5} out of memory: left out")
             continue

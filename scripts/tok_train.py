@@ -12,10 +12,11 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
-from nanochat.cli import ArgumentParser, UsageError, command, positive_int
+from nanochat.cli import UsageError, command, flag, parse_settings, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
 from nanochat.files import atomic_path, check_writable, locked
@@ -47,31 +48,34 @@ def sparse_progress(record: logging.LogRecord) -> bool:
     return percent is None or int(percent[1]) % 20 == 0
 
 
+@dataclass
+class Settings:
+    max_chars: int = flag(2_000_000_000, "Characters to train on", type=positive_int)
+    doc_cap: int = flag(10_000, "Characters to take from each document at most", type=positive_int)
+    vocab_size: int = flag(32768, "Tokens of the vocabulary, counting the special ones", type=positive_int)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description="Train the tokenizer")
-    parser.add_argument("--max-chars", type=positive_int, default=2_000_000_000, help="characters to train on")
-    parser.add_argument("--doc-cap", type=positive_int, default=10_000, help="characters to take from each document")
-    parser.add_argument("--vocab-size", type=positive_int, default=32768, help="tokens, counting the special ones")
-    args = parser.parse_args(argv)
+    settings = parse_settings(Settings, argv, "Train the tokenizer")
     smallest = 256 + len(SPECIAL_TOKENS)
-    if args.vocab_size < smallest:
-        raise UsageError(f"--vocab-size={args.vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens take {smallest}")
-    if args.vocab_size >= 2 ** 31:
-        raise UsageError(f"--vocab-size={args.vocab_size} is too large; use some ten thousand")
+    if settings.vocab_size < smallest:
+        raise UsageError(f"--vocab-size={settings.vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens take {smallest}")
+    if settings.vocab_size >= 2 ** 31:
+        raise UsageError(f"--vocab-size={settings.vocab_size} is too large; use some ten thousand")
     directory, report = os.path.join(get_base_dir(), "tokenizer"), get_report()
     check_writable(directory)
-    for name, value in vars(args).items():
+    for name, value in asdict(settings).items():
         print(f"{name}: {value:,}")
 
     logging.getLogger("rustbpe").addFilter(sparse_progress)
     start = time.monotonic()
-    tokenizer = RustBPETokenizer.train_from_iterator(documents(args.max_chars, args.doc_cap), args.vocab_size)
+    tokenizer = RustBPETokenizer.train_from_iterator(documents(settings.max_chars, settings.doc_cap), settings.vocab_size)
     seconds = time.monotonic() - start
     print(f"Training time: {seconds:.2f}s")
     size = tokenizer.get_vocab_size()
-    if size < args.vocab_size:
-        print(f"Warning: only {size:,} tokens instead of {args.vocab_size:,}, for lack of different text; more text would give more")
+    if size < settings.vocab_size:
+        print(f"Warning: only {size:,} tokens instead of {settings.vocab_size:,}, for lack of different text; more text would give more")
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP
 
     special_ids = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     lengths = token_bytes[token_bytes > 0].double()
     report.log(section="Tokenizer training", data=[
-        vars(args),
+        asdict(settings),
         {"train_time": seconds, "num_special_tokens": len(special_ids)},
         {f"token_bytes_{name}": getattr(lengths, name)().item() for name in ("min", "max", "mean", "std")},
     ])

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 
+from nanochat import core_eval, eval_bundle, evaluations
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.cli import UsageError
 from scripts import base_eval
@@ -34,7 +35,7 @@ def test_everything(trained, capsys):
     assert run("--device-batch-size=2", "--split-tokens=640", "--max-per-task=6") == 0
     out = capsys.readouterr().out
     assert "train bpb: " in out and "val bpb: " in out and "4 of 22 tasks" in out
-    assert all(f"[sample {i}] {prompt}" in out for i, prompt in enumerate(base_eval.PROMPTS))
+    assert all(f"[sample {i}] {prompt}" in out for i, prompt in enumerate(evaluations.PROMPTS))
     assert "[unconditioned 7]" in out
 
     lines = (trained / "base_eval" / "base_model_000007.csv").read_text().splitlines()
@@ -65,7 +66,7 @@ def test_only_what_is_asked_for(trained, capsys):
 
 
 def test_progress_of_a_long_run(trained, capsys, monkeypatch):
-    monkeypatch.setattr(base_eval, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(core_eval, "PROGRESS_SECONDS", 0)
     assert run("--eval=core") == 0
     out = capsys.readouterr().out
     assert "100% (all of CORE: 100%, eta 0.0m) accuracy" in out
@@ -93,6 +94,21 @@ def test_what_cannot_be_evaluated_ends_with_one_line(trained, flags, message, ca
     assert run(*flags) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and message in err
+
+
+def test_a_further_evaluation_is_a_line_in_the_registry(trained, capsys, monkeypatch):
+    monkeypatch.setitem(evaluations.EVALUATIONS, "layers", evaluations.Evaluation(lambda subject: ({"layers": subject.model.config.n_layer}, []), default=False))
+    assert run("--eval=layers,bpb", "--device-batch-size=2", "--split-tokens=640") == 0
+    report = (trained / "report" / "base-model-evaluation.md").read_text()
+    assert "- layers: 2\n" in report and report.index("val bpb") < report.index("layers: 2")
+    assert [evaluation.run for evaluation in evaluations.choose(None, build_model(CONFIG, seed=3))] \
+        == [evaluations.EVALUATIONS[name].run for name in ("sample", "bpb", "core")]
+
+
+@pytest.mark.parametrize("names", ["pll", "bpb,pll"])
+def test_what_does_not_suit_the_model_is_refused(trained, capsys, names):
+    assert run(f"--eval={names}") == 2
+    assert "--eval=pll is for a model of hidden tokens" in capsys.readouterr().err
 
 
 def test_bad_core_data_shows_before_anything_is_evaluated(trained, capsys):
@@ -126,15 +142,15 @@ def test_the_bundle_is_downloaded_once(base_dir, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
-        bundle = base_eval.find_eval_bundle()
+        bundle = eval_bundle.find_eval_bundle()
         assert (bundle / "core.yaml").read_text() == (HERE / "core_bundle" / "core.yaml").read_text()
-    assert asked == [base_eval.EVAL_BUNDLE_URL]
+    assert asked == [eval_bundle.EVAL_BUNDLE_URL]
     assert {path.name for path in base_dir.iterdir()} - {"eval_bundle.zip.lock"} == {"eval_bundle", "eval_bundle.zip"}
 
 
 def test_a_zip_left_by_an_interrupted_run_is_used(base_dir):
     (base_dir / "eval_bundle.zip").write_bytes(zipped())
-    assert (base_eval.find_eval_bundle() / "eval_data").is_dir()
+    assert (eval_bundle.find_eval_bundle() / "eval_data").is_dir()
 
 
 def test_without_network_the_error_says_where_to_put_it(base_dir, monkeypatch):
@@ -143,7 +159,7 @@ def test_without_network_the_error_says_where_to_put_it(base_dir, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(UsageError) as error:
-        base_eval.find_eval_bundle()
+        eval_bundle.find_eval_bundle()
     assert str(base_dir / "eval_bundle.zip") in str(error.value) and f"{base_dir / 'eval_bundle'}" in str(error.value)
 
 
@@ -160,13 +176,13 @@ def test_bad_zips_leave_nothing_behind(base_dir, content, message):
     path = base_dir / "inner" / "bad.zip"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        base_eval.place_eval_bundle(path)
+        eval_bundle.place_eval_bundle(path)
     assert [entry.name for entry in base_dir.iterdir()] == ["inner"]
 
 
 @pytest.mark.parametrize("name", ["report", "base_eval"])
 def test_results_that_could_not_be_written_are_not_computed(trained, capsys, monkeypatch, name):
     (trained / name).write_text("a file")
-    monkeypatch.setattr(base_eval, "sample_prompts", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(evaluations, "sample_prompts", lambda *args: pytest.fail("computed"))
     assert run() == 2
     assert f"cannot write to {trained / name}" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from nanochat.engine import Engine
 from scripts import chat_eval
 from tasks import spellingbee
 from tasks.common import Task
+from tasks.evaluation import evaluate
+from tasks.registry import CHATCORE, chatcore
 from tests.golden import task_data
 from tests.golden.fixtures import TableModel, build_model, inputs, tokenizer_512
 from tests.test_chat_sft import run
@@ -87,7 +89,7 @@ class Counting:
 @pytest.mark.parametrize("num_samples, expected", [(1, 0.0), (2, 1.0), (3, 1.0)])
 def test_one_right_sample_suffices(num_samples, expected):
     model = TableModel(inputs.table(0, 512, [], 0))
-    assert chat_eval.evaluate(Numbers(), model, tokenizer_512(), Counting(), num_samples=num_samples, temperature=1.0) == expected
+    assert evaluate(Numbers(), model, tokenizer_512(), Counting(), num_samples=num_samples, temperature=1.0) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
@@ -99,7 +101,7 @@ def test_only_the_letters_compete(batch_size, favoured, expected):
     table[:, 100] = 50
     table[tokenizer.encode_special("<|assistant_start|>"), tokenizer.encode(favoured)[0]] = 40
     table[tokenizer.get_bos_token_id(), tokenizer.encode("A")[0]] = 45  # at the padding
-    assert chat_eval.evaluate(Numbers(["A", "B"]), TableModel(table), tokenizer, None, batch_size=batch_size) == expected
+    assert evaluate(Numbers(["A", "B"]), TableModel(table), tokenizer, None, batch_size=batch_size) == expected
 
 
 class Prompts(Task):
@@ -127,7 +129,7 @@ def test_problems_that_share_steps_get_the_answers_they_get_alone(batch_size):
     """Also beyond the model's context, and where the answers end at different lengths."""
     model, tokenizer, task = build_model(dict(sequence_len=24, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"), 3), tokenizer_512(), Prompts()
     engine = Engine(model, tokenizer)
-    assert chat_eval.evaluate(task, model, tokenizer, engine, batch_size=batch_size, max_new_tokens=40) == 4 / 11
+    assert evaluate(task, model, tokenizer, engine, batch_size=batch_size, max_new_tokens=40) == 4 / 11
     assert len(set(task.answers.values())) > 5
     for index, answer in task.answers.items():
         prompt = tokenizer.render_for_completion(task[index])
@@ -136,8 +138,8 @@ def test_problems_that_share_steps_get_the_answers_they_get_alone(batch_size):
 
 
 def test_chatcore_of_guessing_is_zero():
-    assert chat_eval.chatcore(chat_eval.CHATCORE) == 0
-    assert chat_eval.chatcore(dict.fromkeys(chat_eval.CHATCORE, 1.0)) == 1
+    assert chatcore(CHATCORE) == 0
+    assert chatcore(dict.fromkeys(CHATCORE, 1.0)) == 1
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -176,4 +178,4 @@ def test_a_finished_answer_is_judged_without_the_rest(tuned):
             return [ids[:-1]], None
     task.stop = 1
     model = TableModel(torch.zeros(512, 512).numpy())
-    assert chat_eval.evaluate(task, model, tokenizer, Perfect(), temperature=1.0) == 1.0
+    assert evaluate(task, model, tokenizer, Perfect(), temperature=1.0) == 1.0

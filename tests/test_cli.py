@@ -1,6 +1,8 @@
 """Flags and error messages: what every command shares."""
 import argparse
+import dataclasses
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import pytest
 
 from nanochat import cli
-from nanochat.cli import ArgumentParser, UsageError, command
+from nanochat.cli import REQUIRED, ArgumentParser, UsageError, command, flag, parse_settings, positive_int, positive_ints, settings_parser
 from tests.tiny import ROOT
 
 
@@ -83,6 +85,50 @@ def test_help_shows_defaults_that_say_something():
     parser.add_argument("--switch", action="store_true", help="switch")
     lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
     assert {"--bare BARE (default: 7)", "--zero ZERO zero (default: 0.0)", "--absent ABSENT absent (default: the last)", "--switch switch"} <= set(lines)
+
+
+@dataclasses.dataclass
+class Settings:
+    source: str = flag(REQUIRED, "Where from", choices=("a", "b"), short="-i")
+    what: str = flag("all", "What to do", positional=True, nargs="?")
+    sizes: list[int] = flag("1,8", "Sizes", type=positive_ints)
+    depths: list[int] = flag([4], "Depths", type=positive_int, nargs="+")
+    names: list[str] = flag([], "Names", action="append")
+    eager: bool = flag(False, "Run eagerly")
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["-i", "a"], Settings("a", "all", [1, 8], [4], [], False)),
+    (["some", "--source=b", "--sizes=2", "--depths", "1", "2", "--names=x", "--names=y", "--eager"], Settings("b", "some", [2], [1, 2], ["x", "y"], True)),
+])
+def test_flags_are_the_fields_of_a_settings_class(argv, expected):
+    assert parse_settings(Settings, argv, "") == expected
+
+
+@pytest.mark.parametrize("argv, message", [([], "-i/--source"), (["-i", "c"], "'c'"), (["-i", "a", "--sizes=1,x"], "not a list like 1,8,32"),
+                                           (["-i", "a", "--depths", "0"], "above 0")])
+def test_bad_settings(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_settings(Settings, argv, "")
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_lists_are_not_shared():
+    parse_settings(Settings, ["-i", "a", "--names=x"], "")
+    assert Settings("a").names == [] and Settings("a").names is not Settings("a").names
+
+
+COMMANDS = ("scripts.base_eval", "scripts.base_train", "scripts.chat_cli", "scripts.chat_eval", "scripts.chat_rl", "scripts.chat_sft", "scripts.chat_web",
+            "scripts.grow_checkpoint", "scripts.infer_bench", "scripts.tok_train", "nanochat.memory", "nanochat.report")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_stands_alone(name):
+    """Each begins with a capital, says more than a word, has no full stop before its default, and needs no other flag's help to be read."""
+    for action in settings_parser(importlib.import_module(name).Settings, "")._actions[1:]:
+        text = action.help or ""
+        assert text[:1].isupper() and " " in text and not text.endswith("."), (action.dest, text)
+        assert action.default != -1 or "-1: " in text, (action.dest, text)
 
 
 def failing(error):

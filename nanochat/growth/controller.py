@@ -33,21 +33,21 @@ from nanochat.growth.target import DEPTH_MODES, layered_config
 class GrowthSettings:
     """The flags of growth: start smaller than --depth and grow into it; the horizon becomes a budget of FLOPs."""
 
-    grow_from: int | None = flag(None, "depth of the first model; width and heads follow as for --depth", type=positive_int)
-    grow_stages: int = flag(1, "growths between --grow-from and --depth", type=positive_int)
-    grow_path: str | None = flag(None, "all shapes instead, depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
-    kappa: float | None = flag(None, "grow when this share of the gain that the model can still make is left: loss <= p + kappa (s - p)", type=fraction)
-    kappa_final_loss: float | None = flag(None, "p in bits per byte; default: of a finished run of that shape, else from the curve", type=positive_float)
-    grow_at: str | None = flag(None, "grow at these shares of the FLOPs instead, one for each growth: 0.2,0.5")
+    grow_from: int | None = flag(None, "Depth of the first model; width and heads follow as for --depth (default: no growth)", type=positive_int)
+    grow_stages: int = flag(1, "Growths between --grow-from and --depth", type=positive_int)
+    grow_path: str | None = flag(None, "Shapes instead of --grow-from, each depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
+    kappa: float | None = flag(None, "Share of the gain that the model can still make at which to grow: as soon as loss <= p + kappa (s - p)", type=fraction)
+    kappa_final_loss: float | None = flag(None, "The p of --kappa in bits per byte (default: that of a finished run of that shape, else from the curve)", type=positive_float)
+    grow_at: str | None = flag(None, "Shares of the FLOPs at which to grow, instead of --kappa, one for each growth: 0.2,0.5")
     grow_budget: float = flag(1.0, "FLOPs of the whole run, as a share of what the final model would get without growth", type=positive_float)
-    grow_mode: str = flag("lossless", "how width grows", choices=MODES)
-    grow_depth_mode: str = flag("identity", "how depth grows", choices=DEPTH_MODES)
-    grow_optimizer: str = flag("transport", "what becomes of the optimizer's state", choices=OPTIMIZER_MODES)
-    grow_noise: float | None = flag(None, "noise of the lossless mode, relative to the weights", type=non_negative_float)
-    grow_theta: float | None = flag(None, "angle of the lossless mode, in degrees: 45 copies channels, 0 adds fresh ones", type=finite_float)
-    grow_spread: float | None = flag(None, "of the lossless mode: how unequally copies of heads and units are read", type=fraction)
-    grow_rewarm: int = flag(0, "steps over which the learning rates come back after a growth", type=non_negative_int)
-    grow_freeze: bool = flag(False, "train only what a growth adds in depth; layers that were there stay as they are")
+    grow_mode: str = flag("lossless", "How width grows", choices=MODES)
+    grow_depth_mode: str = flag("identity", "How depth grows", choices=DEPTH_MODES)
+    grow_optimizer: str = flag("transport", "What becomes of the optimizer's state when the model grows", choices=OPTIMIZER_MODES)
+    grow_noise: float | None = flag(None, "Noise of the lossless mode, relative to the weights", type=non_negative_float)
+    grow_theta: float | None = flag(None, "Angle of the lossless mode in degrees; 45: copies of channels, 0: fresh ones", type=finite_float)
+    grow_spread: float | None = flag(None, "How unequally copies of heads and units are read in the lossless mode, from 0 to 1", type=fraction)
+    grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
+    grow_freeze: bool = flag(False, "Train only what a growth adds in depth; layers that were there stay as they are")
 
     def growth_path(self, depth: int, aspect_ratio: int, head_dim: int, eval_every: int) -> list[Shape]:
         """The shapes of all stages up to a model of `depth`; none without growth. Raises UsageError for flags that contradict each other."""

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from scripts import chat_eval
+from tasks import evaluation as chat_eval
 from tasks.mmlu import MMLU
 from tests.golden import task_data
 from tests.golden.fixtures import build_model, load, tokenizer_512

@@ -114,7 +114,7 @@ def test_centering(case):
 
 @pytest.mark.parametrize("want", CORE["whole_benchmark"], ids=lambda want: f"max{want['max_per_task']}")
 def test_whole_benchmark(want, base_dir, capsys):
-    from scripts.base_eval import evaluate_core
+    from nanochat.core_eval import evaluate_core
     shutil.copytree(fixtures.HERE / "core_bundle", base_dir / "eval_bundle")
     got = evaluate_core(model("table"), tokenizer(), CPU, max_per_task=want["max_per_task"])
     assert got["results"] == pytest.approx(want["results"], abs=1e-6)
