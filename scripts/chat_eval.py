@@ -16,7 +16,7 @@ from nanochat.cli import REQUIRED, command, flag, non_negative_float, non_negati
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, print0
 from nanochat.engine import Engine
 from nanochat.report import get_report
-from tasks.evaluation import evaluate
+from tasks.evaluation import evaluate, run_categorical_eval, run_chat_eval, run_generative_eval  # noqa: F401 (nanochat's names, here)
 from tasks.registry import CHATCORE, TASKS, chatcore
 
 
