@@ -9,6 +9,7 @@
 * A state says which document comes next and which ones wait in the buffer, as references into the shards.
   Resuming reads and tokenizes those again and continues with bit-identical batches.
 """
+import itertools
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterator
@@ -189,6 +190,43 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), state
 
     return batches()
+
+
+def batches_in_turn(tokenizer: Any, B: int, T: int, split: str, device: str | torch.device, streams: range, num_streams: int,
+                    positions: list | None = None) -> Batches:
+    """Batches of several streams in turn, for ever; positions: of each stream the state to go on from, or None."""
+    loaders = [tokenizing_distributed_data_loader_with_state_bos_bestfit(tokenizer, B, T, split, device=device, resume_state_dict=position, stream=stream,
+                                                                        num_streams=num_streams)
+               for stream, position in zip(streams, positions or [None] * len(streams), strict=True)]
+    return itertools.chain.from_iterable(zip(*loaders, strict=True))
+
+
+class TrainingData:
+    """Batches of a rank's streams, read one ahead, and where each stream goes on: behind the last batch that was taken, as the one in hand is read again.
+
+    Arguments as for `batches_in_turn`.
+    """
+
+    def __init__(self, tokenizer: Any, B: int, T: int, device: str | torch.device, streams: range, num_streams: int, positions: list | None = None):
+        self.positions = list(positions or [None] * len(streams))
+        self._batches = batches_in_turn(tokenizer, B, T, "train", device, streams, num_streams, self.positions)
+        self._next = next(self._batches)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """That of the batch in hand."""
+        return self._next[2]
+
+    def take(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs, targets) of the next batches, as many of each stream."""
+        for i in range(count):
+            x, y, self.positions[i % len(self.positions)] = self._next
+            yield x, y
+            self._next = next(self._batches)
+
+    def used_share(self) -> float:
+        """Of the tokens of the documents read so far."""
+        return self.state["used"] / max(1, self.state["read"])
 
 
 def tokenizing_distributed_data_loader_bos_bestfit(*args: Any, **kwargs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

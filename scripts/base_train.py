@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
-import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from nanochat.cli import (
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
 from nanochat.core_eval import evaluate_core, load_bundle
-from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.dataloader import TrainingData, batches_in_turn
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
 from nanochat.eval_bundle import find_eval_bundle
@@ -122,6 +121,7 @@ class Pretraining(TrainLoop):
         self.loss = objective.loss
         self.prepare = objective.prepare(self.tokenizer, settings)
         self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static"))
+        self.rows = self.tokenizer, plan.rows, self.settings.max_seq_len  # what batches are made of
         self.my_streams = range(self.rank, plan.streams, self.world_size)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
@@ -182,15 +182,15 @@ class Pretraining(TrainLoop):
         self.take(self.model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
-        self.positions: list = [None] * len(self.my_streams)
+        positions = None
         if train_state is not None:
-            self.positions = train_state["loader_states"]
-            if len(self.positions) != len(self.my_streams):
-                raise UsageError(f"the checkpoint was written with --data-streams={len(self.positions) * self.world_size}, not {self.plan.streams}; use the same number")
+            positions = train_state["loader_states"]
+            if len(positions) != len(self.my_streams):
+                raise UsageError(f"the checkpoint was written with --data-streams={len(positions) * self.world_size}, not {self.plan.streams}; use the same number")
         elif meta is not None:
-            self.positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
+            positions = [meta["dataloader_state_dict"]] * len(self.my_streams)
             print0("The checkpoint has no exact data position (nanochat's own): some documents may be seen twice or skipped")
-        self.train_loader = self.loader("train", self.positions)
+        self.data = TrainingData(*self.rows, self.device, self.my_streams, self.plan.streams, positions)
 
         if self.growth:
             self.growth.begin_stage(self)
@@ -201,7 +201,6 @@ class Pretraining(TrainLoop):
             num_iterations=None if self.growth else horizon.num_iterations, total_batch_size=self.total_batch_size,
             total_tokens=None if self.growth else horizon.total_tokens,
             device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type)
-        self.x, self.y, self.loader_state = next(self.train_loader)  # always one batch ahead
 
     def load(self, folder: Path, step: int) -> tuple:
         """Meta data and exact training state of the checkpoint to continue; its weights go into the model."""
@@ -238,20 +237,10 @@ class Pretraining(TrainLoop):
         compiled = model if self.settings.fp8 and self.device.type == "cpu" else compiler.compile_model(model, self.device.type)
         self.adopt(model, optimizer, compiled)
 
-    def loader(self, split: str, positions: list | None = None) -> Iterator:
-        """Batches (x, y, state) of this rank's streams in turn."""
-        loaders = [data_loader(self.tokenizer, self.plan.rows, self.settings.max_seq_len, split=split, device=self.device, resume_state_dict=position,
-                               stream=stream, num_streams=self.plan.streams)
-                   for stream, position in zip(self.my_streams, positions or [None] * len(self.my_streams), strict=True)]
-        return itertools.chain.from_iterable(zip(*loaders, strict=True))
-
     # -- a step
 
     def batches(self) -> Iterator:
-        for micro_step in range(self.accumulation):
-            self.positions[micro_step % len(self.my_streams)] = self.loader_state
-            yield self.prepare(self.x, self.y)
-            self.x, self.y, self.loader_state = next(self.train_loader)
+        return (self.prepare(x, y) for x, y in self.data.take(self.accumulation))
 
     def schedule(self) -> float:
         now = self.plan.schedule.at(self.position)
@@ -270,8 +259,8 @@ class Pretraining(TrainLoop):
     def tell_step(self, *args) -> None:
         super().tell_step(*args)
         if self.step == self.first_step + 9:
-            print0(f"Data: {self.used_share():.0%} of the tokens of the documents read so far are trained on; the rest are ends that no row had room for"
-                   + ("" if self.used_share() >= 0.5 else ". Raise --max-seq-len, or cut the documents (python -m nanochat.dataset does)"))
+            print0(f"Data: {self.data.used_share():.0%} of the tokens of the documents read so far are trained on; the rest are ends that no row had room for"
+                   + ("" if self.data.used_share() >= 0.5 else ". Raise --max-seq-len, or cut the documents (python -m nanochat.dataset does)"))
 
     # -- between the steps
 
@@ -289,7 +278,7 @@ class Pretraining(TrainLoop):
         return "" if self.growth else f"/{self.horizon.num_iterations:05d}"
 
     def data_facts(self) -> dict:
-        return dict(epoch=self.loader_state["epoch"], pq=self.loader_state["pq_idx"], rg=self.loader_state["rg_idx"])
+        return dict(epoch=self.data.state["epoch"], pq=self.data.state["pq_idx"], rg=self.data.state["rg_idx"])
 
     def as_evaluated(self):
         return disable_fp8(self.model) if self.settings.fp8 else nullcontext()
@@ -298,7 +287,8 @@ class Pretraining(TrainLoop):
         return super().must_validate() or self.eval_every > 0 and self.growth is not None and self.growth.at_cap(self.flops)
 
     def validation_batches(self) -> Iterator:
-        return (self.prepare_validation(x, y) for x, y, _ in with_progress(self.loader("val"), self.eval_steps, "Validation"))
+        batches = batches_in_turn(*self.rows, "val", self.device, self.my_streams, self.plan.streams)
+        return (self.prepare_validation(x, y) for x, y, _ in with_progress(batches, self.eval_steps, "Validation"))
 
     def measure_core(self) -> None:
         with self.evaluating():
@@ -320,11 +310,8 @@ class Pretraining(TrainLoop):
         if self.growth and self.growth.trigger and (validated or self.growth.at_cap(self.flops)):
             self.growth.maybe_grow(self)
 
-    def used_share(self) -> float:
-        return self.loader_state["used"] / max(1, self.loader_state["read"])
-
     def data_position(self) -> dict:
-        return dict(loader_states=self.positions)
+        return dict(loader_states=self.data.positions)
 
     def meta_data(self) -> dict:
         growing = dict(frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad]) if self.growth else {}
@@ -332,7 +319,7 @@ class Pretraining(TrainLoop):
             step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.plan.rows,
             max_seq_len=self.settings.max_seq_len, total_batch_size=self.total_batch_size, world_size=self.world_size,
             tokenizer=self.tokenizer.checksum(), growth=self.growth_history,
-            dataloader_state_dict={key: self.loader_state[key] for key in ("pq_idx", "rg_idx", "epoch")},
+            dataloader_state_dict={key: self.data.state[key] for key in ("pq_idx", "rg_idx", "epoch")},
             loop_state=self.loop_state() | dict(flops=self.flops) | (self.growth.loop_state() if self.growth else {}), **growing)
 
     def final_report(self, peak_memory: float) -> list[dict]:
@@ -341,7 +328,7 @@ class Pretraining(TrainLoop):
             "Number of FLOPs per token": f"{self.flops_per_token:e}",
             "Calculated number of iterations": self.step,
             "Number of training tokens": self.tokens,
-            "Share of the documents' tokens used": f"{self.used_share():.1%}",
+            "Share of the documents' tokens used": f"{self.data.used_share():.1%}",
             "Tokens : Scaling params ratio": self.tokens / scaling_params(self.model),
             "DDP world size": self.world_size,
             "warmup_steps": self.settings.warmup_steps,

@@ -68,7 +68,7 @@ def test_both_sides_equal_the_definition(seed, length, kv_heads, group, window, 
 
 @pytest.mark.parametrize("window", [(-1, -1), (64, 64), (-1, 3)])
 def test_both_sides_on_other_devices(monkeypatch, window):
-    """What runs elsewhere, without FlexAttention, here on the CPU: PyTorch's kernel and blocks."""
+    """Shapes only, of what runs elsewhere without FlexAttention: PyTorch's kernel and blocks."""
     monkeypatch.setattr(fa, "_can_use_flex", lambda q: False)
     q, k, v = (x.detach().to("meta") for x in qkv(1, 2, 300, 2, 1, 8))
     assert fa.flash_attn_func(q, k, v, causal=False, window_size=window).shape == q.shape
