@@ -1,4 +1,5 @@
 """Files, devices, ranks and logging: what every module stands on. (Peak speeds: golden/test_small.py.)"""
+import io
 import logging
 import os
 import random
@@ -228,3 +229,26 @@ def test_a_driver_that_is_too_old_does_not_mean_the_cpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", no_driver)
     assert common.autodetect_device_type() != "cuda"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_live_line_is_taken_over_by_the_next(monkeypatch):
+    """On a terminal: one line that changes, cut to its width, out of the way of what is printed in between; now and then one stays."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(common, "_live", {"shown": False, "lasted": -1e9})
+    for line in ("step 0 which stays", "step 1 which is far too long for it", "step 2"):
+        common.live_line(line)
+    common.print0("Validation")
+    assert terminal.getvalue() == "step 0 which stays\nstep 1 which is far\r\033[Kstep 2\r\033[KValidation\n"
+
+
+def test_in_a_pipe_every_line_stays(capsys):
+    common.live_line("step 0")
+    common.live_line("step 1")
+    assert capsys.readouterr().out == "step 0\nstep 1\n"

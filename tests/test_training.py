@@ -70,6 +70,25 @@ def test_less_memory_same_gradient(memory, rows, trained):
     assert (take_gradient() - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_a_loss_of_whole_sequences():
+    """Classification needs no change to the loop: one label a row, -1 for none."""
+    head = torch.nn.Linear(64, 3)
+    model = build_model(dict(sequence_len=64, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="L"), seed=3)
+    ids, labels = torch.randint(512, (4, 16)), torch.tensor([2, -1, 0, 1])
+
+    def classification(model, ids, labels):
+        return torch.nn.functional.cross_entropy(head(model.embed(ids).float().mean(dim=1)), labels, ignore_index=-1, reduction="sum")
+
+    expected = torch.nn.functional.cross_entropy(head(model.embed(ids).float().mean(dim=1)), labels, ignore_index=-1)
+    gradients = torch.autograd.grad(expected, list(head.parameters()))
+    accumulate = Accumulator(model, model, None, classification)
+    accumulate.rows = 2  # in passes of two rows
+    (loss,) = accumulate(iter([(ids, labels)]), 1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for parameter, gradient in zip(head.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def test_less_memory_same_losses(base, memory):
     flags = ("--num-iterations=4", "--device-batch-size=4", "--eval-every=-1")
     assert tiny.train(*flags, "--model-tag=roomy") == 0
