@@ -174,7 +174,7 @@ def test_samples_on_a_narrow_terminal_and_a_closed_pipe(base):
 def test_one_run_at_a_time_in_a_folder(trained, capsys):
     """The second must not touch what the first one writes."""
     before = {path.name: path.stat().st_mtime_ns for path in tiny.folder(trained).iterdir()}
-    script = f"import sys; from nanochat.common import locked\nwith locked({str(tiny.folder(trained))!r}): print('held', flush=True); sys.stdin.read()"
+    script = f"import sys; from nanochat.files import locked\nwith locked({str(tiny.folder(trained))!r}): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", script], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert_refused(capsys, "another process is writing to")
