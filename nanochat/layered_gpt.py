@@ -16,7 +16,7 @@ from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, CausalSelfA
 from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.optim import adamw_group
 
-SCALES_SHARE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
+SCALES_LR_SCALE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
 ACTIVATIONS = ("relu2", "swiglu")
 ORDERS = {"attn-mlp": (("attn",), ("mlp",)), "mlp-attn": (("mlp",), ("attn",)), "parallel": (("attn", "mlp"),)}  # the modules of each step
 Scales = dict[str, tuple[float, list[nn.Parameter]]]  # by name where they start, and which they are
@@ -297,7 +297,7 @@ class LayeredGPT(GPT):
         for block in self.transformer.h:
             for name, (start, scales) in block.scales().items():
                 groups.setdefault(name, (start, []))[1].extend(scales)
-        return [adamw_group(scales, start * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0) for start, scales in groups.values()]
+        return [adamw_group(scales, start * scalar_lr * SCALES_LR_SCALE, (0.9, 0.95), 0.0) for start, scales in groups.values()]
 
 
 def build_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:

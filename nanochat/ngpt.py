@@ -23,13 +23,13 @@ import torch.nn.functional as F
 
 from nanochat.compiler import jit
 from nanochat.gpt import Linear
-from nanochat.layered_gpt import ORDERS, SCALES_SHARE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
+from nanochat.layered_gpt import ORDERS, SCALES_LR_SCALE, LayeredAttention, LayeredBlock, LayeredGPT, LayeredMLP, LayerSpec, Names, Scales
 from nanochat.lowrank import LowRankLinear
 from nanochat.optim import MuonAdamW, adamw_group, inert, matrix_groups
 
 S_Z = 10.0  # where the scale of the logits starts: cosines below 1 would leave the softmax flat
 # Learning rates in the unit of the stock model's flags, so that flags tuned for one block suit the other (dev/LOG.md)
-HEAD_SHARE, EMBEDDING_SHARE, RESID_SHARE = 12.0, 16.0, 0.25
+HEAD_LR_SCALE, EMBEDDING_LR_SCALE, RESID_LR_SCALE = 12.0, 16.0, 0.25
 GATE_LR = 0.005
 
 
@@ -214,16 +214,16 @@ class NormalizedGPT(LayeredGPT):
         root = self.config.n_embd ** 0.5
         smear_gate, *gates = self._gates()
         return [
-            adamw_group(self.lm_head.parameters(), unembedding_lr * HEAD_SHARE / root, (0.8, 0.96), 0.0),
-            adamw_group(self.transformer.wte.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
-            adamw_group(self.value_embeds.parameters(), embedding_lr * EMBEDDING_SHARE / root, (0.8, 0.995), 0.0),
-            adamw_group([self.resid_lambdas], scalar_lr * RESID_SHARE, (0.8, 0.95), 0.0),
+            adamw_group(self.lm_head.parameters(), unembedding_lr * HEAD_LR_SCALE / root, (0.8, 0.96), 0.0),
+            adamw_group(self.transformer.wte.parameters(), embedding_lr * EMBEDDING_LR_SCALE / root, (0.8, 0.995), 0.0),
+            adamw_group(self.value_embeds.parameters(), embedding_lr * EMBEDDING_LR_SCALE / root, (0.8, 0.995), 0.0),
+            adamw_group([self.resid_lambdas], scalar_lr * RESID_LR_SCALE, (0.8, 0.95), 0.0),
             adamw_group([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
             adamw_group([self.smear_lambda, self.backout_lambda], 0.2, (0.8, 0.95), 0.0),
             adamw_group([smear_gate], 0.2 * root, (0.8, 0.95), 0.0),
             adamw_group(gates, GATE_LR * root, (0.8, 0.95), 0.0),
             *self._scale_groups(scalar_lr),
-            adamw_group([self.s_z], S_Z * scalar_lr * SCALES_SHARE, (0.9, 0.95), 0.0),
+            adamw_group([self.s_z], S_Z * scalar_lr * SCALES_LR_SCALE, (0.9, 0.95), 0.0),
             *matrix_groups(self._matrices(), matrix_lr, 0.0, matrix_optimizer),
         ]
 

@@ -79,7 +79,7 @@ class Event(NamedTuple):
 class TrainLoop:
     """One run: what its steps share, and what each leaves to the next.
 
-    A subclass calls `adopt` with the model and the optimizer, `restore` if it continues a run, and `run`. It says what a step is made of
+    A subclass calls `set_model` with the model and the optimizer, `restore` if it continues a run, and `run`. It says what a step is made of
     (`batches`, `schedule`, `done`), what is validated (`validation_batches`) and kept (`meta_data`, `data_position`), and lists its `events`.
     """
 
@@ -171,11 +171,11 @@ class TrainLoop:
 
     # -- setting up
 
-    def adopt(self, model: GPT, optimizer: MuonAdamW, compiled: Any) -> None:
+    def set_model(self, model: GPT, optimizer: MuonAdamW, compiled: Any) -> None:
         """Goes on with this model; `compiled` is what is called in training."""
         self.model, self.optimizer = model, optimizer
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
-        self.evaluated = compiled if self.device.type == "cuda" else model
+        self.eval_model = compiled if self.device.type == "cuda" else model
         self.flops_per_token = model.estimate_flops()
         self.accumulate = Accumulator(compiled, model, self.scaler, self.loss)
 
@@ -228,7 +228,7 @@ class TrainLoop:
 
     def validate(self, log: bool = True) -> None:
         with self.evaluating():
-            self.val_bpb = evaluate_bpb(self.evaluated, self.validation_batches(), self.eval_steps, self.token_bytes)
+            self.val_bpb = evaluate_bpb(self.eval_model, self.validation_batches(), self.eval_steps, self.token_bytes)
         self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
         if not log:
             return

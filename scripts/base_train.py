@@ -179,7 +179,7 @@ class Pretraining(TrainLoop):
             checkpoints.load_optimizer(*moments, optimizer, self.rank, self.world_size)
         # checkpoints that do not say so were trained compiled
         compiler.decide(self.device.type, self.budget / self.world_size, None if train_state is None else train_state.get("compiled", True))
-        self.take(self.model, optimizer)
+        self.use_model(self.model, optimizer)
 
         # Data, at the exact position where the checkpoint left it
         positions = None
@@ -229,13 +229,13 @@ class Pretraining(TrainLoop):
             except (KeyError, TypeError) as error:
                 raise UsageError(f"the checkpoint of step {self.step} in {self.folder} is not of a growing run ({error}); use another step") from error
 
-    def take(self, model: GPT, optimizer: MuonAdamW) -> None:
+    def use_model(self, model: GPT, optimizer: MuonAdamW) -> None:
         """Goes on with this model, whose layers are still plain ones: FP8 is put on here."""
         if self.settings.fp8:
             convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(self.settings.fp8_recipe), module_filter_fn=worth_converting)
         # compiled for a CPU by PyTorch 2.13, FP8 layers make NaN of gradients that are 0
         compiled = model if self.settings.fp8 and self.device.type == "cpu" else compiler.compile_model(model, self.device.type)
-        self.adopt(model, optimizer, compiled)
+        self.set_model(model, optimizer, compiled)
 
     # -- a step
 

@@ -186,7 +186,7 @@ class Reinforcement(TrainLoop):
         if self.resume_step is not None and train_state is not None:
             checkpoints.load_optimizer(folder, self.resume_step, optimizer, self.rank, self.world_size)
             set_exact_state(train_state, self.device, self.scaler)
-        self.adopt(model, optimizer, model)
+        self.set_model(model, optimizer, model)
         self.events = [Event(settings.eval_every, self.evaluate, at_start=True, at_end=False)]
         self.open_log(model_config=asdict(model.config), num_steps=self.num_steps, sft_step=sft_step)
 

@@ -188,7 +188,7 @@ class FineTuning(TrainLoop):
             checkpoints.load_optimizer(folder, self.resume_step, optimizer, self.rank, self.world_size)
         elif settings.load_optimizer and checkpoints.saved_ranks(base_folder, base_step):
             checkpoints.load_optimizer(base_folder, base_step, optimizer, self.rank, self.world_size)
-        self.adopt(model, optimizer, compile_model(model, self.device.type))
+        self.set_model(model, optimizer, compile_model(model, self.device.type))
         self.token_bytes = get_token_bytes(self.device)
         self.metrics: dict[str, float] = {}
         self.events = [Event(settings.chatcore_every if self.tasks else -1, self.evaluate_tasks)]

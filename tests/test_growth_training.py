@@ -106,8 +106,8 @@ def test_fp8_grows(base, capsys):
     converted = []
 
     class Watched(base_train.Pretraining):
-        def take(self, model, optimizer):
-            super().take(model, optimizer)
+        def use_model(self, model, optimizer):
+            super().use_model(model, optimizer)
             converted.append([name for name, layer in model.named_modules() if isinstance(layer, Float8Linear)])
 
     with pytest.MonkeyPatch.context() as patch:

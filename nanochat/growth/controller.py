@@ -153,7 +153,7 @@ class GrowthController:
                 optimizer_mode=settings.grow_optimizer, setup=loop.optimizer_setup, freeze=settings.grow_freeze,
                 generator=torch.Generator().manual_seed(self.seed + number), **settings.growth_parameters())
         assert optimizer is not None
-        loop.take(model, optimizer)
+        loop.use_model(model, optimizer)
         gc.unfreeze()  # the small model is to be forgotten
         gc.collect()
         self.grown_at = loop.first_step = loop.step
