@@ -81,6 +81,8 @@ class RunPlan:
         if getattr(first, "causal", True) != OBJECTIVES[settings.objective].causal:
             raise UsageError(f"the weights of {settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
                              "tokens with it; give the objective of then")
+        if settings.objective == "mlm" and not settings.mask_rate:
+            raise UsageError("--mask-rate=0 hides nothing, so there is nothing to learn; use 0.15 or so")
         self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
         for remark in settings.changes().remarks(final):
             print0(remark)
@@ -126,7 +128,7 @@ class RunPlan:
         meta, steps, batch = trunk.meta(), self.settings.warmdown_steps or 0, self.horizon.total_batch_size
         self.model = self.final_model = empty_model(checkpoints.model_from_config(meta["model_config"]).config, self.padded_vocab, device)
         step, flops = meta["step"], meta.get("loop_state", {}).get("flops", self.model.estimate_flops() * meta["step"] * batch)
-        now = self.schedule.at(self.horizon.num_iterations * flops / self.budget if self.growth else step)
+        now = self.schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget) if self.growth else step)
         self.schedule = Branch(self.settings, now, step, steps)
         self.growth = None
         self.horizon = replace(self.horizon, num_iterations=step + steps)

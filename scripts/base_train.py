@@ -125,7 +125,6 @@ class Pretraining(TrainLoop):
         self.my_streams = range(self.rank, plan.streams, self.world_size)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
-
         settings.check_folder(self.folder)
 
     # -- before the first step
@@ -218,7 +217,7 @@ class Pretraining(TrainLoop):
         checkpoints.check_tokenizer(self.tokenizer, self.model.config, meta)
         checkpoints.load_weights(self.model, model_data, self.device)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in meta.get("frozen", ()))
+            parameter.requires_grad_(self.settings.init_from is not None and folder != self.folder or name not in meta.get("frozen", ()))  # a new run trains all
         return meta, train_state
 
     def restore(self, meta: dict, train_state: dict | None) -> None:
@@ -314,7 +313,8 @@ class Pretraining(TrainLoop):
         return dict(loader_states=self.data.positions)
 
     def meta_data(self) -> dict:
-        growing = dict(frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad]) if self.growth else {}
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        growing = dict(frozen=frozen) if self.growth or frozen else {}  # a branch has them from its trunk
         return dict(
             step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.plan.rows,
             max_seq_len=self.settings.max_seq_len, total_batch_size=self.total_batch_size, world_size=self.world_size,

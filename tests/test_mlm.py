@@ -104,6 +104,11 @@ def test_evaluation_and_refusals(base, capsys):
     assert "looks both ways" in capsys.readouterr().err
 
 
+def test_nothing_hidden_is_nothing_to_learn(base, capsys):
+    assert tiny.train(*MLM, "--mask-rate=0") == 2
+    assert "--mask-rate=0 hides nothing" in capsys.readouterr().err
+
+
 def test_pseudo_likelihoods_are_for_masked_models(base, capsys):
     assert tiny.train() == 0
     assert base_eval.main(["--eval=pll", "--device-type=cpu"]) == 2

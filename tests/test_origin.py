@@ -46,6 +46,24 @@ def test_a_branch_of_a_growing_trunk_stays_as_large_as_it_is(base):
     assert meta["model_config"] == small and meta["growth"] == []
 
 
+def test_layers_that_were_frozen(base):
+    """A branch leaves them so, also when it is resumed; a run that only takes the weights trains all."""
+    flags = ("--grow-path=2x64,3x64", "--head-dim=32", "--grow-at=0.2", "--grow-freeze", "--save-every=2")
+    assert tiny.train(*flags, *TRUNK) == 0
+    step = checkpoints.list_steps(tiny.folder(base, "trunk"))[-1]
+    frozen = checkpoints.load_meta(tiny.folder(base, "trunk"), step)["frozen"]
+    branch = (f"--branch-from=trunk@{step}", "--warmdown-steps=2", "--model-tag=branch", "--save-every=1")
+    assert frozen and tiny.base_train.main(list(branch)) == 0
+    folder = tiny.folder(base, "branch")
+    (folder / f"model_{step + 2:06d}.pt").unlink()
+    assert tiny.base_train.main([*branch, "--resume"]) == 0
+    assert checkpoints.load_meta(folder, step + 2)["frozen"] == frozen
+    before, after = weights(base, "trunk", step), weights(base, "branch", step + 2)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert tiny.train(f"--init-from=trunk@{step}", "--model-tag=all", "--warmup-steps=0", "--num-iterations=2", "--save-every=-1") == 0
+    assert not any(torch.equal(before[name], tensor) for name, tensor in weights(base, "all", 2).items() if name in frozen and name.endswith("mlp.c_fc.weight"))
+
+
 def test_the_weights_of_another_run(base):
     """A new run with the shape of the checkpoint, whatever it is; its optimizer begins anew or goes on."""
     assert tiny.train("--model-tag=first", "--rank=8") == 0
