@@ -1,13 +1,15 @@
-"""Local sources of pretraining text: the standard library's own source, and folders of .txt, .jsonl or .parquet, also as .gz or .zst.
+"""Local sources of pretraining text: the standard library's own source, folders of .txt, .jsonl or .parquet, also as .gz or .zst, and whatever a pattern matches.
 
 Documents are cut to 2,000 characters, because the loader drops what no row can hold. They come in groups, each of which stays on one side of the split.
 """
+import glob
+import hashlib
 import os
 import random
 import re
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanochat.cli import UsageError
@@ -79,6 +81,9 @@ def path_groups(path: Path) -> Iterator[list[str]]:
         inner = Path(file.stem).suffix.lower()
         return inner if suffix in (".gz", ".zst") and inner != ".parquet" else suffix
 
+    if glob.has_magic(str(path)) and not path.exists():
+        yield from _pattern_groups(path, readers, kind)
+        return
     found = [path] if path.is_file() else list(_files_below(path))
     files = [file for file in found if file.is_file() and kind(file) in readers]
     if others := [str(file.relative_to(path)) if file != path else file.name for file in found if file not in files]:
@@ -97,6 +102,31 @@ def path_groups(path: Path) -> Iterator[list[str]]:
             if error.filename is not None or error.errno is not None:
                 raise
             raise UsageError(f"{file} is damaged ({error}); get it again") from error  # how a broken .gz or .zst comes out
+
+
+def _pattern_groups(pattern: Path, readers: dict, kind: Callable) -> Iterator[list[str]]:
+    """Those of the files that a pattern such as `lib/**/*.py` matches, also in hidden folders; what is of no kind of its own is plain text. Equal files count once.
+
+    Source trees hold a few files that are no text: they are left out with a count, where a folder of texts would be refused.
+    """
+    fixed = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    files = sorted(file for file in Path(*pattern.parts[:fixed]).glob("/".join(pattern.parts[fixed:])) if file.is_file())
+    if not files:
+        raise UsageError(f"no file matches {pattern}; put the pattern into quotes, and ** for folders within folders")
+    random.Random(42).shuffle(files)
+    seen, damaged = set(), 0
+    for file in files:
+        try:
+            documents = list(readers.get(kind(file), _txt_documents)(file))
+        except (UnicodeDecodeError, OSError):
+            damaged += 1
+            continue
+        checksum = hashlib.sha256("\0".join(documents).encode("utf-8", "surrogatepass")).digest()
+        if checksum not in seen:
+            seen.add(checksum)
+            yield [piece for document in documents for piece in cut(document)]
+    if damaged:
+        print(f"Left out, as unreadable or not UTF-8: {damaged} of {len(files)} files", flush=True)
 
 
 def _files_below(path: Path) -> Iterator[Path]:

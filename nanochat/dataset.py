@@ -4,6 +4,7 @@
     python -m nanochat.dataset --source=stdlib       the Python standard library's own source: needs no network
     python -m nanochat.dataset --source=tinystories  or fineweb-edu, openwebtext, text8: streamed from the hub
     python -m nanochat.dataset --source=PATH         a folder or a file of .txt, .jsonl or .parquet, also as .gz or .zst
+    python -m nanochat.dataset --source='PATH/**/*.py'   all files that the pattern matches, as plain text
 
 * data_shards.py has the layout on disk, data_local.py and data_hub.py the sources. Nothing else knows where text comes from.
 * Validation is shard 6542, as in nanochat, and comes first: however early you look, the split is the same.
@@ -11,6 +12,7 @@
 * Data of another source are replaced with --force only, and not before the new ones have begun to arrive.
 * One process at a time writes to the folder; another waits.
 """
+import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ def __getattr__(name: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="Get pretraining text")
     parser.add_argument("--source", default="climbmix", metavar="NAME|PATH",
-                        help=f"{', '.join(SOURCES)}, or a folder or file of .txt, .jsonl or .parquet, also as .gz or .zst")
+                        help=f"{', '.join(SOURCES)}, or a folder or file of .txt, .jsonl or .parquet, also as .gz or .zst, or a pattern such as 'lib/**/*.py' of other texts")
     parser.add_argument("-n", "--num-files", type=int_or_off, default=-1,
                         help="training shards to get from the hub (-1 = all); the validation shard always comes along")
     parser.add_argument("-w", "--num-workers", type=positive_int, default=4, help="parallel downloads (climbmix)")
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--num-files counts shards of the hub; {source} is taken whole, so leave it out")
     if source not in SOURCES:
         path = Path(os.path.expanduser(source)).resolve()
-        if not path.exists():
+        if not path.exists() and not glob.has_magic(source):
             raise UsageError(f"--source={source} is neither a path that exists nor one of {', '.join(SOURCES)}")
         if directory.resolve() == path or path in directory.resolve().parents:
             raise UsageError(f"--source={source} contains the data directory {directory} itself; give the folder of the texts alone")
