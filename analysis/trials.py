@@ -1,7 +1,8 @@
 """Trials: many short trainings by `base_train` itself, side by side, each done once; and what studies made of them share.
 
-A trial is a set of base_train's flags. Its log stays in its checkpoint folder below the base directory, named by a hash of the
-flags, so a study that was interrupted, or that shares trials with another, does not train them again. The weights are deleted.
+A trial is a set of base_train's flags, and perhaps a checkpoint of another trial that it branches off. Its log stays in its checkpoint folder below the base
+directory, named by a hash of the flags, so a study that was interrupted, or that shares trials with another, does not train them again. The weights are deleted,
+but for those that branches begin with.
 """
 import contextlib
 import hashlib
@@ -44,60 +45,115 @@ class Result:
         return self.bpb[-1] if self.bpb else float("inf")
 
 
-def name_of(flags: dict) -> str:
-    return "trial-" + hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:12]
+@dataclass(frozen=True)
+class Trial:
+    """One training. A branch begins where its parent stands after `step` steps (base_train's --branch-from), and takes over its flags."""
+
+    flags: dict
+    parent: "Trial | None" = None
+    step: int = 0
+
+    def branch(self, step: int, **flags) -> "Trial":
+        return Trial({name.replace("_", "-"): value for name, value in flags.items()}, self, step)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        identity = {**DEFAULTS, **self.flags} if self.parent is None else {"": f"{self.parent.name}@{self.step}", **self.flags}
+        return "trial-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    def arguments(self) -> list[str]:
+        begin = {**DEFAULTS} if self.parent is None else {**DEFAULTS, "branch-from": f"{self.parent.name}@{self.step}"}
+        return [*(f"--{key}={value}" for key, value in {**begin, **self.flags}.items()), f"--model-tag={self.name}"]
 
 
-def read(base_dir: str, flags: dict) -> Result | None:
+def folder_of(base_dir: str, trial: Trial) -> Path:
+    return Path(base_dir, "base_checkpoints", trial.name)
+
+
+def read(base_dir: str, trial: Trial) -> Result | None:
     """A finished trial's result, or None."""
-    folder = Path(base_dir, "base_checkpoints", name_of(flags))
+    folder = folder_of(base_dir, trial)
     if not (folder / "done.json").exists():
         return None
     records = list(read_run_log(folder / "log.jsonl")) if json.loads((folder / "done.json").read_text(encoding="utf-8"))["status"] == 0 else []
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
-    return Result(flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
+    return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
                   evals[-1]["time"] if evals else 0.0, start["counts"]["total"])
 
 
-def _run(base_dir: str, flags: dict) -> None:
-    """One trial, in a worker process."""
+def _run(base_dir: str, trial: Trial, kept: set[int]) -> None:
+    """One trial, in a worker process; of its checkpoints those of the steps in `kept` stay, for its branches."""
     os.environ["NANOCHAT_BASE_DIR"] = base_dir
     import torch
 
     from scripts import base_train
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 1000  # type: ignore  # one process trains models of many shapes
-    folder = Path(base_dir, "base_checkpoints", name_of(flags))
+    folder = folder_of(base_dir, trial)
+    weights = lambda: {int(path.stem[6:]) for path in folder.glob("model_*.pt")}
     with locked(folder):
-        if read(base_dir, flags) is not None:  # by another study, while this one waited
+        if read(base_dir, trial) is not None and kept <= weights():  # by another study, while this one waited
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "out.txt", "w", encoding="utf-8", errors="backslashreplace") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            status = base_train.main([*(f"--{key}={value}" for key, value in flags.items()), f"--model-tag={folder.name}"])
+        (folder / "done.json").unlink(missing_ok=True)
+        resume = ["--resume"] if weights() else []
+        with open(folder / "out.txt", "a", encoding="utf-8", errors="backslashreplace") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = base_train.main([*trial.arguments(), *resume])
         for path in folder.glob("*.pt"):
-            path.unlink()
-        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": flags}))
+            if int(path.stem.split("_")[1]) not in kept:
+                path.unlink()
+        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
 
 
-def run_trials(base_dir: str, trials: Iterable[dict], jobs: int = 2) -> list[Result]:
-    """Results in the order of the trials; those not on disk are trained, `jobs` at a time with one thread each."""
-    trials = [{**DEFAULTS, **trial} for trial in trials]
-    todo = list({name_of(flags): flags for flags in trials if read(base_dir, flags) is None}.values())
+def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2) -> list[Result]:
+    """Results in the order of the trials; those not on disk are trained, `jobs` at a time with one thread each, parents before their branches.
+
+    A trial that is a parent keeps the checkpoints that its branches begin with.
+    """
+    trials = [trial if isinstance(trial, Trial) else Trial(trial) for trial in trials]
+    kept: dict[str, set[int]] = {}
+    order: dict[str, Trial] = {}
+
+    def add(trial: Trial) -> None:
+        if trial.name in order:
+            return
+        if trial.parent is not None:
+            add(trial.parent)
+            kept.setdefault(trial.parent.name, set()).add(trial.step)
+        order[trial.name] = trial
+
+    for trial in trials:
+        add(trial)
+    missing = lambda trial: read(base_dir, trial) is None
+    wanted = {name for name, trial in order.items() if missing(trial)}
+    for name in reversed(order):  # a parent that is done must still have what the missing ones begin with
+        trial = order[name]
+        if name in wanted and trial.parent is not None:
+            if not (folder_of(base_dir, trial.parent) / f"model_{trial.step:06d}.pt").exists():
+                wanted.add(trial.parent.name)
+    todo = [(base_dir, trial, kept.get(name, set())) for name, trial in order.items() if name in wanted]
     if todo:
         started = time.perf_counter()
         os.environ["OMP_NUM_THREADS"] = "1"
+        done = 0
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            for i, _ in enumerate(pool.imap_unordered(_run_pair, [(base_dir, flags) for flags in todo]), 1):
-                spent = time.perf_counter() - started
-                print(f"{i} of {len(todo)} trials, {spent / 60:.1f} min, eta {spent / i * (len(todo) - i) / 60:.1f} min", file=sys.stderr, flush=True)
-    results = [read(base_dir, flags) for flags in trials]
+            while todo:
+                names = {trial.name for _, trial, _ in todo}
+                ready = [entry for entry in todo if entry[1].parent is None or entry[1].parent.name not in names]
+                for _ in pool.imap_unordered(_run_one, ready):
+                    done += 1
+                    spent, total = time.perf_counter() - started, len(wanted)
+                    print(f"{done} of {total} trials, {spent / 60:.1f} min, eta {spent / done * (total - done) / 60:.1f} min", file=sys.stderr, flush=True)
+                todo = [entry for entry in todo if entry not in ready]
+    results = [read(base_dir, trial) for trial in trials]
     assert all(results)
     return results  # type: ignore[return-value]
 
 
-def _run_pair(pair: tuple) -> None:
-    _run(*pair)
+def _run_one(entry: tuple) -> None:
+    _run(*entry)
 
 
 # -----------------------------------------------------------------------------

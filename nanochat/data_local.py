@@ -181,8 +181,11 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         yield from shard.documents(row_group)
 
 
-def _convert(groups: Iterable[list[str]], directory: Path) -> None:
-    """Writes the documents, about one in twenty (or one at least) for validation. Holds one shard in memory."""
+def _convert(groups: Iterable[list[str]], directory: Path, shuffled: bool = False) -> None:
+    """Writes the documents, about one in twenty (or one at least) for validation. Holds one shard in memory.
+
+    shuffled: within a shard they come in random order, for sources in which many neighbours are pieces of one text.
+    """
     draw, progress = random.Random(42), Progress()
     train: list[str] = []
     val: list[str] = []
@@ -197,12 +200,17 @@ def _convert(groups: Iterable[list[str]], directory: Path) -> None:
         train += group
         characters += sum(map(len, group))
         if characters >= SHARD_CHARS:
+            if shuffled:
+                draw.shuffle(train)
             write_shard(directory, shards, train)
             train, shards, characters = [], shards + 1, 0
     if not val and train:
         val.append(train.pop())
     if not val or not (train or shards):
         raise UsageError(f"found {progress.documents} document(s), but it takes one for training and one for validation")
+    if shuffled:
+        draw.shuffle(train)
+        draw.shuffle(val)  # a validation reads its beginning
     if train:
         write_shard(directory, shards, train)
     write_shard(directory, MAX_SHARD, val)
@@ -227,6 +235,6 @@ def get_local(source: str, force: bool) -> None:
                 Shard(shard)
                 shutil.copyfile(shard, fresh / shard.name)
         else:
-            _convert(path_groups(path), fresh)
+            _convert(path_groups(path), fresh, shuffled=glob.has_magic(source) and not path.exists())
         write_record(fresh, source=source, shards=len(shard_files(fresh)))
     print(f"{source} is in {directory}")

@@ -3,7 +3,7 @@
 | flag | weights | optimizer | step, data, random states | schedule |
 |---|---|---|---|---|
 | `--resume`, `--resume-from-step=S` | of the run itself | its own | its own | goes on |
-| `--branch-from=TAG@S --warmdown-steps=N` | of the trunk | the trunk's | the trunk's | a warm-down of N steps, nothing else |
+| `--branch-from=TAG@S --warmdown-steps=N` | of the trunk, grown if `--grow-to` says so | the trunk's | the trunk's | the trunk's for `--steady-steps`, then a warm-down of N steps |
 | `--init-from=TAG[@S]` | of any run, grown or of nanochat's making too | new, or the run's (`--init-optimizer=keep`) | from the beginning | from the beginning |
 """
 import argparse
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import UsageError, flag, positive_int
+from nanochat.cli import UsageError, flag, non_negative_int
 from nanochat.gpt import GPTConfig
+from nanochat.growth.plan import Shape, one_shape
 
-OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
+OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "steady_steps", "grow_to", "grow_family", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
 
 
 class Checkpoint(NamedTuple):
@@ -55,8 +56,10 @@ def checkpoint_name(text: str) -> Checkpoint:
 class OriginSettings:
     """The flags that let a run begin where another one stands."""
 
-    branch_from: Checkpoint | None = flag(None, "Checkpoint TAG@STEP to go on from, with its flags and nothing but a warm-down", type=checkpoint_name)
-    warmdown_steps: int | None = flag(None, "Length of a branch in steps", type=positive_int)
+    branch_from: Checkpoint | None = flag(None, "Checkpoint TAG@STEP to go on from, with its flags and a schedule of its own", type=checkpoint_name)
+    warmdown_steps: int | None = flag(None, "Steps of a branch over which its learning rates fall", type=non_negative_int)
+    steady_steps: int = flag(0, "Steps of a branch before that, at the trunk's learning rates", type=non_negative_int)
+    grow_to: Shape | None = flag(None, "Shape that a branch grows to before its first step, depth x width [x rank]", type=one_shape)
     init_from: Checkpoint | None = flag(None, "Checkpoint TAG or TAG@STEP whose weights and shape to begin with", type=checkpoint_name)
     init_optimizer: str = flag("new", "Optimizer of --init-from; new: it begins anew, keep: with the checkpoint's moments", choices=("new", "keep"))
 
@@ -64,10 +67,16 @@ class OriginSettings:
         """Raises UsageError for flags that contradict each other."""
         if self.branch_from and self.init_from:
             raise UsageError("--branch-from and --init-from both say where to begin; give one of them")
-        if bool(self.branch_from) != bool(self.warmdown_steps):
-            raise UsageError("a branch is made of both: --branch-from=TAG@STEP and --warmdown-steps, its length")
+        if self.branch_from and not self.branch_steps:
+            raise UsageError("a branch has a length; give --warmdown-steps, --steady-steps or both")
+        if not self.branch_from and (self.branch_steps or self.grow_to):
+            raise UsageError("--warmdown-steps, --steady-steps and --grow-to are for branches; add --branch-from=TAG@STEP")
         if self.branch_from and self.branch_from.step is None:
             raise UsageError(f"--branch-from={self.branch_from.tag} lacks the step; write {self.branch_from.tag}@STEP")
+
+    @property
+    def branch_steps(self) -> int:
+        return self.steady_steps + (self.warmdown_steps or 0)
 
     def check_folder(self, folder: Path) -> None:
         """Raises UsageError for a run that would write over the one that it begins with."""
@@ -80,6 +89,11 @@ def inherited(settings: type, meta: dict) -> dict[str, Any]:
     """The flags that a checkpoint was trained with, as defaults of the run that branches off."""
     known = {field.name for field in fields(settings)} - OWN
     return {name: value for name, value in meta.get("user_config", {}).items() if name in known}
+
+
+def as_json(value: Any) -> Any:
+    """A flag's value, as a checkpoint keeps it."""
+    return str(value) if isinstance(value, Checkpoint | Shape) else value
 
 
 def check_shape(config: GPTConfig, meta: dict) -> None:

@@ -124,15 +124,28 @@ class RunPlan:
         print0(self.growth.show_plan())
 
     def branch_off(self, trunk: Checkpoint, device: torch.device) -> None:
-        """Makes the rest of the run a warm-down from where the trunk stands; a trunk that grows does so no further."""
-        meta, steps, batch = trunk.meta(), self.settings.warmdown_steps or 0, self.horizon.total_batch_size
-        self.model = self.final_model = empty_model(checkpoints.model_from_config(meta["model_config"]).config, self.padded_vocab, device)
-        step, flops = meta["step"], meta.get("loop_state", {}).get("flops", self.model.estimate_flops() * meta["step"] * batch)
-        now = self.schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget) if self.growth else step)
-        self.schedule = Branch(self.settings, now, step, steps)
+        """Makes the rest of the run one of its own schedule from where the trunk stands. A trunk that grows does so no further, but for `--grow-to`."""
+        settings, meta, batch = self.settings, trunk.meta(), self.horizon.total_batch_size
+        config = checkpoints.model_from_config(meta["model_config"]).config
+        self.model = self.final_model = empty_model(config, self.padded_vocab, device)
+        step, loop_state = meta["step"], meta.get("loop_state", {})
+        flops = loop_state.get("flops", self.model.estimate_flops() * meta["step"] * batch)
+        if "schedule" in loop_state:  # the trunk may be a branch itself
+            lr, decay = loop_state["schedule"]
+            now = self.schedule.at(0)._replace(lr=lr, weight_decay=self.weight_decay * decay)
+        else:
+            now = self.schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget) if self.growth else step)
+        self.schedule = Branch(settings, now, step, settings.steady_steps, settings.warmdown_steps or 0)
         self.growth = None
-        self.horizon = replace(self.horizon, num_iterations=step + steps)
-        self.budget = flops + steps * batch * self.model.estimate_flops()
+        self.horizon = replace(self.horizon, num_iterations=step + settings.branch_steps)
+        if settings.grow_to:
+            stages = plan_stages(config, [Shape(config.n_layer, config.n_embd), settings.grow_to], settings.grow_depth_mode)
+            with torch.device("meta"):
+                self.final_model = build_gpt(stages[-1].config, self.padded_vocab)
+        self.budget = flops + settings.branch_steps * batch * self.final_model.estimate_flops()
+        if settings.grow_to:  # at once, whatever the trunk was told
+            self.growth = GrowthController(replace(settings, kappa=None, grow_at=None, grow_budget=1.0), stages, self.budget, self.padded_vocab, settings.seed,
+                                           measured=settings.eval_every > 0, growths_at=[0.0], earlier=meta.get("growth", []))
 
     def fit_batches(self, device: torch.device) -> None:
         """Rows per pass, passes per step, and those of a validation, for each rank."""

@@ -87,7 +87,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Branch:
-    """Off another run, the trunk, whose hyper-parameters were `trunk` where it stood at step `start`: nothing but a warm-down over `steps` steps.
+    """Off another run, the trunk, whose hyper-parameters were `trunk` where it stood at step `start`: `steady` steps as they were, then a warm-down over `steps`.
 
     Learning rates and weight decay fall together. Muon's momentum is that of a run of this length.
     """
@@ -95,10 +95,11 @@ class Branch:
     settings: ScheduleSettings
     trunk: Now
     start: int
+    steady: int
     steps: int
 
     def at(self, step: float) -> Now:
-        N = self.start + self.steps
+        N = self.start + self.steady + self.steps
         share = self.steps / N
         left = lr_multiplier(step, N, 0, share, self.settings.final_lr_frac, self.settings.warmdown_shape)
         return Now(self.trunk.lr * left, muon_momentum(step, N, share), self.trunk.weight_decay * left)

@@ -13,7 +13,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from nanochat.growth.optimizer import leave_out_frozen
 from nanochat.layered_gpt import build_gpt
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
-from nanochat.origin import Checkpoint
+from nanochat.origin import as_json
 from nanochat.recipe import scaling_params
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -106,7 +106,7 @@ class Pretraining(TrainLoop):
     settings: Settings
 
     def __init__(self, settings: Settings, process: Process):
-        super().__init__(settings, process, Path(), {name: str(value) if isinstance(value, Checkpoint) else value for name, value in asdict(settings).items()})
+        super().__init__(settings, process, Path(), {field.name: as_json(getattr(settings, field.name)) for field in fields(settings)})
         if self.device.type == "cuda":
             print0(f"Attention: {flash_attention.describe()}")
         self.tokenizer = get_tokenizer()
@@ -114,7 +114,7 @@ class Pretraining(TrainLoop):
         self.token_bytes = get_token_bytes(device=self.device)
         self.plan = plan = RunPlan(settings, self.tokenizer.get_vocab_size(), process)
         self.settings, self.model, self.horizon, self.growth, self.budget = plan.settings, plan.model, plan.horizon, plan.growth, plan.budget  # type: ignore[assignment]
-        self.growth_history: list[dict] = self.growth.history if self.growth else []
+        self.growth_history: list[dict] = []  # of a model that does not grow in this run
         self.total_batch_size, self.accumulation = plan.horizon.total_batch_size, plan.passes
         self.eval_every, self.eval_steps = settings.eval_every, plan.eval_steps
         objective = OBJECTIVES[settings.objective]
@@ -140,7 +140,7 @@ class Pretraining(TrainLoop):
         if self.resume_step is not None:
             moments = self.folder, self.resume_step
             meta, train_state = self.load(*moments)
-            if not self.growth and self.resume_step > horizon.num_iterations:
+            if not self.by_flops and self.resume_step > horizon.num_iterations:
                 raise UsageError(f"the checkpoint of step {self.resume_step} is beyond the horizon of {horizon.num_iterations} steps; raise it to train on")
         elif settings.branch_from:
             self.saved_step = settings.branch_from.meta()["step"]
@@ -152,7 +152,7 @@ class Pretraining(TrainLoop):
             if settings.init_optimizer == "keep":
                 moments = begin
             if self.growth:  # it counts the growths of this run
-                self.growth_history = self.growth.history = []
+                self.growth.history = []
         share_weights(self.model)
         core_every, sample_every = settings.core_metric_every, settings.sample_every
         if not getattr(self.model.config, "causal", True) and max(core_every, sample_every) > 0:
@@ -197,8 +197,8 @@ class Pretraining(TrainLoop):
             self.restore(meta, train_state)
         self.open_log(
             model_config=asdict(self.model.config), counts=self.model.num_scaling_params(), flops_per_token=self.flops_per_token,
-            num_iterations=None if self.growth else horizon.num_iterations, total_batch_size=self.total_batch_size,
-            total_tokens=None if self.growth else horizon.total_tokens,
+            num_iterations=None if self.by_flops else horizon.num_iterations, total_batch_size=self.total_batch_size,
+            total_tokens=None if self.by_flops else horizon.total_tokens,
             device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type)
 
     def load(self, folder: Path, step: int) -> tuple:
@@ -209,7 +209,7 @@ class Pretraining(TrainLoop):
         train_state = checkpoints.load_train_state(folder, step, self.rank, self.world_size)
         self.growth_history = meta.get("growth", [])
         if growth:
-            growth.history = self.growth_history
+            growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
                 with torch.device("meta"):
                     self.model = build_gpt(growth.stage().config)
@@ -222,7 +222,7 @@ class Pretraining(TrainLoop):
 
     def restore(self, meta: dict, train_state: dict | None) -> None:
         super().restore(meta, train_state)
-        if self.growth:
+        if self.growth and self.resume_step is not None:
             try:
                 self.growth.restore(meta["loop_state"])
             except (KeyError, TypeError) as error:
@@ -248,10 +248,15 @@ class Pretraining(TrainLoop):
         now.set(self.optimizer.param_groups)
         return now.lr
 
+    def schedule_shares(self) -> tuple[float, float]:
+        """Of the learning rates and the weight decay, for those that branch off."""
+        now = self.plan.schedule.at(self.position)
+        return now.lr, now.weight_decay / self.plan.weight_decay if self.plan.weight_decay else 0.0
+
     @property
     def position(self) -> float:
         """Where the schedules stand, in steps of the final model: with growth the steps of the smaller models count by their FLOPs."""
-        if not self.growth:
+        if not self.by_flops:
             return self.step
         return max(self.horizon.num_iterations * min(1.0, self.flops / self.budget), min(self.step, self.settings.warmup_steps))
 
@@ -264,17 +269,22 @@ class Pretraining(TrainLoop):
     # -- between the steps
 
     @property
+    def by_flops(self) -> bool:
+        """How long the run is: it is not known in steps how long one is that grows in its course."""
+        return self.growth is not None and not self.settings.branch_from
+
+    @property
     def done(self) -> bool:
-        return self.flops >= self.budget if self.growth else self.step == self.horizon.num_iterations
+        return self.flops >= self.budget if self.by_flops else self.step == self.horizon.num_iterations
 
     def progress(self) -> float:
         return self.flops / self.budget
 
     def shown_progress(self) -> float:
-        return super().shown_progress() if self.growth else self.step / self.horizon.num_iterations  # nanochat's: before the step
+        return super().shown_progress() if self.by_flops else self.step / self.horizon.num_iterations  # nanochat's: before the step
 
     def of_how_many(self) -> str:
-        return "" if self.growth else f"/{self.horizon.num_iterations:05d}"
+        return "" if self.by_flops else f"/{self.horizon.num_iterations:05d}"
 
     def data_facts(self) -> dict:
         return dict(epoch=self.data.state["epoch"], pq=self.data.state["pq_idx"], rg=self.data.state["rg_idx"])
@@ -318,9 +328,9 @@ class Pretraining(TrainLoop):
         return dict(
             step=self.step, val_bpb=self.val_bpb, model_config=asdict(self.model.config), user_config=self.user_config, device_batch_size=self.plan.rows,
             max_seq_len=self.settings.max_seq_len, total_batch_size=self.total_batch_size, world_size=self.world_size,
-            tokenizer=self.tokenizer.checksum(), growth=self.growth_history,
+            tokenizer=self.tokenizer.checksum(), growth=self.growth.earlier + self.growth.history if self.growth else self.growth_history,
             dataloader_state_dict={key: self.data.state[key] for key in ("pq_idx", "rg_idx", "epoch")},
-            loop_state=self.loop_state() | dict(flops=self.flops) | (self.growth.loop_state() if self.growth else {}), **growing)
+            loop_state=self.loop_state() | dict(flops=self.flops, schedule=self.schedule_shares()) | (self.growth.loop_state() if self.growth else {}), **growing)
 
     def final_report(self, peak_memory: float) -> list[dict]:
         return [{

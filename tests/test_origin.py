@@ -46,6 +46,51 @@ def test_a_branch_of_a_growing_trunk_stays_as_large_as_it_is(base):
     assert meta["model_config"] == small and meta["growth"] == []
 
 
+def test_a_branch_that_goes_on_steadily_is_the_trunk(base):
+    """And can be branched off itself; its warm-down is that of a branch off the trunk."""
+    assert tiny.train(*TRUNK) == 0
+    flags = ("--device-type=cpu", "--save-every=-1")
+    assert tiny.base_train.main(["--branch-from=trunk@4", "--steady-steps=4", "--model-tag=on", *flags]) == 0
+    assert tiny.identical(weights(base, "on", 8), weights(base, "trunk", 8))
+    assert tiny.base_train.main(["--branch-from=on@8", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=twice", *flags]) == 0
+    assert tiny.base_train.main(["--branch-from=trunk@8", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=once", *flags]) == 0
+    assert tiny.identical(weights(base, "twice", 11), weights(base, "once", 11))
+    assert [record["lrm"] for record in read_run_log(tiny.folder(base, "twice") / "log.jsonl") if record["kind"] == "train"] == pytest.approx([1, 1, 0.525])
+
+
+def test_a_branch_that_grows_at_its_beginning(base):
+    """Losslessly, on the trunk's next batch, resumable, and its own branches know of both growths."""
+    assert tiny.train(*TRUNK, "--depth=2") == 0
+    flags = ("--device-type=cpu", "--eval-every=1", "--save-every=1")
+    branch = ["--branch-from=trunk@4", "--grow-to=3x96", "--steady-steps=3", "--model-tag=larger", *flags]
+    assert tiny.base_train.main(branch) == 0
+    log = read_run_log(tiny.folder(base, "larger") / "log.jsonl")
+    growth = next(record for record in log if record["kind"] == "grow")
+    assert growth["step"] == 4 and growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-4)
+    final = weights(base, "larger", 7)
+    for step in (6, 7):
+        (tiny.folder(base, "larger") / f"model_{step:06d}.pt").unlink()
+    assert tiny.base_train.main([*branch, "--resume"]) == 0
+    assert tiny.identical(weights(base, "larger", 7), final)
+    assert tiny.base_train.main(["--branch-from=larger@7", "--grow-to=4x96", "--grow-depth-mode=stack", "--warmdown-steps=2", "--model-tag=largest", *flags]) == 0
+    meta = checkpoints.load_meta(tiny.folder(base, "largest"), 9)
+    assert [(growth["from"], growth["to"], growth["step"]) for growth in meta["growth"]] == [("2x64", "3x96", 4), ("3x96", "4x96", 7)]
+    assert meta["loop_state"]["flops"] > checkpoints.load_meta(tiny.folder(base, "larger"), 7)["loop_state"]["flops"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--branch-from=trunk@4"], "give --warmdown-steps, --steady-steps or both"),
+    (["--steady-steps=3"], "add --branch-from"),
+    (["--grow-to=3x96"], "add --branch-from"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=3x96,4x96"], "several shapes"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=1x96", "--model-tag=x"], "only grows"),
+])
+def test_branches_that_cannot_be(base, capsys, flags, message):
+    assert tiny.train(*TRUNK) == 0
+    assert tiny.base_train.main([*flags, "--device-type=cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_layers_that_were_frozen(base):
     """A branch leaves them so, also when it is resumed; a run that only takes the weights trains all."""
     flags = ("--grow-path=2x64,3x64", "--head-dim=32", "--grow-at=0.2", "--grow-freeze", "--save-every=2")

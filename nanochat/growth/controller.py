@@ -78,10 +78,12 @@ class GrowthSettings:
 class GrowthController:
     """Grows a training's model stage by stage. `loop` is the training (train_loop.py); what it must offer is what is used of it here.
 
-    budget: FLOPs of the whole run. Raises UsageError for a path that cannot be grown along, before the run begins.
+    budget: FLOPs of the whole run. growths_at: shares of it, instead of those that the settings ask for. earlier: growths of the run that this one goes on from,
+    which are told in its checkpoints too. Raises UsageError for a path that cannot be grown along, before the run begins.
     """
 
-    def __init__(self, settings: GrowthSettings, stages: list[Stage], budget: int, padded_vocab: int, seed: int, measured: bool):
+    def __init__(self, settings: GrowthSettings, stages: list[Stage], budget: int, padded_vocab: int, seed: int, measured: bool,
+                 growths_at: list[float] | None = None, earlier: list[dict] | None = None):
         self.settings, self.seed, self.measured = settings, seed, measured
         self.stages = stages
         width = width_mode(settings.grow_mode, **settings.growth_parameters())
@@ -89,9 +91,10 @@ class GrowthController:
             model_maps(width, layered_config(before.config), layered_config(after.config), after.layers, padded_vocab)
         self.budget = round(settings.grow_budget * budget)
         growths = len(self.stages) - 1
-        self.growths_at = parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths)
+        self.growths_at = growths_at or (parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths))
         if len(self.growths_at) != growths:
             raise UsageError(f"--grow-at={settings.grow_at} has {len(self.growths_at)} moments for {growths} growths")
+        self.earlier = earlier or []
         self.history: list[dict] = []  # of the growths so far, for the checkpoints
         self.grown_at = -1  # step
         self.trigger: GrowthTrigger | None = None

@@ -1,4 +1,5 @@
 """The plan of a growing run: its stages, and the share of the FLOPs after which each ends at the latest."""
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,17 @@ def parse_path(text: str) -> list[Shape]:
             raise UsageError(f"{part.strip()!r} is not a model; depth and width must be 1 or more")
         shapes.append(Shape(depth, width, rank))  # type: ignore[arg-type]
     return shapes
+
+
+def one_shape(text: str) -> Shape:
+    """Of a flag."""
+    try:
+        shape, *more = parse_path(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if more:
+        raise argparse.ArgumentTypeError(f"{text!r} are several shapes; give one")
+    return shape
 
 
 def parse_fractions(text: str) -> list[float]:
