@@ -11,17 +11,9 @@ model is looked up on the trunk's own curve: it is worth as many tokens D_eff as
 so 1 says that the small model's tokens count as the large one's would have, and 0 that they were lost. Growth pays at a constant rate as long as rho exceeds the
 small model's share of the FLOPs per token. Everything on fresh text (no token twice), all in the same order. Losses in bits per byte.
 """
-import json
-import statistics
-import sys
-from pathlib import Path
 
-import numpy as np
 
-from analysis.trials import Result, Trial, picture, run_trials, study_parser
-from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from analysis.trials import Trial
 
 UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
 LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.cli import UsageError
-from nanochat.growth.kappa import earlier_runs
+from nanochat.growth.kappa import earlier_runs, read_config
+from nanochat.growth.plan import describe
 from nanochat.run_log import FILENAME, read_run_log
 
 # USD per GPU and hour by a word in the device name, and for any other GPU
@@ -23,10 +24,13 @@ def hourly_rate(gpu_name: str) -> float:
 
 
 def find_run_log(base_dir: str | Path, model_tag: str | None = None) -> Path | None:
-    """The log of the run `model_tag`, else the one written to last, or None where nothing was trained yet."""
+    """The log of the run `model_tag`, else the one written to last (of a branch the trunk's), or None where nothing was trained yet."""
     logs = {path.parent.name: path for path in Path(base_dir, "base_checkpoints").glob(f"*/{FILENAME}")}
     if model_tag is None:
-        return max(logs.values(), key=lambda path: path.stat().st_mtime, default=None)
+        path = max(logs.values(), key=lambda path: path.stat().st_mtime, default=None)
+        while path is not None and (trunk := TrainingRun(path).branched_off()[0]) in logs:
+            path = logs[trunk]
+        return path
     if model_tag not in logs:
         raise UsageError(f"no run log for --model-tag={model_tag} in {base_dir}; there are: {', '.join(sorted(logs)) or 'none'}")
     return logs[model_tag]
@@ -64,6 +68,12 @@ def verbatim(text: str) -> str:
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n"
+
+
+def _asked_and_got(growth: dict) -> tuple[str, str]:
+    """kappa, and the share of the gain that was left by the prediction of then, where a growth was decided so."""
+    kappa = growth.get("kappa")
+    return ("" if kappa is None else f"{kappa:g}", "" if growth.get("gain_left") is None else f"{growth['gain_left']:.2f}")
 
 
 class TrainingRun:
@@ -111,11 +121,10 @@ class TrainingRun:
     def markdown(self, pictures: str) -> str:
         """The run's section; `pictures` is the Markdown that shows its curves."""
         parts = [f"## Pretraining run {self.tag}\n", table(["", ""], self._at_a_glance(), align="---"), pictures]
-        if grows := self.of("grow"):
-            parts += ["### Growth\n"]
-            parts += [f"**{record.get('label', 'growth')}**\n\n" + bullets(
-                {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "label", "counts", "model_config")})
-                      for record in grows]
+        if self.of("grow"):
+            parts += ["### Growth\n", self.stages_table()]
+        if self.branches():
+            parts += ["### Branches\n", self.branches_table()]
         if counts := self.latest("counts", "start", "grow"):
             total = counts.get("total") or sum(counts.values())
             rows = [[f"`{name}`", f"{value:,}", f"{value / total:.1%}"] for name, value in counts.items()]
@@ -131,6 +140,60 @@ class TrainingRun:
             if items := self.latest(key, "start", "grow"):
                 parts += [f"### {title}\n", bullets(items)]
         return "\n".join(parts)
+
+    def stages_table(self) -> str:
+        """A line for each size of a run that grew: what it cost, how far it came, and why it ended. A branch counts what its trunk spent as its own."""
+        start, grows = self.last("start"), self.of("grow")
+        budget = self.latest("flops", "train", "eval", "grow") or 0
+        rows, before = [], {"tokens": 0, "flops": 0, "time": 0.0}
+        for number in range(len(grows) + 1):
+            opening = grows[number - 1] if number else start
+            growth = grows[number] if number < len(grows) else None
+            end = growth or {name: self.latest(name, "train", "eval", "grow") or 0 for name in before}
+            counts, config = opening.get("counts") or {}, opening.get("model_config") or {}
+            first = opening.get("loss_after") if number else next((record["val_bpb"] for record in self.of("eval") if record.get("val_bpb") is not None), None)
+            last = growth.get("loss_before") if growth else self.latest("val_bpb", "eval")
+            spent = {name: (end.get(name) or 0) - before[name] for name in before}
+            rows.append([
+                number, describe(read_config(config)) if config else "", counts and count(counts.get("total", 0)), count(spent["tokens"]),
+                f"{spent['flops']:.2e}" + (f" ({spent['flops'] / budget:.0%})" if budget else ""), duration(spent["time"]), decimals(first), decimals(last),
+                *_asked_and_got(growth or {}), (growth or {}).get("reason", "the end")])
+            before = {name: end.get(name) or 0 for name in before}
+        return table(["Stage", "Shape", "Parameters", "Tokens", "FLOPs", "Time", "bpb at its start", "at its end", "kappa asked", "gain left", "Why it ended"], rows)
+
+    def branches(self) -> list["TrainingRun"]:
+        """The runs beside this one that branch off it, by the step they do it at."""
+        found = []
+        for path in self.path.parent.parent.glob(f"*/{FILENAME}"):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                first = f.readline()  # the flags; there may be hundreds of runs, and most of them are others
+            if f'"{self.tag}@' in first:
+                try:
+                    found.append(TrainingRun(path))
+                except UsageError:
+                    continue
+        return sorted((run for run in found if run.branched_off()[0] == self.tag), key=lambda run: (run.branched_off()[1], run.tag))
+
+    def branched_off(self) -> tuple[str, int]:
+        """(tag, step) of the trunk; ("", 0) of a run that has none."""
+        tag, _, step = str((self.last("start").get("config") or {}).get("branch_from") or "").rpartition("@")
+        return (tag, int(step)) if tag and step.isdecimal() else ("", 0)
+
+    def branches_table(self) -> str:
+        """A line for each branch; its tokens, FLOPs and time hold those of the trunk up to where it begins."""
+        rows = []
+        for run in self.branches():
+            config, counts = run.latest("model_config", "start", "grow"), run.latest("counts", "start", "grow") or {}
+            own = (run.latest("flops", "train", "eval") or 0) - (run.of("train")[0]["flops"] - self._flops_of_a_step(run) if run.of("train") else 0)
+            rows.append([run.tag, describe(read_config(config)) if config else "", count(counts.get("total", 0)), f"{run.branched_off()[1]:,}",
+                         count(run.latest("tokens", "train", "eval") or 0), f"{run.latest('flops', 'train', 'eval') or 0:.2e}", f"{own:.1e}",
+                         duration(run.latest("time", "train", "eval") or 0), decimals(run.latest("val_bpb", "eval"))])
+        return table(["Branch", "Shape", "Parameters", "from step", "Tokens", "FLOPs", "of them its own", "Time", "Validation bpb"], rows)
+
+    @staticmethod
+    def _flops_of_a_step(run: "TrainingRun") -> float:
+        start = run.last("start")
+        return (run.latest("flops_per_token", "start", "grow") or 0) * (start.get("total_batch_size") or 0)
 
     def _at_a_glance(self) -> list[list[str]]:
         start, end, evals = self.last("start"), self.last("end"), [record for record in self.of("eval") if record.get("val_bpb")]
@@ -184,7 +247,7 @@ class TrainingRun:
         from matplotlib.ticker import EngFormatter, MaxNLocator
 
         axes = axes or self.axes
-        scratch = self.from_scratch()
+        scratch, branches = self.from_scratch(), self.branches()
         ink, colors = "#808890", ("#3b82f6", "#e8853d")
         figure = Figure(figsize=(5 * len(axes), 5), layout="constrained")
         panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
@@ -202,9 +265,13 @@ class TrainingRun:
                     loss_panel.plot(np.add.reduceat(xs, starts) / size / scale, np.add.reduceat(ys, starts) / size, color=colors[0], **style)
             xs, ys = self._curve("eval", x, "val_bpb")
             bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3, label=self.tag)
+            for i, branch in enumerate(branches):
+                xs, ys = branch._curve("eval", x, "val_bpb")
+                bpb_panel.plot(xs / scale, ys, color=f"C{2 + i % 6}", linewidth=1.4, marker="o", markersize=2, label=branch.tag)
             if scratch:
                 xs, ys = scratch._curve("eval", x, "val_bpb")
                 bpb_panel.plot(xs / scale, ys, color=ink, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
+            if scratch or branches:
                 bpb_panel.legend(frameon=False, labelcolor=ink, fontsize=8)
             for record in self.of("grow"):
                 before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]

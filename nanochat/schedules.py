@@ -37,7 +37,7 @@ def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> fl
     warmdown = round(warmdown_ratio * num_iterations)
     if step < 400:
         return 0.85 + (0.97 - 0.85) * step / 400
-    if step >= num_iterations - warmdown:
+    if warmdown and step >= num_iterations - warmdown:
         return 0.97 + (0.90 - 0.97) * (step - (num_iterations - warmdown)) / warmdown
     return 0.97
 

@@ -40,13 +40,16 @@ from nanochat.evaluations import sample_prompts
 from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
+from nanochat.growth import family
 from nanochat.growth.optimizer import leave_out_frozen
 from nanochat.layered_gpt import build_gpt
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
 from nanochat.origin import as_json
 from nanochat.recipe import scaling_params
+from nanochat.run_log import FILENAME
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
+from nanochat.run_report import TrainingRun
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, check_output, find_resume_step
@@ -77,10 +80,15 @@ def parse(argv) -> Settings:
         defaults = dict(weight_decay=0.0, warmup_steps=0) | defaults
     if defaults:
         settings = parse_settings(Settings, argv, "Pretrain a base model", **defaults)
-    if settings.block == "ngpt":
-        if settings.weight_decay:
-            raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
-                             "leave it out")
+    if settings.block == "ngpt" and settings.weight_decay:
+        raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
+                         "leave it out")
+    if settings.grow_family:
+        settings.path()  # there must be one
+        if settings.branch_from:
+            raise UsageError("--grow-family makes branches itself; leave --branch-from out")
+        if not 0 < settings.warmdown_ratio < 1:
+            raise UsageError(f"--grow-family needs rates that fall at the end; give --warmdown-ratio a share between 0 and 1, not {settings.warmdown_ratio:g}")
     return settings
 
 
@@ -94,11 +102,23 @@ def main(argv=None) -> None:
             print0("Counted without FP8")
         return
     with training_process(settings) as process:
-        training = Pretraining(settings, process)
-        if not settings.grow_plan:
-            with locked(training.folder, wait=False) if process.master else nullcontext():
-                training.start()
-                training.run()
+        if settings.grow_plan:
+            Pretraining(settings, process)
+        elif not settings.grow_family:
+            train(settings, process)
+        else:
+            trunk = train(family.trunk(settings), process)
+            for branch in family.branches(settings, trunk.folder, trunk.step):
+                train(branch, process)
+            print0(TrainingRun(trunk.folder / FILENAME).branches_table())
+
+
+def train(settings: Settings, process: Process) -> "Pretraining":
+    training = Pretraining(settings, process)
+    with locked(training.folder, wait=False) if process.master else nullcontext():
+        training.start()
+        training.run()
+    return training
 
 
 class Pretraining(TrainLoop):

@@ -8,7 +8,9 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import report
 from nanochat.fp8 import Float8Linear
+from nanochat.growth.plan import shares_of_flops
 from nanochat.run_log import read_run_log
+from nanochat.run_report import TrainingRun, find_run_log
 from scripts import base_train
 from tests import tiny
 
@@ -210,3 +212,44 @@ def test_two_ranks_grow_to_what_one_has(base):
     bpb = [(a[4], b[4]) for a, b in zip(one, two) if a[0] == "eval"]
     assert all(a == pytest.approx(b, abs=1e-4) for a, b in bpb)
     assert json.dumps(grows(base, "ranks0")[0]["counts"]) == json.dumps(grows(base, "ranks2")[0]["counts"])
+
+
+def test_a_family_from_one_trunk(base_dir, capsys):
+    """Each size is finished by a branch; the trunk is at a constant rate, and only what is missing is trained by a resume."""
+    tiny.prepare(base_dir)
+    flags = ("--grow-path=2x64,2x96,3x96", "--grow-at-tokens=0.4,0.7", "--grow-family", "--warmdown-ratio=0.25", "--warmup-steps=0", "--num-iterations=40", "--model-tag=family")
+    assert tiny.train(*flags) == 0
+    out = capsys.readouterr().out
+    tags = ["family-2x64", "family-2x96", "family-3x96"]
+    runs = {tag: read_run_log(tiny.folder(base_dir, tag) / "log.jsonl") for tag in ["family", *tags]}
+    assert {record["lrm"] for record in runs["family"] if record["kind"] == "train"} == {1.0}
+    for tag in tags:
+        assert [record["lrm"] for record in runs[tag] if record["kind"] == "train"][-1] < 0.7
+        assert tag in out and next(record for record in runs[tag] if record["kind"] == "end")
+    budget = runs["family"][0]["flops_per_token"]  # of the first model
+    assert budget and runs["family-3x96"][-1]["total_flops"] > runs["family"][-1]["total_flops"] > runs["family-2x64"][-1]["total_flops"]
+    shutil.rmtree(tiny.folder(base_dir, "family-2x96"))
+    before = (tiny.folder(base_dir, "family-2x64") / "log.jsonl").read_bytes()
+    assert tiny.train(*flags, "--resume") == 0
+    assert "family-2x64 is finished" in capsys.readouterr().out
+    assert (tiny.folder(base_dir, "family-2x64") / "log.jsonl").read_bytes() == before
+    assert read_run_log(tiny.folder(base_dir, "family-2x96") / "log.jsonl")[-1]["min_val_bpb"] == runs["family-2x96"][-1]["min_val_bpb"]
+    report = TrainingRun(find_run_log(base_dir))
+    assert report.tag == "family" and all(tag in report.markdown("") for tag in tags) and report.picture()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--grow-family"], "add --grow-from or --grow-path"),
+    (["--grow-path=2x64,3x64", "--grow-at=0.5", "--grow-family", "--warmdown-ratio=0"], "--warmdown-ratio"),
+    (["--grow-path=2x64,3x64", "--grow-at=0.5", "--grow-at-tokens=0.5"], "give one of them"),
+    (["--grow-path=2x64,3x64", "--grow-at-tokens=0.5,0.7"], "2 moments for 1 growths"),
+])
+def test_flags_of_families_that_contradict_each_other(base_dir, capsys, flags, message):
+    tiny.prepare(base_dir)
+    assert tiny.train(*flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shares_of_tokens_as_shares_of_flops():
+    assert shares_of_flops([0.8], [3, 10]) == pytest.approx([2.4 / 4.4])
+    assert shares_of_flops([0.2, 0.5], [1, 1, 1]) == pytest.approx([0.2, 0.5])

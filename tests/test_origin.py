@@ -82,12 +82,18 @@ def test_a_branch_that_grows_at_its_beginning(base):
     (["--branch-from=trunk@4"], "give --warmdown-steps, --steady-steps or both"),
     (["--steady-steps=3"], "add --branch-from"),
     (["--grow-to=3x96"], "add --branch-from"),
-    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=3x96,4x96"], "several shapes"),
     (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=1x96", "--model-tag=x"], "only grows"),
 ])
 def test_branches_that_cannot_be(base, capsys, flags, message):
     assert tiny.train(*TRUNK) == 0
     assert tiny.base_train.main([*flags, "--device-type=cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape, message", [("3x96,4x96", "several shapes"), ("3", "is not a shape"), ("0x0", "must be")])
+def test_shapes_that_are_none(base_dir, capsys, shape, message):
+    with pytest.raises(SystemExit, match="2"):
+        tiny.base_train.main(["--branch-from=trunk@4", "--steady-steps=3", f"--grow-to={shape}"])
     assert message in capsys.readouterr().err
 
 

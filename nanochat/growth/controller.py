@@ -24,6 +24,7 @@ from nanochat.growth.plan import (
     latest_growths,
     parse_fractions,
     parse_path,
+    shares_of_flops,
     show_plan,
 )
 from nanochat.growth.target import DEPTH_MODES, layered_config
@@ -47,6 +48,8 @@ class GrowthSettings:
     grow_theta: float | None = flag(None, "Angle of the lossless mode in degrees; 45: copies of channels, 0: fresh ones", type=finite_float)
     grow_spread: float | None = flag(None, "How unequally copies of heads and units are read in the lossless mode, from 0 to 1", type=fraction)
     grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
+    grow_at_tokens: str | None = flag(None, "Shares of the tokens at which to grow, as --grow-at of the FLOPs")
+    grow_family: bool = flag(False, "Finish a model of every size: the run grows at a constant rate, and of each size a branch decays over --warmdown-ratio")
     grow_freeze: bool = flag(False, "Train only what a growth adds in depth; layers that were there stay as they are")
 
     def growth_path(self, depth: int, aspect_ratio: int, head_dim: int, eval_every: int) -> list[Shape]:
@@ -54,13 +57,15 @@ class GrowthSettings:
         if self.grow_path and self.grow_from:
             raise UsageError("--grow-path and --grow-from both say where to start; give one of them")
         if not (self.grow_path or self.grow_from):
-            for name, value in (("kappa", self.kappa), ("grow-at", self.grow_at)):
+            for name, value in (("kappa", self.kappa), ("grow-at", self.grow_at), ("grow-at-tokens", self.grow_at_tokens)):
                 if value is not None:
                     raise UsageError(f"--{name} says when to grow, but not into what; add --grow-from or --grow-path")
+            if self.grow_family:
+                raise UsageError("--grow-family finishes a model of each size, but there is one only; add --grow-from or --grow-path")
             return []
-        if self.kappa is not None and self.grow_at:
-            raise UsageError("--kappa and --grow-at both decide when to grow; give one of them")
-        if self.kappa is None and not self.grow_at:
+        if sum(given is not None for given in (self.kappa, self.grow_at, self.grow_at_tokens)) > 1:
+            raise UsageError("--kappa, --grow-at and --grow-at-tokens all decide when to grow; give one of them")
+        if self.kappa is None and not self.grow_at and not self.grow_at_tokens:
             raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
         if self.kappa is not None and eval_every < 1:
             raise UsageError("kappa is decided by validations; give --eval-every a positive number")
@@ -92,15 +97,17 @@ class GrowthController:
         self.budget = round(settings.grow_budget * budget)
         growths = len(self.stages) - 1
         self.growths_at = growths_at or (parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths))
+        if settings.grow_at_tokens and not growths_at:
+            self.growths_at = shares_of_flops(parse_fractions(settings.grow_at_tokens), [stage.flops_per_token for stage in stages])
         if len(self.growths_at) != growths:
-            raise UsageError(f"--grow-at={settings.grow_at} has {len(self.growths_at)} moments for {growths} growths")
+            raise UsageError(f"--grow-at={settings.grow_at or settings.grow_at_tokens} has {len(self.growths_at)} moments for {growths} growths")
         self.earlier = earlier or []
         self.history: list[dict] = []  # of the growths so far, for the checkpoints
         self.grown_at = -1  # step
         self.trigger: GrowthTrigger | None = None
 
     def show_plan(self) -> str:
-        return show_plan(self.stages, self.budget, self.growths_at, fixed=bool(self.settings.grow_at))
+        return show_plan(self.stages, self.budget, self.growths_at, fixed=self.settings.kappa is None)
 
     def stage(self) -> Stage:
         return self.stages[len(self.history)]

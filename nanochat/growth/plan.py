@@ -62,6 +62,15 @@ def parse_fractions(text: str) -> list[float]:
     return fractions
 
 
+def shares_of_flops(at: Sequence[float], flops_per_token: Sequence[int]) -> list[float]:
+    """The shares of a run's FLOPs that are spent at these shares of its tokens, `flops_per_token` of each stage; one more stage than shares."""
+    if len(at) + 1 != len(flops_per_token):
+        raise UsageError(f"{len(at)} moments for {len(flops_per_token) - 1} growths; give one for each")
+    ends = [*at, 1.0]
+    spent = [(end - start) * flops for start, end, flops in zip([0.0, *ends], ends, flops_per_token)]
+    return [sum(spent[:i + 1]) / sum(spent) for i in range(len(at))]
+
+
 def dial_path(grow_from: int, depth: int, stages: int, aspect_ratio: int, head_dim: int) -> list[Shape]:
     """The shapes of `stages` growths from one depth to another, evenly spaced, with nanochat's width for each depth. Raises UsageError."""
     if not 1 <= grow_from < depth:
