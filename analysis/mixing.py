@@ -11,9 +11,18 @@ model is looked up on the trunk's own curve: it is worth as many tokens D_eff as
 so 1 says that the small model's tokens count as the large one's would have, and 0 that they were lost. Growth pays at a constant rate as long as rho exceeds the
 small model's share of the FLOPs per token. Everything on fresh text (no token twice), all in the same order. Losses in bits per byte.
 """
+import json
+import statistics
+import sys
+from pathlib import Path
 
+import numpy as np
 
-from analysis.trials import Trial
+from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_trials, study_parser
+from nanochat.cli import command, positive_int
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
+from nanochat.growth.kappa import fit_power_law
 
 UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
 LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,
@@ -59,3 +68,80 @@ def plan(seed: int) -> dict[str, Trial]:
     for units in (5, 10, HORIZON):
         found[f"4x128, decayed at {units}"] = decayed(large, steps(units * (1 - DECAY)) // UNIT * UNIT, steps(units))
     return found
+
+
+def worth(losses, law) -> np.ndarray:
+    """The tokens per parameter after which the trunk has these losses, by the power law through its own; infinite below its asymptote."""
+    reducible = np.asarray(losses, dtype=float) - law.p
+    return np.where(reducible > 0, (np.maximum(reducible, 1e-9) / law.a) ** (-1 / law.b) - law.t0, np.inf)
+
+
+def rho_of(result: Result, law, small: float) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens per parameter since the growth, rho there) at each validation of a model that grew after `small` tokens per parameter."""
+    since = np.array(result.steps) / UNIT - small
+    return since, (worth(result.bpb, law) - since) / small
+
+
+def curve_of(result: Result, begin: int = 2):
+    """The power law through a trunk's validations, in tokens per parameter; the first ones, on which no power law holds, are left out."""
+    return fit_power_law(np.array(result.steps[begin:]) / UNIT, result.bpb[begin:])
+
+
+def draw(runs: dict[str, list[Result]], path: Path) -> None:
+    """Left: losses at a constant rate over tokens. Right: rho over the tokens since the growth. Mean of the seeds."""
+    with pictures(path, 13, 5, 2) as (losses, rhos):
+        for i, (name, seeds) in enumerate((name, seeds) for name, seeds in runs.items() if "decayed" not in name):
+            x = np.array(seeds[0].steps) / UNIT
+            y = np.mean([seed.bpb for seed in seeds], axis=0)
+            color = "black" if i == 0 else f"C{(i - 1) % 10}"
+            losses.plot(x[2:], y[2:], color=color, label=name, linewidth=1.2, linestyle="-" if "->" in name or i == 0 else ":")
+            if "->" in name:
+                pairs = [rho_of(seed, curve_of(scratch), SHARE * HORIZON) for seed, scratch in zip(seeds, runs["4x128"])]
+                rhos.plot(pairs[0][0], np.mean([rho for _, rho in pairs], axis=0), color=color, marker=".", label=name)
+        losses.set_xlabel("tokens per parameter of 4x128")
+        losses.set_ylabel("validation bits per byte, constant rate")
+        losses.set_ylim(top=runs["4x128"][0].bpb[3])
+        rhos.set_xlabel("tokens per parameter since the growth")
+        rhos.set_ylabel("rho: what a token of the small model is worth")
+        rhos.axhline(0.31, color="grey", linewidth=0.8, linestyle="--")
+        for panel in (losses, rhos):
+            panel.legend(frameon=False, fontsize=8)
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    args = parser.parse_args(argv)
+    plans = [plan(seed) for seed in range(42, 42 + args.seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
+    by_seed = [{name: next(results) for name in found} for found in plans]
+    runs = {name: [seed[name] for seed in by_seed] for name in plans[0]}
+    laws = [curve_of(result) for result in runs["4x128"]]
+    small = SHARE * HORIZON
+    print(f"Growth after {small:g} tokens per parameter of 4x128, at a constant rate. rho after so many more:\n")
+    after = [0, 1, 2, 3, 6, 10]
+    print("| growth | " + " | ".join(map(str, after)) + " |\n|---|" + "---:|" * len(after))
+    for name, seeds in runs.items():
+        if "->" in name and "decayed" not in name:
+            found = [dict(zip(*(np.round(x, 3) for x in rho_of(seed, law, small)))) for seed, law in zip(seeds, laws)]
+            print(f"| {name} | " + " | ".join(f"{statistics.mean(f[t] for f in found):.2f}" if all(t in f for f in found) else "" for t in map(float, after)) + " |")
+    scratch = [name for name in runs if name.startswith("4x128, decayed")]
+    nats = nats_per_bpb()
+    print("\n| run | tokens per parameter | FLOPs, of scratch's | bits per byte | nats per token above scratch | FLOPs, of those that scratch needs for this loss |\n|---|---:|---:|---:|---:|---:|")
+    reference = runs[f"4x128, decayed at {HORIZON}"]
+    for name, seeds in runs.items():
+        if "decayed" in name:
+            rows = [(run.flops[-1] / full.flops[-1], run.final, (run.final - full.final) * nats,
+                     run.flops[-1] / cost_with(run.final, [by[other].flops[-1] for other in scratch], [by[other].final for other in scratch]))
+                    for run, full, by in zip(seeds, reference, by_seed)]
+            share, loss, gap, needed = (statistics.mean(row[i] for row in rows) for i in range(4))
+            print(f"| {name} | {seeds[0].steps[-1] / UNIT:g} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {needed:.2f} |")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(runs, default=vars))
+    if args.plot:
+        draw(runs, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

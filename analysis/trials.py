@@ -170,13 +170,20 @@ def study_parser(doc: str) -> ArgumentParser:
 
 
 @contextlib.contextmanager
-def picture(path: Path, width: float, height: float):
-    """Yields the axes of a picture of that many inches, which is written afterwards."""
+def pictures(path: Path, width: float, height: float, columns: int):
+    """Yields the axes of so many pictures side by side, of that many inches in all, which are written to one file afterwards."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure.subplots()
+    yield figure.subplots(1, columns, squeeze=False)[0]
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float):
+    """One of `pictures`."""
+    with pictures(path, width, height, 1) as (axes,):
+        yield axes
 
 
 def cost_with(loss: float, costs: Sequence[float], losses: Sequence[float]) -> float:

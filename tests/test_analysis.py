@@ -4,10 +4,12 @@ import json
 import pytest
 import torch
 
-from analysis import growth, growth_bound, low_rank, normalized, trials, width_transfer
-from analysis.trials import Result, cost_with
+from analysis import growth, growth_bound, low_rank, mixing, normalized, trials, width_transfer
+from analysis.trials import Result, Trial, cost_with
 from nanochat.files import locked
+from nanochat.growth.kappa import fit_power_law
 from scripts import base_train
+from tests import tiny
 
 
 @pytest.mark.parametrize("study, flags, runs", [
@@ -60,11 +62,41 @@ def test_a_trial_is_trained_once_whoever_asks(base_dir, monkeypatch):
     def main(flags):
         trained.append(flags)
         print("\u4f60\ud800")
-        with locked(base_dir / "base_checkpoints" / trials.name_of({"depth": 1}), wait=False):  # base_train holds the same folder
+        with locked(base_dir / "base_checkpoints" / Trial({"depth": 1}).name, wait=False):  # base_train holds the same folder
             return 1
 
     monkeypatch.setattr(base_train, "main", main)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for _ in range(2):
-        trials._run(str(base_dir), {"depth": 1})
-    assert len(trained) == 1 and trials.read(str(base_dir), {"depth": 1}).final == float("inf")
+        trials._run(str(base_dir), Trial({"depth": 1}), set())
+    assert len(trained) == 1 and trials.read(str(base_dir), Trial({"depth": 1})).final == float("inf")
+
+
+@pytest.mark.slow
+def test_branches_begin_where_their_parents_stand(base_dir, monkeypatch):
+    """Parents come first, whatever the order, keep what branches begin with and nothing else, and are trained again when it is missing."""
+    tiny.prepare(base_dir)
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    flags = dict(flag.removeprefix("--").split("=") for flag in (*tiny.FLAGS, "--warmdown-ratio=0", "--save-every=2"))
+    trunk = Trial(flags)
+    grown = trunk.branch(4, grow_to="3x128", steady_steps=4, save_every=2)
+    decayed = grown.branch(6, warmdown_steps=2)
+    first, last = trials.run_trials(str(base_dir), [decayed, trunk], jobs=1)
+    assert last.steps[-1] == 8 and first.steps[-1] == 8 and first.params > last.params and first.flops[-1] > last.flops[-1]
+    left = lambda trial: sorted(path.name for path in trials.folder_of(str(base_dir), trial).glob("model_*.pt"))
+    assert (left(trunk), left(grown), left(decayed)) == (["model_000004.pt"], ["model_000006.pt"], [])
+    times = lambda trial: (trials.folder_of(str(base_dir), trial) / "done.json").stat().st_mtime_ns
+    before = times(trunk), times(grown)
+    assert trials.run_trials(str(base_dir), [decayed], jobs=1)[0].bpb == first.bpb
+    other = trials.run_trials(str(base_dir), [grown.branch(8, warmdown_steps=1)], jobs=1)[0]
+    assert other.steps[-1] == 9 and times(trunk) == before[0] and times(grown) != before[1], "only the parent that lacked the step was trained again"
+
+
+def test_what_a_small_models_token_is_worth():
+    """Read off the trunk's own curve: 1 if the grown model has the trunk's loss of all tokens, 0 if that of the large ones alone."""
+    law = fit_power_law(range(1, 31), [1 + 2 * (t + 1) ** -0.5 for t in range(1, 31)])
+    grown = lambda tokens: Result({}, [mixing.UNIT * 16 + mixing.UNIT * t for t in tokens], [1 + 2 * (16 * share + t + 1) ** -0.5 for t, share in tokens.items()], [], 1.0, 1)
+    since, rho = mixing.rho_of(grown({0: 1.0, 4: 0.5, 10: 0.0}), law, 16)
+    assert list(since) == [0, 4, 10] and list(rho) == pytest.approx([1, 0.5, 0], abs=0.02)
+    plans = mixing.plan(42)
+    assert all(trial.parent is None or trial.step % mixing.UNIT == 0 for trial in plans.values()), "there are checkpoints at whole units only"

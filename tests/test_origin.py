@@ -4,6 +4,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.run_log import read_run_log
+from nanochat.schedules import Schedule, ScheduleSettings
 from scripts import grow_checkpoint
 from tests import tiny
 
@@ -56,6 +57,12 @@ def test_a_branch_that_goes_on_steadily_is_the_trunk(base):
     assert tiny.base_train.main(["--branch-from=trunk@8", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=once", *flags]) == 0
     assert tiny.identical(weights(base, "twice", 11), weights(base, "once", 11))
     assert [record["lrm"] for record in read_run_log(tiny.folder(base, "twice") / "log.jsonl") if record["kind"] == "train"] == pytest.approx([1, 1, 0.525])
+
+
+def test_hyperparameters_at_the_end_of_a_run_without_a_warm_down():
+    """Checkpoints of the last step know them too."""
+    now = Schedule(ScheduleSettings(warmup_steps=0, warmdown_ratio=0.0), 500, 0.1).at(500)
+    assert (now.lr, now.momentum) == (1.0, 0.97)
 
 
 def test_a_branch_that_grows_at_its_beginning(base):
