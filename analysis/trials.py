@@ -97,7 +97,9 @@ def _run(base_dir: str, trial: Trial, kept: set[int]) -> None:
         if read(base_dir, trial) is not None and kept <= weights():  # by another study, while this one waited
             return
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "done.json").unlink(missing_ok=True)
+        if (folder / "done.json").exists():
+            kept = kept | weights()  # of branches that are not asked for now
+            (folder / "done.json").unlink()
         resume = ["--resume"] if weights() else []
         with open(folder / "out.txt", "a", encoding="utf-8", errors="backslashreplace") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             status = base_train.main([*trial.arguments(), *resume])

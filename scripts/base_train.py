@@ -42,6 +42,7 @@ from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training
 from nanochat.gpt import GPT
 from nanochat.growth import family
 from nanochat.growth.optimizer import leave_out_frozen
+from nanochat.growth.target import layered_config, stock_config
 from nanochat.layered_gpt import build_gpt
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
@@ -231,8 +232,9 @@ class Pretraining(TrainLoop):
         if growth:
             growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
-                with torch.device("meta"):
-                    self.model = build_gpt(growth.stage().config)
+                config = growth.stage().config
+                with torch.device("meta"):  # a stock model that has become another stock model is written as one
+                    self.model = build_gpt(config if "layers" in meta["model_config"] else stock_config(layered_config(config)))
         origin.check_shape(self.model.config, meta)
         checkpoints.check_tokenizer(self.tokenizer, self.model.config, meta)
         checkpoints.load_weights(self.model, model_data, self.device)

@@ -55,7 +55,7 @@ def test_the_budget_is_that_of_the_final_model_alone(base):
 
 
 @pytest.mark.parametrize("flags", [
-    AT, *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+    AT, [*AT, "--grow-path=3x64,3x96"], *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
         [*GROW, "--kappa=0.9", "--kappa-final-loss=2"], [*AT, "--grow-mode=random", "--grow-optimizer=reset", "--grow-rewarm=3"],
         [*AT, "--grow-path=2x64,3x64", "--grow-freeze"], [*AT, "--block=ngpt", "--grow-path=2x64x8,3x96x12"]))], ids=lambda f: " ".join(f[5:]))
 def test_resumed_anywhere_it_ends_with_the_same_bits(base, flags):
