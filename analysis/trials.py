@@ -38,6 +38,7 @@ class Result:
     flops: list[float]  # spent until there
     seconds: float  # of training
     params: int  # all parameters
+    begin: float = 0.0  # FLOPs of the trunk that a branch begins with
 
     @property
     def final(self) -> float:
@@ -80,7 +81,12 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"])
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]))
+
+
+def _begin(trains: list[dict]) -> float:
+    """FLOPs before the first of these steps."""
+    return max(0.0, 2 * trains[0]["flops"] - trains[1]["flops"]) if len(trains) > 1 else 0.0
 
 
 def _run(base_dir: str, trial: Trial, kept: set[int]) -> None:

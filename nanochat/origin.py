@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import UsageError, flag, non_negative_int
+from nanochat.cli import UsageError, flag, non_negative_int, positive_float
 from nanochat.gpt import GPTConfig
 from nanochat.growth.plan import Shape, one_shape
 
-OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "steady_steps", "grow_to", "grow_family", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
+OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "steady_steps", "steady_rate", "grow_to", "grow_family", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
 
 
 class Checkpoint(NamedTuple):
@@ -59,6 +59,7 @@ class OriginSettings:
     branch_from: Checkpoint | None = flag(None, "Checkpoint TAG@STEP to go on from, with its flags and a schedule of its own", type=checkpoint_name)
     warmdown_steps: int | None = flag(None, "Steps of a branch over which its learning rates fall", type=non_negative_int)
     steady_steps: int = flag(0, "Steps of a branch before that, at the trunk's learning rates", type=non_negative_int)
+    steady_rate: float | None = flag(None, "Learning rates of a branch until they fall, as a share of the full ones (default: the trunk's where it stands)", type=positive_float)
     grow_to: Shape | None = flag(None, "Shape that a branch grows to before its first step, depth x width [x rank]", type=one_shape)
     init_from: Checkpoint | None = flag(None, "Checkpoint TAG or TAG@STEP whose weights and shape to begin with", type=checkpoint_name)
     init_optimizer: str = flag("new", "Optimizer of --init-from; new: it begins anew, keep: with the checkpoint's moments", choices=("new", "keep"))
@@ -69,8 +70,8 @@ class OriginSettings:
             raise UsageError("--branch-from and --init-from both say where to begin; give one of them")
         if self.branch_from and not self.branch_steps:
             raise UsageError("a branch has a length; give --warmdown-steps, --steady-steps or both")
-        if not self.branch_from and (self.branch_steps or self.grow_to):
-            raise UsageError("--warmdown-steps, --steady-steps and --grow-to are for branches; add --branch-from=TAG@STEP")
+        if not self.branch_from and (self.branch_steps or self.grow_to or self.steady_rate):
+            raise UsageError("--warmdown-steps, --steady-steps, --steady-rate and --grow-to are for branches; add --branch-from=TAG@STEP")
         if self.branch_from and self.branch_from.step is None:
             raise UsageError(f"--branch-from={self.branch_from.tag} lacks the step; write {self.branch_from.tag}@STEP")
 

@@ -135,6 +135,8 @@ class RunPlan:
             now = self.schedule.at(0)._replace(lr=lr, weight_decay=self.weight_decay * decay)
         else:
             now = self.schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget) if self.growth else step)
+        if settings.steady_rate:
+            now = now._replace(lr=settings.steady_rate)
         self.schedule = Branch(settings, now, step, settings.steady_steps, settings.warmdown_steps or 0)
         self.growth = None
         self.horizon = replace(self.horizon, num_iterations=step + settings.branch_steps)

@@ -56,7 +56,10 @@ def test_a_branch_that_goes_on_steadily_is_the_trunk(base):
     assert tiny.base_train.main(["--branch-from=on@8", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=twice", *flags]) == 0
     assert tiny.base_train.main(["--branch-from=trunk@8", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=once", *flags]) == 0
     assert tiny.identical(weights(base, "twice", 11), weights(base, "once", 11))
-    assert [record["lrm"] for record in read_run_log(tiny.folder(base, "twice") / "log.jsonl") if record["kind"] == "train"] == pytest.approx([1, 1, 0.525])
+    rates = lambda tag: [record["lrm"] for record in read_run_log(tiny.folder(base, tag) / "log.jsonl") if record["kind"] == "train"]
+    assert rates("twice") == pytest.approx([1, 1, 0.525])
+    assert tiny.base_train.main(["--branch-from=twice@11", "--steady-rate=0.5", "--steady-steps=1", "--warmdown-steps=2", "--model-tag=again", *flags]) == 0
+    assert rates("again") == pytest.approx([0.5, 0.5, 0.2625]), "a finished run is trained on at rates of its own"
 
 
 def test_hyperparameters_at_the_end_of_a_run_without_a_warm_down():

@@ -1,0 +1,61 @@
+"""Why growth did not pay: because it came inside the decay? Growth before and in the warm-down, with long and short ones.
+
+    python -m analysis.growth_cause
+
+4x64 grows to 4x128 after 0.5 and 0.8 of the tokens, under a warm-down over 0.65 of the run (nanochat's) and over 0.15. Scratch has each of the two as well, and the same tokens
+in the same order. The FLOPs that scratch needs for a loss are read off its own runs of half and all of the tokens.
+"""
+import json
+import statistics
+import sys
+
+from analysis.mixing import LARGE, SMALL, steps
+from analysis.trials import Trial, cost_with, nats_per_bpb, run_trials, study_parser
+from nanochat.cli import command, positive_float, positive_int
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
+
+WARMDOWNS = (0.65, 0.15)
+MOMENTS = (0.5, 0.8)
+SHARE_OF_FLOPS = 0.31  # of a token of 4x64 and one of 4x128
+
+
+def plan(units: float, seed: int) -> dict[str, Trial]:
+    found = {}
+    for warmdown in WARMDOWNS:
+        flags = {**LARGE, "num-iterations": steps(units), "warmdown-ratio": warmdown, "seed": seed}
+        found[f"scratch, {warmdown}"] = Trial(flags)
+        found[f"scratch, half of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps(units / 2)})
+        for moment in MOMENTS:
+            budget = round(SHARE_OF_FLOPS * moment + 1 - moment, 4)
+            found[f"grown at {moment}, {warmdown}"] = Trial({**flags, "grow-path": "4x64,4x128", "grow-at-tokens": moment, "grow-budget": budget,
+                                                             "matrix-lr": SMALL["4x64"]["matrix-lr"] if moment > 0.5 else LARGE["matrix-lr"]})
+    return found
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
+    args = parser.parse_args(argv)
+    plans = [plan(args.units, seed) for seed in range(42, 42 + args.seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
+    by_seed = [{name: next(results) for name in found} for found in plans]
+    nats = nats_per_bpb()
+    print("| run, share of the warm-down | FLOPs, of scratch's | bits per byte | nats per token above scratch | FLOPs, of those that scratch needs for this loss |\n|---|---:|---:|---:|---:|")
+    for name in plans[0]:
+        warmdown = name.rsplit(", ", 1)[1]
+        rows = []
+        for runs in by_seed:
+            run, full, half = runs[name], runs[f"scratch, {warmdown}"], runs[f"scratch, half of the tokens, {warmdown}"]
+            needed = cost_with(run.final, [half.flops[-1], full.flops[-1]], [half.final, full.final])
+            rows.append((run.flops[-1] / full.flops[-1], run.final, (run.final - full.final) * nats, run.flops[-1] / needed))
+        share, loss, gap, cost = (statistics.mean(row[i] for row in rows) for i in range(4))
+        print(f"| {name} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {cost:.2f} |")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

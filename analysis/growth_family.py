@@ -1,0 +1,126 @@
+"""A family of sizes from one trunk, and a finished model made larger: what they cost next to runs of their own.
+
+    python -m analysis.growth_family --out=family.json --plot=dev/growth_family.png
+
+**Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). The runs of their
+own have as many tokens, schedules of the same kind and the same text; of a size's two losses the difference is told in nats.
+**Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again,
+for some lengths; always beside the small one simply trained on for as many FLOPs.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from analysis.mixing import LARGE, UNIT, steps
+from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_trials, study_parser
+from nanochat.cli import command, positive_float, positive_int
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
+
+SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
+DECAY = 0.15  # share of a run's steps
+SHARES = (0.6, 0.8, 1.0)  # of the trunk's tokens, at which the sizes end
+EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch
+
+
+def run_of(size: str, length: int, seed: int, **flags) -> Trial:
+    """From scratch over `length` steps; the rates fall at the end."""
+    return Trial({**LARGE, "num-iterations": length, "warmdown-ratio": DECAY, "seed": seed, **SIZES[size], **flags})
+
+
+def family(length: int, seed: int) -> dict[str, Trial]:
+    """Each size of the family, finished. `length`: steps of the last one, its decay included."""
+    found, trunk, at = {}, None, 0
+    for size, share in zip(SIZES, SHARES):
+        end = round(share * length * (1 - DECAY))
+        if trunk is None:
+            trunk = Trial({**LARGE, "num-iterations": end, "seed": seed, **SIZES[size]})
+        else:
+            trunk = trunk.branch(at, grow_to=size, steady_steps=end - at, matrix_lr=SIZES[size].get("matrix-lr", LARGE["matrix-lr"]))
+        at = end
+        found[size] = trunk.branch(end, warmdown_steps=round(end * DECAY / (1 - DECAY)))
+    return found
+
+
+def plan(units: float, seed: int) -> dict[str, Trial]:
+    length = steps(units)
+    found: dict[str, Trial] = {}
+    for (size, trial), share in zip(family(length, seed).items(), SHARES):
+        found[f"{size}, of the family"] = trial
+        found[f"{size}, alone"] = run_of(size, round(share * length), seed)
+    small = run_of("4x64", length, seed)
+    found["4x64, finished"] = small
+    for share in EXTENSIONS:
+        more = round(share * length)
+        fall = round(DECAY * more)
+        found[f"4x64 -> 4x128, {share:g} more"] = small.branch(length, grow_to="4x128", steady_rate=1.0, steady_steps=more - fall, warmdown_steps=fall, matrix_lr=LARGE["matrix-lr"])
+        longer = round(more / 0.31)
+        found[f"4x64, continued for the FLOPs of {share:g}"] = small.branch(length, steady_rate=1.0, steady_steps=longer - round(DECAY * longer), warmdown_steps=round(DECAY * longer))
+    return found
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
+    args = parser.parse_args(argv)
+    plans = [plan(args.units, seed) for seed in range(42, 42 + args.seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
+    by_seed: list[dict[str, Result]] = [{name: next(results) for name in found} for found in plans]
+    nats, mean = nats_per_bpb(), lambda function: statistics.mean(map(function, by_seed))
+    print("| size | bits per byte, of the family | alone | difference in nats per token | by seed |\n|---|---:|---:|---:|---|")
+    for size in SIZES:
+        gaps = [(runs[f"{size}, of the family"].final - runs[f"{size}, alone"].final) * nats for runs in by_seed]
+        print(f"| {size} | {mean(lambda runs: runs[f'{size}, of the family'].final):.4f} | {mean(lambda runs: runs[f'{size}, alone'].final):.4f} | {statistics.mean(gaps):+.4f} | "
+              f"{', '.join(f'{gap:+.4f}' for gap in gaps)} |")
+    print(f"\nFLOPs of the family, of those of the runs alone: {family_share(by_seed[0]):.2f}\n")
+    scratch = "4x128, alone"
+    print("| from the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
+    for name in plans[0]:
+        if "more" in name or "continued" in name:
+            share = mean(lambda runs: (runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1])
+            print(f"| {name} | {share:.2f} | {mean(lambda runs: runs[name].final):.4f} | {mean(lambda runs: (runs[name].final - runs[scratch].final) * nats):+.4f} |")
+    grown = [name for name in plans[0] if name.endswith("more")]
+    needed = [cost_with(runs[scratch].final, [(runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1] for name in grown],
+                        [runs[name].final for name in grown]) for runs in by_seed]
+    print(f"\nFLOPs from there to the loss of 4x128 from scratch: {statistics.mean(needed):.2f} of its own ({', '.join(f'{x:.2f}' for x in needed)})")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+    if args.plot:
+        draw(by_seed[0], args.plot)
+
+
+def family_share(runs: dict[str, Result]) -> float:
+    """FLOPs of the trunk and all its branches, of those of the runs alone."""
+    spent, at = 0.0, 0.0
+    for size in SIZES:  # a branch's FLOPs begin with the trunk's
+        member = runs[f"{size}, of the family"]
+        spent += member.flops[-1] - at
+        at = member.begin
+    return spent / sum(runs[f"{size}, alone"].flops[-1] for size in SIZES)
+
+
+def draw(runs: dict[str, Result], path: Path) -> None:
+    with pictures(path, 12, 4.5, 2) as (left, right):
+        for i, size in enumerate(SIZES):
+            for name, style in (("of the family", "o-"), ("alone", "x:")):
+                run = runs[f"{size}, {name}"]
+                left.plot([step / UNIT for step in run.steps], run.bpb, style, color=f"C{i}", label=f"{size}, {name}", markersize=3)
+        left.set_ylim(top=max(runs[f"{size}, alone"].bpb[min(2, len(runs[f"{size}, alone"].bpb) - 1)] for size in SIZES))
+        left.set_xlabel("tokens per parameter of 4x128")
+        begin = runs["4x64, finished"].flops[-1]
+        for name, style in (("more", "o-"), ("continued", "x:")):
+            found = sorted((runs[n].flops[-1] - begin, runs[n].final) for n in runs if name in n)
+            right.plot([0, *(flops for flops, _ in found)], [runs["4x64, finished"].final, *(loss for _, loss in found)], style,
+                       label="grown to 4x128" if name == "more" else "4x64 continued")
+        right.axhline(runs["4x128, alone"].final, color="black", linewidth=0.8, label="4x128 from scratch")
+        right.set_xlabel("FLOPs after 4x64 is finished")
+        for panel in (left, right):
+            panel.set_ylabel("validation bits per byte")
+            panel.legend(frameon=False, fontsize=8)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

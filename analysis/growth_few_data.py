@@ -1,0 +1,85 @@
+"""Few data, many epochs: where a large model would overfit, does a small one that grows late end lower?
+
+    NANOCHAT_BASE_DIR=few python -m nanochat.dataset --source=two_megabytes.txt     # and a tokenizer of 2,048
+    NANOCHAT_BASE_DIR=few python -m analysis.growth_few_data --plot=dev/growth_few_data.png
+
+Trunks of 4x64 and 4x128 at a constant rate over some epochs, with branches that decay after so many; and 4x64 grown to 4x128 after half and most of the epochs. What growth must
+beat is the best of all others: any size, any number of epochs.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from analysis.mixing import DECAY, LARGE, SMALL
+from analysis.trials import Result, Trial, nats_per_bpb, picture, run_trials, study_parser
+from nanochat.cli import command, positive_int
+from nanochat.common import get_base_dir
+from nanochat.dataset import parquets_iter_batched
+from nanochat.files import write_text_atomic
+from nanochat.tokenizer import get_tokenizer
+
+MOMENTS = (0.5, 0.8)  # of the epochs, at which to grow
+
+
+def steps_of_an_epoch() -> float:
+    """Of the training text; what no row has room for is left out."""
+    tokenizer = get_tokenizer()
+    tokens = sum(min(len(ids) + 1, LARGE["max-seq-len"] + 1) for texts in parquets_iter_batched("train") for ids in tokenizer.encode(texts))
+    return tokens / LARGE["total-batch-size"]
+
+
+def plan(epoch: float, epochs: list[int], seed: int) -> dict[str, Trial]:
+    """`epoch` in steps. Checkpoints lie at multiples of a tenth of the shortest run."""
+    unit = max(1, round(min(epochs) * epoch / 20))
+    at = lambda share: max(1, round(share * epoch / unit)) * unit
+    flags = {**LARGE, "save-every": unit, "eval-every": unit * 2, "num-iterations": at(max(epochs)), "seed": seed}
+    trunks = {"4x64": Trial({**flags, **SMALL["4x64"]}), "4x128": Trial(flags)}
+    found = {}
+    for count in epochs:
+        fall, end = at(count * (1 - DECAY)), at(count)
+        for size, trunk in trunks.items():
+            found[f"{size}, {count} epochs"] = trunk.branch(fall, warmdown_steps=end - fall)
+        for moment in MOMENTS:
+            begin = at(count * moment)
+            grown = trunks["4x64"].branch(begin, grow_to="4x128", matrix_lr=LARGE["matrix-lr"], steady_steps=fall - begin, warmdown_steps=end - fall)
+            found[f"4x64 -> 4x128 at {moment}, {count} epochs"] = grown
+    return found
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser.add_argument("--epochs", type=positive_int, nargs="+", default=[5, 10, 20, 40])
+    args = parser.parse_args(argv)
+    epoch = steps_of_an_epoch()
+    plans = [plan(epoch, args.epochs, seed) for seed in range(42, 42 + args.seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
+    by_seed = [{name: next(results) for name in found} for found in plans]
+    nats = nats_per_bpb()
+    best = min((name for name in plans[0] if "->" not in name), key=lambda name: statistics.mean(runs[name].final for runs in by_seed))
+    print(f"One epoch is {epoch:,.0f} steps. The best run that does not grow: {best}\n")
+    print("| run | FLOPs | bits per byte | nats per token above the best that does not grow | by seed |\n|---|---:|---:|---:|---|")
+    for name in plans[0]:
+        gaps = [(runs[name].final - runs[best].final) * nats for runs in by_seed]
+        print(f"| {name} | {by_seed[0][name].flops[-1]:.2e} | {statistics.mean(runs[name].final for runs in by_seed):.4f} | {statistics.mean(gaps):+.4f} | "
+              f"{', '.join(f'{gap:+.4f}' for gap in gaps)} |")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+    if args.plot:
+        draw(by_seed, args.epochs, args.plot)
+
+
+def draw(by_seed: list[dict[str, Result]], epochs: list[int], path: Path) -> None:
+    with picture(path, 8, 5) as axes:
+        for kind in dict.fromkeys(name.rsplit(", ", 1)[0] for name in by_seed[0]):
+            axes.plot(epochs, [statistics.mean(runs[f"{kind}, {count} epochs"].final for runs in by_seed) for count in epochs], "o-" if "->" in kind else "o:", label=kind)
+        axes.set_xscale("log")
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("final validation bits per byte")
+        axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
