@@ -224,7 +224,7 @@ class Pretraining(TrainLoop):
         super().restore(meta, train_state)
         if self.growth:
             try:
-                self.growth.restore(meta["loop_state"])
+                self.growth.restore(meta["loop_state"], self)
             except (KeyError, TypeError) as error:
                 raise UsageError(f"the checkpoint of step {self.step} in {self.folder} is not of a growing run ({error}); use another step") from error
 

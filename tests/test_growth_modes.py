@@ -8,7 +8,7 @@ from nanochat.cli import UsageError
 from nanochat.growth import grow, grown_config
 from nanochat.growth.maps import shared
 from nanochat.growth.modes import MODES, Lossless
-from nanochat.growth.target import DEPTH_MODES, continued_layers
+from nanochat.growth.target import DEPTH_MODES, DepthMode, continued_layers
 from nanochat.layered_gpt import LayeredGPT
 from tests.growing import STOCK, VOCAB, difference, float64, mixed, random_model, tokens, uniform
 
@@ -136,7 +136,7 @@ def test_a_new_mode_is_a_line_in_its_registry(monkeypatch):
             return shared(index, old, 0.0)
 
     monkeypatch.setitem(MODES, "copies", lambda: Copies(noise=0.0))
-    monkeypatch.setitem(DEPTH_MODES, "below", lambda old, new: [*[None] * (new - old), *range(old)])
+    monkeypatch.setitem(DEPTH_MODES, "below", DepthMode(lambda old, new: [*[None] * (new - old), *range(old)]))
     with float64():
         model = random_model(STOCK)
         grown, _ = grow(model, grown_config(STOCK, 5, 48, depth_mode="below"), mode="copies", depth_mode="below")
