@@ -40,7 +40,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     parameters theta, spread and noise (`modes.Lossless`) come as keyword arguments.
 
     **Depth**, by `depth_mode` (target.py), or by `layers`: for each layer of the target the layer that it continues, None for a new one.
-    New layers are initialized like those of a new model, but (unless the mode is "fresh" or "random") pass the stream on as it is: zero output
+    New layers are initialized like those of a new model, but (unless the mode says otherwise) pass the stream on as it is: zero output
     projections (nGPT: alpha 0), resid_lambda 1, x0_lambda 0.
 
     target: a LayeredGPTConfig (see `grown_config`), or a GPTConfig, of which depth, width and heads count. The result is a stock GPT
@@ -82,7 +82,7 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
         parameter.requires_grad_(layer_of(name) not in frozen and weights.get(old_name, parameter).requires_grad)
     for t, layer in enumerate(layers):
         if layer is None:
-            grown.resid_lambdas[t], grown.x0_lambdas[t] = (1.0, 0.0) if begin == "identity" else first_mix(t, target.n_layer)
+            grown.resid_lambdas[t], grown.x0_lambdas[t] = first_mix(t, target.n_layer) if begin == "fresh" else (1.0, 0.0)
     if source.normalized and not width.keeps_sphere:
         NormalizedWeights(grown)()
     share_weights(grown)

@@ -8,7 +8,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
-from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target
+from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.recipe import gpt_config, scaling_params
 
@@ -92,7 +92,7 @@ def plan_stages(first: GPTConfig, path: Sequence[Shape], depth_mode: str = "iden
         layered_target(source, target, continued)  # checks it
         if target == source:
             raise UsageError(f"{before} and {shape} are the same model; leave one out")
-        configs.append(target)
+        configs.append(target if isinstance(configs[-1], LayeredGPTConfig) else stock_config(target))  # what `grow` makes of it
         layers.append(continued)
     return [_stage(shape, config, continued) for shape, config, continued in zip(path, configs, layers)]
 

@@ -6,13 +6,13 @@ Ways to deepen n layers to n' (`layers[t]` is the layer that layer t continues, 
 |---|---|---|---|
 | `identity` | 0 - 1 - 2 - | new layers, spread evenly, that pass the stream on as it is | the function |
 | `append` | 0 1 2 - - - | the same, all on top | the function |
-| `fresh` | 0 - 1 - 2 - | new layers as those of a new model are, with its mix of stream and first embedding | each old layer; of the stream nearly all, as they write nothing yet |
-| `random` | 0 - 1 - 2 - | the same, and their output matrices are drawn too (2511.04981) | each old layer |
+| `fresh` | 0 - 1 - 2 - | new layers as those of a new model are: they write nothing yet, but mix stream and first embedding as theirs do | each old layer |
+| `random` | 0 - 1 - 2 - | new layers of random matrices, those that a new model has at 0 too; the stream enters them as it is (2511.04981) | each old layer |
 | `stack` | 0 1 2 0 1 2 | copies of the whole stack (G_stack, 2405.15319) | each old layer and its first neighbours |
 | `interleave` | 0 0 1 1 2 2 | copies of each layer | each old layer and the order |
 
-With masks that open (opening.py) a new layer's outputs start at 0, so that `random` too begins as the function that was there. On the sphere (nGPT)
-the layers of a new model write at once: `fresh` and `random` are one there.
+With masks that open (added.py) a new layer's outputs start at 0, so that `random` too begins as the function that was there. On the sphere (nGPT)
+the layers of a new model write at once.
 
 A layer keeps its window and its value embedding, and the backout layer stays the one it was, wherever they come to stand. A new layer has
 the shape of the one below it. A model without layers gets those of a stock model, and its function stays too: what they pass on is the stream.
