@@ -169,14 +169,14 @@ def test_how_new_layers_begin(block):
     model = random_model(config)
     fresh, drawn = (grow(model, grown_config(config, 4, depth_mode=mode), depth_mode=mode)[0] for mode in ("fresh", "random"))
     block_1 = fresh.transformer.h[1]
-    assert fresh.resid_lambdas[1] == pytest.approx(1.15 - 0.1 / 3) and fresh.x0_lambdas[1] == pytest.approx(0.2 - 0.15 / 3)
+    assert fresh.resid_lambdas[1].item() == pytest.approx(1.15 - 0.1 / 3) and fresh.x0_lambdas[1].item() == pytest.approx(0.2 - 0.15 / 3)
     assert drawn.resid_lambdas[1] == 1 and drawn.x0_lambdas[1] == 0
     if block == "ngpt":
         assert (block_1.alpha_mlp == 0.25).all()
     else:
         assert not block_1.mlp.c_proj.weight.any() and not block_1.attn.c_proj.weight.any()
     assert all(p.any() for p in drawn.transformer.h[1].parameters())
-    assert drawn.transformer.h[1].mlp.c_proj.weight.std() == pytest.approx(64 ** -0.5 if block == "prenorm" else 32 ** -0.5, rel=0.1)
+    assert drawn.transformer.h[1].mlp.c_proj.weight.std().item() == pytest.approx(64 ** -0.5 if block == "prenorm" else 32 ** -0.5, rel=0.1)
     for name, p in model.transformer.h[1].named_parameters():
         assert torch.equal(fresh.transformer.h[2].get_parameter(name), p) and torch.equal(drawn.transformer.h[2].get_parameter(name), p)
 
