@@ -38,7 +38,7 @@ Fill = Callable[[torch.Tensor], torch.Tensor]  # fills a weight at random and re
 class GPTConfig:
     sequence_len: int = 2048
     vocab_size: int = 32768
-    n_layer: int = 12
+    n_layer: int = 12  # 0: nothing but embedding, smear and head, where progressive training may begin (2511.04981)
     n_head: int = 6  # query heads
     n_kv_head: int = 6  # key and value heads, n_head is a multiple of it
     n_embd: int = 768
@@ -84,6 +84,12 @@ def uniform(scale: float = 1.0) -> Fill:
 def has_ve(layer_idx: int, n_layer: int) -> bool:
     """True for every other layer, counted so that the last one has a value embedding."""
     return layer_idx % 2 == (n_layer - 1) % 2
+
+
+def first_mix(layer_idx: int, n_layer: int) -> tuple[float, float]:
+    """The scalars that a layer of a new model has: of the stream that enters it, and of the first embedding."""
+    depth = layer_idx / max(n_layer - 1, 1)
+    return 1.15 - 0.10 * depth, 0.20 - 0.15 * depth
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -253,7 +259,7 @@ class GPT(Counting):
         assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
         short = math.ceil(config.sequence_len / 4 / 128) * 128  # a quarter of the context, in tiles of 128
         sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
-        letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+        letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"] * min(config.n_layer, 1)
         return [sizes[letter] for letter in letters]
 
     @torch.no_grad()
@@ -266,11 +272,8 @@ class GPT(Counting):
         self._init_scalars_and_embeddings()
 
     def _init_scalars_and_embeddings(self) -> None:
-        n_layer = self.config.n_layer
-        for i in range(n_layer):
-            depth = i / max(n_layer - 1, 1)
-            self.resid_lambdas[i] = 1.15 - 0.10 * depth
-            self.x0_lambdas[i] = 0.20 - 0.15 * depth
+        for i in range(self.config.n_layer):
+            self.resid_lambdas[i], self.x0_lambdas[i] = first_mix(i, self.config.n_layer)
         nn.init.zeros_(self.smear_lambda)
         nn.init.constant_(self.backout_lambda, 0.2)
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
@@ -338,6 +341,8 @@ class GPT(Counting):
             x = self.run_layer(block, x, x0, *mix, ve, cos_sin, self.window_sizes[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x
+        if kv_cache is not None and not len(self.transformer.h):
+            kv_cache.advance(T)  # there is no last layer that would
         x = x - self._backout().to(x.dtype) * x_mid
         if getattr(kv_cache, "last_logits_only", False):
             x = x[:, -1:]  # of a prompt only the last position is sampled from
@@ -382,7 +387,7 @@ class GPT(Counting):
         return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
 
     def _backout(self) -> torch.Tensor:
-        """With 1 or 2 layers the layer backed out is the last one, so the final norm cancels the scalar."""
+        """Without layers, or with 1 or 2, what is backed out is the stream itself, so the final norm cancels the scalar."""
         return self.backout_lambda if self.backout_layer < self.config.n_layer - 1 else inert(self.backout_lambda)
 
     def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.2, matrix_lr: float = 0.02,
@@ -390,9 +395,11 @@ class GPT(Counting):
         """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest. The order of the groups is part of the checkpoint format."""
         groups = self._param_groups(unembedding_lr=unembedding_lr, embedding_lr=embedding_lr, matrix_lr=matrix_lr, weight_decay=weight_decay,
                                     scalar_lr=scalar_lr, matrix_optimizer=matrix_optimizer)
+        for group in groups:  # the scalars of no layer get no gradient
+            group["params"] = [p for p in group["params"] if p.numel()]
         optimizer = MuonAdamW(groups, self.named_parameters(), deals=type(self) is not GPT)  # a stock model's checkpoints are nanochat's
         covered = sum(len(group["params"]) for group in optimizer.param_groups)
-        assert covered == len(list(self.parameters())), "a parameter is in no group"
+        assert covered == sum(p.numel() > 0 for p in self.parameters()), "a parameter is in no group"
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer

@@ -81,7 +81,7 @@ class LayeredGPTConfig(GPTConfig):
         self.layers = tuple(layer if isinstance(layer, LayerSpec) else LayerSpec(**layer) for layer in self.layers)
         if self.n_layer != len(self.layers):
             raise ValueError(f"n_layer is {self.n_layer}, but {len(self.layers)} layers are given")
-        if not 0 <= self.backout_layer < self.n_layer:
+        if not 0 <= self.backout_layer < max(self.n_layer, 1):
             raise ValueError(f"there is no layer {self.backout_layer} to back out")
         if not 0 <= self.lm_head_rank <= self.n_embd:
             raise ValueError(f"a head rank of {self.lm_head_rank} exceeds the width of {self.n_embd}")
@@ -95,8 +95,13 @@ class LayeredGPTConfig(GPTConfig):
 
     @property
     def kind(self) -> "type[LayeredBlock]":
-        """One of the blocks; in what concerns the whole model they are alike."""
-        return self.layers[0].kind
+        """One of the blocks; in what concerns the whole model they are alike. A model without layers is a pre-norm one."""
+        return self.layers[0].kind if self.layers else LayeredBlock
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head's values, in the first layer."""
+        return self.layers[0].head_dim if self.layers else self.n_embd // self.n_head
 
     @property
     def normalized(self) -> bool:
@@ -242,7 +247,7 @@ class LayeredGPT(GPT):
 
     def make_rotary(self) -> dict[str, torch.Tensor]:
         """They depend on the width of a head, so there is one pair for each width."""
-        return {f"{name}_{qk_dim}": table for qk_dim in {layer.qk_dim for layer in self.config.layers}
+        return {f"{name}_{qk_dim}": table for qk_dim in set(self._rotated())
                 for name, table in zip(("cos", "sin"), self._precompute_rotary_embeddings(self.rotary_seq_len, qk_dim))}
 
     @classmethod
@@ -257,7 +262,11 @@ class LayeredGPT(GPT):
 
     @property
     def cos(self) -> torch.Tensor:  # type: ignore[override]
-        return getattr(self, f"cos_{self.config.layers[0].qk_dim}")
+        return getattr(self, f"cos_{self._rotated()[0]}")
+
+    def _rotated(self) -> list[int]:
+        """The width of each layer's queries; without layers, that of a stock model's."""
+        return [layer.qk_dim for layer in self.config.layers] or [self.config.n_embd // self.config.n_head]
 
     def cos_sin(self, start: int | torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         widths = [layer.qk_dim for layer in self.config.layers]

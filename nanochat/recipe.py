@@ -62,11 +62,14 @@ class LayerChanges:
             return stock
         with torch.device("meta"):
             plain = LayeredGPTConfig.from_gpt(GPT(stock))
+        if not plain.layers and self != LayerChanges(lm_head_rank=self.lm_head_rank, causal=self.causal):
+            raise UsageError("a run that begins without layers grows stock ones, since nothing holds what else they are to be; begin with 1 layer, or leave out "
+                             "the flags of layers (--rank, --n-kv-head, --block and others)")
         n_head = self.n_head if self.n_head > 0 else stock.n_head
         n_kv_head = self.n_kv_head if self.n_kv_head > 0 else n_head
         if reference:
             n_kv_head = max(n for n in range(1, min(n_head, n_kv_head) + 1) if n_head % n == 0)
-        head_dim = plain.layers[0].head_dim
+        head_dim = plain.head_dim
         qk_dim = self.qk_dim if self.qk_dim > 0 else head_dim
         # three matrices of SwiGLU at 8/3 of the width are as large as the two of ReLU² at 4
         ratio = self.mlp_ratio if self.mlp_ratio > 0 else 8 / 3 if self.activation == "swiglu" else 4
@@ -91,7 +94,7 @@ class LayerChanges:
 
     def remarks(self, config: GPTConfig) -> list[str]:
         """Ranks that save nothing, one line each."""
-        if not isinstance(config, LayeredGPTConfig):
+        if not isinstance(config, LayeredGPTConfig) or not config.layers:
             return []
         layer = config.layers[-1]  # the one with the largest ranks
         matrices = [("attention", layer.attn_rank, config.n_embd, layer.n_head * layer.head_dim), ("MLP", layer.mlp_rank, config.n_embd, layer.mlp_hidden),
@@ -185,6 +188,8 @@ class ModelSettings(ObjectiveSettings):
     def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
         """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""
         config = gpt_config(depth or self.depth, self.aspect_ratio, self.head_dim, self.max_seq_len, vocab_size, self.window_pattern)
+        if depth is not None:
+            config = replace(config, n_layer=depth)
         changes = self.changes()
         if width is not None:
             if width % self.head_dim:

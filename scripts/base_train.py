@@ -42,7 +42,6 @@ from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training
 from nanochat.gpt import GPT
 from nanochat.growth import family
 from nanochat.growth.optimizer import leave_out_frozen
-from nanochat.growth.target import layered_config, stock_config
 from nanochat.layered_gpt import build_gpt
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
@@ -232,9 +231,8 @@ class Pretraining(TrainLoop):
         if growth:
             growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
-                config = growth.stage().config
-                with torch.device("meta"):  # a stock model that has become another stock model is written as one
-                    self.model = build_gpt(config if "layers" in meta["model_config"] else stock_config(layered_config(config)))
+                with torch.device("meta"):
+                    self.model = build_gpt(growth.stage().config)
         origin.check_shape(self.model.config, meta)
         checkpoints.check_tokenizer(self.tokenizer, self.model.config, meta)
         checkpoints.load_weights(self.model, model_data, self.device)
@@ -246,7 +244,7 @@ class Pretraining(TrainLoop):
         super().restore(meta, train_state)
         if self.growth and self.resume_step is not None:
             try:
-                self.growth.restore(meta["loop_state"])
+                self.growth.restore(meta["loop_state"], self)
             except (KeyError, TypeError) as error:
                 raise UsageError(f"the checkpoint of step {self.step} in {self.folder} is not of a growing run ({error}); use another step") from error
 

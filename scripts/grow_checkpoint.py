@@ -34,8 +34,8 @@ from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bo
 from nanochat.files import check_writable, locked
 from nanochat.gpt import GPT
 from nanochat.growth import grow
-from nanochat.growth.model import OPTIMIZER_MODES
 from nanochat.growth.modes import MODES, width_mode
+from nanochat.growth.optimizer import OPTIMIZER_MODES
 from nanochat.growth.plan import Shape, describe, growth_record, parse_path, plan_stages
 from nanochat.growth.target import DEPTH_MODES
 from nanochat.loss_eval import evaluate_bpb
@@ -52,7 +52,7 @@ class Settings:
     to_tag: str | None = flag(None, "Folder of the grown checkpoint (default: the old one and the new shape)", type=folder_name)
     mode: str = flag("lossless", "How the width grows", choices=MODES)
     depth_mode: str = flag("identity", "How the depth grows", choices=DEPTH_MODES)
-    optimizer: str = flag("transport", "What becomes of the optimizer's moments: carried over, started anew, or left out", choices=(*OPTIMIZER_MODES, "none"))
+    optimizer: str = flag("transport", "What becomes of the optimizer's moments: carried over, started anew (reset-new: those of what is added), or left out", choices=(*OPTIMIZER_MODES, "none"))
     theta: float | None = flag(None, "Angle in degrees between the copies of a channel in mode lossless; 45: equal copies, 0: fresh channels",
                                type=non_negative_float)
     spread: float | None = flag(None, "How unequally copies are read in mode lossless, from 0 to 1", type=non_negative_float)
@@ -151,8 +151,8 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     comparison = Comparison(model.eval(), settings.eval_tokens)
     check_writable(parent)
 
-    grown, grown_optimizer = grow(model, after.config, optimizer, mode=settings.mode, layers=after.layers, optimizer_mode="reset" if settings.optimizer == "reset" else "transport",
-                                  generator=torch.Generator().manual_seed(settings.seed), **parameters)
+    grown, grown_optimizer = grow(model, after.config, optimizer, mode=settings.mode, depth_mode=settings.depth_mode, layers=after.layers,
+                                  optimizer_mode="reset" if settings.optimizer == "none" else settings.optimizer, generator=torch.Generator().manual_seed(settings.seed), **parameters)
     print0(f"{describe(model.config)} -> {describe(grown.config)}: {before.params:,} -> {after.params:,} parameters, "
            f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {settings.mode}, depth {settings.depth_mode}")
     history = meta.get("growth", [])

@@ -8,7 +8,7 @@ from nanochat.cli import UsageError
 from nanochat.growth import grow, grown_config
 from nanochat.growth.maps import shared
 from nanochat.growth.modes import MODES, Lossless
-from nanochat.growth.target import DEPTH_MODES, continued_layers
+from nanochat.growth.target import DEPTH_MODES, DepthMode, continued_layers
 from nanochat.layered_gpt import LayeredGPT
 from tests.growing import STOCK, VOCAB, difference, float64, mixed, random_model, tokens, uniform
 
@@ -52,6 +52,18 @@ def test_hyperclone_is_lossless_for_every_kind_of_layer(block):
         model = random_model(mixed(block))
         target = grown_config(model.config, n_embd=96, lm_head_rank=20)
         assert difference(model, grow(model, target, mode="hyperclone")[0]) <= 1e-10
+
+
+@pytest.mark.parametrize("block", ["prenorm", "ngpt"])
+@pytest.mark.parametrize("width", [48, 64, 80])
+def test_sparkling_copies_losslessly_at_any_ratio(block, width):
+    """Copies of a channel are read with equal weights: what sets them apart is left to the optimizer."""
+    with float64():
+        model = random_model(mixed(block))
+        assert difference(model, grow(model, grown_config(model.config, n_embd=width), mode="sparkling")[0]) <= 1e-10
+        model = random_model(uniform(block))
+        columns = grow(model, grown_config(model.config, n_embd=width), mode="sparkling")[0].transformer.h[0].mlp.c_fc.weight.T
+        torch.testing.assert_close(columns[:width - 32][:32], columns[32:64])
 
 
 def test_hyperclone_refuses_other_ratios():
@@ -136,18 +148,62 @@ def test_a_new_mode_is_a_line_in_its_registry(monkeypatch):
             return shared(index, old, 0.0)
 
     monkeypatch.setitem(MODES, "copies", lambda: Copies(noise=0.0))
-    monkeypatch.setitem(DEPTH_MODES, "below", lambda old, new: [*[None] * (new - old), *range(old)])
+    monkeypatch.setitem(DEPTH_MODES, "below", DepthMode(lambda old, new: [*[None] * (new - old), *range(old)]))
     with float64():
         model = random_model(STOCK)
         grown, _ = grow(model, grown_config(STOCK, 5, 48, depth_mode="below"), mode="copies", depth_mode="below")
         assert difference(model, grown) <= 1e-10 and not grown.transformer.h[1].mlp.c_proj.weight.any()
 
 
-@pytest.mark.parametrize("mode", ["lossless", "hyperclone", "bus", "identity", "random"])
+@pytest.mark.parametrize("mode", MODES)
 def test_new_layers_pass_the_stream_on_in_every_mode(mode):
     model = random_model(STOCK)
     grown, _ = grow(model, grown_config(STOCK, 5, 64), mode=mode)
     assert grown.resid_lambdas[1] == 1 and grown.x0_lambdas[1] == 0 and not grown.transformer.h[1].mlp.c_proj.weight.any()
+
+
+@pytest.mark.parametrize("block", ["prenorm", "ngpt"])
+def test_how_new_layers_begin(block):
+    """As in a new model of that depth, or all at random; the layers between stay."""
+    config = uniform(block, value_embed=True)
+    model = random_model(config)
+    fresh, drawn = (grow(model, grown_config(config, 4, depth_mode=mode), depth_mode=mode)[0] for mode in ("fresh", "random"))
+    block_1 = fresh.transformer.h[1]
+    assert fresh.resid_lambdas[1].item() == pytest.approx(1.15 - 0.1 / 3) and fresh.x0_lambdas[1].item() == pytest.approx(0.2 - 0.15 / 3)
+    assert drawn.resid_lambdas[1] == 1 and drawn.x0_lambdas[1] == 0
+    if block == "ngpt":
+        assert (block_1.alpha_mlp == 0.25).all()
+    else:
+        assert not block_1.mlp.c_proj.weight.any() and not block_1.attn.c_proj.weight.any()
+    assert all(p.any() for p in drawn.transformer.h[1].parameters())
+    assert drawn.transformer.h[1].mlp.c_proj.weight.std().item() == pytest.approx(64 ** -0.5 if block == "prenorm" else 32 ** -0.5, rel=0.1)
+    for name, p in model.transformer.h[1].named_parameters():
+        assert torch.equal(fresh.transformer.h[2].get_parameter(name), p) and torch.equal(drawn.transformer.h[2].get_parameter(name), p)
+
+
+@pytest.mark.parametrize("mode", DEPTH_MODES)
+@pytest.mark.parametrize("old", [0, 1, 2])
+def test_every_way_to_four_layers(mode, old):
+    if not old and DEPTH_MODES[mode].copies:
+        return
+    with float64():
+        model = random_model(replace(STOCK, n_layer=old))
+        grown, _ = grow(model, grown_config(model.config, 4, depth_mode=mode), depth_mode=mode)
+        assert torch.isfinite(grown(tokens())).all()
+        # fresh layers on nothing but the first embedding give it another length, which the norm takes away
+        assert (difference(model, grown) <= 1e-10) == (mode in ("identity", "append") or mode == "fresh" and not old)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_half_as_wide_again_and_on(mode):
+    """4 heads to 6 to 8, as 64 -> 96 -> 128 channels are."""
+    if mode == "hyperclone":
+        return
+    with float64():
+        first = model = random_model(STOCK)
+        for width in (48, 64):
+            model, _ = grow(model, grown_config(model.config, n_embd=width), mode=mode)
+        assert (difference(first, model) <= 1e-10) == (mode in ("lossless", "sparkling"))
 
 
 @pytest.mark.parametrize("mode", ["stack", "interleave"])

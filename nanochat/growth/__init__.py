@@ -5,9 +5,11 @@
 | `model.py` | `grow`, the one call; its docstring has the formulas |
 | `axes.py` | the axes of every parameter |
 | `maps.py`, `model_maps.py` | how an axis grows; the maps of all axes of a model |
-| `modes.py` | lossless, hyperclone, bus, identity, random |
+| `modes.py` | ways to widen: lossless, hyperclone, sparkling, masked, bus, identity, random |
+| `lineage.py` | what each parameter continues, and which entries are new |
 | `expand.py` | weights through maps, and the noise that nobody sees |
 | `optimizer.py` | moments through maps, over any number of ranks |
+| `added.py` | masks that open, and learning rates that re-warm, for what is new |
 | `target.py` | depth: which layer continues which; the grown configuration |
 | `kappa.py` | when to grow |
 | `plan.py` | the stages of a run |

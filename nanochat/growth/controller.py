@@ -11,10 +11,12 @@ from nanochat.common import print0
 from nanochat.distributed import agreed
 from nanochat.fp8 import disable_fp8
 from nanochat.gpt import GPTConfig
+from nanochat.growth.added import Entering
 from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_run
-from nanochat.growth.model import OPTIMIZER_MODES, grow
-from nanochat.growth.model_maps import model_maps
+from nanochat.growth.lineage import Lineage
+from nanochat.growth.model import grow
 from nanochat.growth.modes import MODES, width_mode
+from nanochat.growth.optimizer import OPTIMIZER_MODES
 from nanochat.growth.plan import (
     Shape,
     Stage,
@@ -28,6 +30,7 @@ from nanochat.growth.plan import (
     show_plan,
 )
 from nanochat.growth.target import DEPTH_MODES, layered_config
+from nanochat.ngpt import NormalizedWeights
 
 
 @dataclass
@@ -50,6 +53,9 @@ class GrowthSettings:
     grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
     grow_at_tokens: str | None = flag(None, "Shares of the tokens at which to grow, as --grow-at of the FLOPs")
     grow_family: bool = flag(False, "Finish a model of every size: the run grows at a constant rate, and of each size a branch decays over --warmdown-ratio")
+    grow_rewarm_new: bool = flag(False, "Let --grow-rewarm hold for what a growth adds alone; the old weights' learning rates stay")
+    grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that any --grow-mode=masked or depth mode begins lossless; 0: no masks",
+                          type=non_negative_int)
     grow_freeze: bool = flag(False, "Train only what a growth adds in depth; layers that were there stay as they are")
 
     def growth_path(self, depth: int, aspect_ratio: int, head_dim: int, eval_every: int) -> list[Shape]:
@@ -91,9 +97,13 @@ class GrowthController:
                  growths_at: list[float] | None = None, earlier: list[dict] | None = None):
         self.settings, self.seed, self.measured = settings, seed, measured
         self.stages = stages
-        width = width_mode(settings.grow_mode, **settings.growth_parameters())
-        for before, after in zip(self.stages, self.stages[1:]):  # what cannot grow is refused now, not in the middle of the run
-            model_maps(width, layered_config(before.config), layered_config(after.config), after.layers, padded_vocab)
+        self.padded_vocab = padded_vocab
+        for number in range(1, len(stages)):  # what cannot grow is refused now, not in the middle of the run
+            self.lineage(number)
+        if settings.grow_open and layered_config(stages[-1].config).normalized:
+            raise UsageError("--grow-open is for pre-norm blocks: on the sphere (--block=ngpt) weights keep their lengths and cannot rise from 0; leave it out")
+        if settings.grow_rewarm_new and not settings.grow_rewarm:
+            raise UsageError("--grow-rewarm-new says what re-warms, but not how long; add --grow-rewarm with the steps")
         self.budget = round(settings.grow_budget * budget)
         growths = len(self.stages) - 1
         self.growths_at = growths_at or (parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths))
@@ -127,15 +137,40 @@ class GrowthController:
         """For the checkpoint: what `restore` takes up. The history is kept with the model, of which it is a fact."""
         return dict(grown_at=self.grown_at, growth_trigger=self.trigger and self.trigger.state())
 
-    def restore(self, loop_state: dict) -> None:
+    def restore(self, loop_state: dict, loop: Any) -> None:
         """Raises KeyError or TypeError for the state of something else."""
         self.grown_at = loop_state.get("grown_at", -1)
         if self.trigger is not None:
             self.trigger = GrowthTrigger(**loop_state["growth_trigger"])
+        self.ease_in(loop, len(self.history), closed=False)
+
+    def lineage(self, number: int) -> Lineage:
+        """Of the model of that stage (from 1). Raises UsageError for a growth that cannot be."""
+        before, after = self.stages[number - 1:number + 1]
+        width = width_mode(self.settings.grow_mode, **self.settings.growth_parameters())
+        return Lineage(width, layered_config(before.config), layered_config(after.config), after.layers, self.padded_vocab)
+
+    def ease_in(self, loop: Any, number: int, closed: bool) -> None:
+        """Lets what the growth into that stage has added get going, after a growth (`closed`: from masks of 0) and after a resume."""
+        settings = self.settings
+        if not (settings.grow_open or settings.grow_rewarm_new) or number < 1:
+            return
+        lineage, optimizer = self.lineage(number), loop.optimizer
+        shapes = {name: p.shape for p, name in optimizer.names.items()}
+        age = lambda: loop.step - self.grown_at
+        if settings.grow_rewarm_new:
+            Entering(optimizer, {name: lineage.added(name, shape) for name, shape in shapes.items()}, settings.grow_rewarm, age)
+        if settings.grow_open:
+            masks = Entering(optimizer, {name: lineage.masked(name, shape) for name, shape in shapes.items()}, settings.grow_open, age, masks=True)
+            if closed:
+                masks.close()
+        if getattr(loop.model.config, "normalized", False):
+            normalize = NormalizedWeights(loop.model)
+            optimizer.register_step_post_hook(lambda *_: normalize())
 
     def rewarming(self, step: int) -> float:
-        """A factor of the learning rates."""
-        rewarm = self.settings.grow_rewarm
+        """A factor of the learning rates of all weights."""
+        rewarm = 0 if self.settings.grow_rewarm_new else self.settings.grow_rewarm
         return min(1.0, (step - self.grown_at + 1) / rewarm) if self.grown_at >= 0 and rewarm else 1.0
 
     def at_cap(self, flops: int) -> bool:
@@ -164,6 +199,7 @@ class GrowthController:
                 generator=torch.Generator().manual_seed(self.seed + number), **settings.growth_parameters())
         assert optimizer is not None
         loop.use_model(model, optimizer)
+        self.ease_in(loop, number, closed=True)
         gc.unfreeze()  # the small model is to be forgotten
         gc.collect()
         self.grown_at = loop.first_step = loop.step

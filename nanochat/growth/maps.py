@@ -40,6 +40,18 @@ class Map:
     def fresh(self) -> torch.Tensor:
         return (self.write == 0) & (self.read == 0)
 
+    @property
+    def added(self) -> torch.Tensor:
+        """Which entries are not the first copy of theirs (n',): fresh ones and further copies."""
+        added = torch.ones_like(self.fresh)
+        alive = (~self.fresh).nonzero()[:, 0]
+        added[alive] = count_copies(self.index[alive], self.old)[0] > 0
+        return added
+
+    def originals(self) -> "Map":
+        """The map of which all that is added is fresh."""
+        return replace(self, write=self.write.where(~self.added, 0.0), read=self.read.where(~self.added, 0.0), column_noise=None)
+
     def has_room(self, rank: int) -> bool:
         """Is the space of what readers cannot see, the null space of S^T, as large as this?"""
         return rank <= self.new - self.old

@@ -1,5 +1,4 @@
 """grow: a larger model that goes on where a smaller one stands."""
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,19 +7,16 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.distributed import share_weights
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, first_mix, uniform
 from nanochat.growth import optimizer as states
-from nanochat.growth.axes import ModelAxes, Write
 from nanochat.growth.expand import expand, in_float64
-from nanochat.growth.maps import Maps
-from nanochat.growth.model_maps import model_maps
+from nanochat.growth.lineage import Lineage, in_layer, layer_of
+from nanochat.growth.maps import Map
 from nanochat.growth.modes import width_mode
-from nanochat.growth.target import continued_layers, layered_config, layered_target, stock_config
+from nanochat.growth.target import continued_layers, deepening, layered_config, layered_target, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
-
-OPTIMIZER_MODES = ("transport", "reset")
 
 
 @torch.no_grad()
@@ -44,13 +40,13 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     parameters theta, spread and noise (`modes.Lossless`) come as keyword arguments.
 
     **Depth**, by `depth_mode` (target.py), or by `layers`: for each layer of the target the layer that it continues, None for a new one.
-    New layers are initialized like those of a new model, but pass the stream on as it is: zero output projections (nGPT: alpha 0),
-    resid_lambda 1, x0_lambda 0.
+    New layers are initialized like those of a new model, but (unless the mode says otherwise) pass the stream on as it is: zero output
+    projections (nGPT: alpha 0), resid_lambda 1, x0_lambda 0.
 
     target: a LayeredGPTConfig (see `grown_config`), or a GPTConfig, of which depth, width and heads count. The result is a stock GPT
     if `model` is one and the grown layers are those of a stock model, else a LayeredGPT: windows, value embeddings and the backout
     layer stay with their layers.
-    optimizer, optimizer_mode: "transport" carries its moments over, "reset" starts them anew. Groups and hyper-parameters are
+    optimizer, optimizer_mode: "transport" carries its moments over, "reset" starts them anew, "reset-new" those of all that is added. Groups and hyper-parameters are
     those of `setup_optimizer(**setup)` of the grown model. With several ranks all must call; each gets its shard of rank 0's bits.
     freeze: layers that continue one of `model` want no gradient from now on and have no optimizer state (a second copy of a layer does).
     generator: of all random numbers, by default seeded with 0. From equal states of a CPU generator every rank and device gets the same model.
@@ -63,32 +59,30 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
     source = layered_config(model.config)
     layers = continued_layers(source.n_layer, target.n_layer, depth_mode) if layers is None else list(layers)
     target = layered_target(source, target, layers)
-    if optimizer_mode not in OPTIMIZER_MODES:
-        raise UsageError(f"unknown optimizer mode {optimizer_mode!r}: use one of {', '.join(OPTIMIZER_MODES)}")
+    if optimizer_mode not in states.OPTIMIZER_MODES:
+        raise UsageError(f"unknown optimizer mode {optimizer_mode!r}: use one of {', '.join(states.OPTIMIZER_MODES)}")
+    begin = deepening(depth_mode).begin
     width = width_mode(mode, **parameters)
     generator = generator or torch.Generator().manual_seed(0)
     padded_vocab = model.transformer.wte.num_embeddings
 
-    axes = ModelAxes(target).parameters
-    maps = model_maps(width, source, target, layers, padded_vocab)
+    lineage = Lineage(width, source, target, layers, padded_vocab)
     weights = dict(model.named_parameters())
-    origin = {name: continued_parameter(name, layers) for name in axes}
     frozen = {layers.index(layer) for layer in range(source.n_layer)} if freeze else set()
 
-    def maps_of(name: str) -> Maps:
-        return [axis and (maps[axis.axis], isinstance(axis, Write)) for axis in axes[name]]
-
     grown = empty_model(stock_config(target) if type(model) is GPT else target, padded_vocab, model.get_device())
-    new_weights = initialized_layers(target, layers, padded_vocab, generator)
+    new_weights = initialized_layers(target, layers, padded_vocab, generator, begin)
     for name, parameter in grown.named_parameters():
-        if (old_name := origin[name]) is None:
+        if (old_name := lineage.origin[name]) is None:
             parameter.copy_(new_weights[name])
             continue
         weight, factor = continued_weight(weights, old_name)
-        parameter.copy_(expand(weight, maps_of(name), width, generator, factor if source.normalized else None))
+        if weight.numel():  # there may be no layer yet whose scalars could go on
+            parameter.copy_(expand(weight, lineage.maps_of(name), width, generator, factor if source.normalized else None))
         parameter.requires_grad_(layer_of(name) not in frozen and weights.get(old_name, parameter).requires_grad)
-    new = [layer is None for layer in layers]
-    grown.resid_lambdas[new], grown.x0_lambdas[new] = 1.0, 0.0
+    for t, layer in enumerate(layers):
+        if layer is None:
+            grown.resid_lambdas[t], grown.x0_lambdas[t] = first_mix(t, target.n_layer) if begin == "fresh" else (1.0, 0.0)
     if source.normalized and not width.keeps_sphere:
         NormalizedWeights(grown)()
     share_weights(grown)
@@ -97,18 +91,19 @@ def grow(model: GPT, target: GPTConfig, optimizer: MuonAdamW | None = None, *, m
         return grown, None
 
     grown_optimizer = states.leave_out_frozen(grown.setup_optimizer(**(setup or {})))
-    if optimizer_mode == "transport":
-        grown_optimizer.load_full_state_dict(Transported(optimizer.full_state_dict(), grown, origin, maps_of))
+    if (through := states.OPTIMIZER_MODES[optimizer_mode]) is not None:
+        grown_optimizer.load_full_state_dict(Transported(optimizer.full_state_dict(), grown, lineage, through))
     return grown, grown_optimizer
 
 
 class Transported(Mapping):
     """The moments of the grown model's parameters, each made when it is asked for."""
 
-    def __init__(self, moments: Mapping[str, dict], grown: GPT, origin: Mapping[str, str | None], maps_of: Callable[[str], Maps]):
-        self.moments, self.maps_of = moments, maps_of
-        self.shapes = {name: p.shape for name, p in grown.named_parameters() if origin[name] in moments}
-        self.origin = origin
+    def __init__(self, moments: Mapping[str, dict], grown: GPT, lineage: Lineage, through: Callable[[Map], Map]):
+        self.moments, self.lineage, self.through = moments, lineage, through
+        left_out = through(lineage.depth).fresh  # layers
+        self.shapes = {name: p.shape for name, p in grown.named_parameters()
+                       if lineage.origin[name] in moments and ((layer := layer_of(name)) is None or not left_out[layer])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -118,26 +113,8 @@ class Transported(Mapping):
 
     def __getitem__(self, name: str) -> dict:
         shape = self.shapes[name]
-        return states.transport(self.moments[self.origin[name]], self.maps_of(name), shape)  # type: ignore[index]
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a parameter of this name belongs to."""
-    match = re.match(r"(?:transformer\.h|value_embeds)\.(\d+)\.", name)
-    return int(match[1]) if match else None
-
-
-def in_layer(name: str, layer: int) -> str:
-    """The name of the same parameter in another layer."""
-    return re.sub(r"^(transformer\.h|value_embeds)\.\d+\.", rf"\g<1>.{layer}.", name)
-
-
-def continued_parameter(name: str, layers: list[int | None]) -> str | None:
-    """The name in the model of what this parameter of the grown one continues, None in a new layer."""
-    if (layer := layer_of(name)) is None:
-        return name
-    continued = layers[layer]
-    return None if continued is None else in_layer(name, continued)
+        maps = [entry and (self.through(entry[0]), entry[1]) for entry in self.lineage.maps_of(name)]
+        return states.transport(self.moments[self.lineage.origin[name]], maps, shape)  # type: ignore[index]
 
 
 def continued_weight(weights: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -158,8 +135,10 @@ def empty_model(config: GPTConfig, padded_vocab: int, device: torch.device) -> G
     return model
 
 
-def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padded_vocab: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The weights of the new layers, by name: initialized in a model of these layers alone, and passing the stream on as it is."""
+def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padded_vocab: int, generator: torch.Generator,
+                       begin: str) -> dict[str, torch.Tensor]:
+    """The weights of the new layers, by name: initialized in a model of these layers alone, and passing the stream on as it is if they `begin` as the
+    "identity". "fresh" leaves them as they are, "random" draws also what is 0 in a new model."""
     new = [t for t, layer in enumerate(layers) if layer is None]
     if not new:
         return {}
@@ -167,7 +146,13 @@ def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padde
     with torch.random.fork_rng(devices=[]):  # `init_weights` draws from the global generator
         torch.default_generator.manual_seed(int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)))
         model = build_gpt(config, padded_vocab)
+        for block in model.transformer.h:
+            block.alpha_start = 1 / target.n_layer  # of a normalized block
         model.init_weights()
-    for block in model.transformer.h:
-        block.init_as_identity()
+        for block in model.transformer.h:
+            if begin == "identity":
+                block.init_as_identity()
+            for p in block.matrices() if begin == "random" else ():
+                if not p.any():
+                    uniform()(p)
     return {in_layer(name, new[layer]): p for name, p in model.named_parameters() if (layer := layer_of(name)) is not None}

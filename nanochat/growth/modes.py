@@ -4,11 +4,13 @@
 |---|---|
 | `Lossless` | the function, at any ratio, exactly |
 | `Clones` | the function; whole multiples only, all copies equal: HyperCloning (2409.12903) |
+| `Sparkling` | the function; all copies equal, at any ratio: 2602.02472 |
+| `Masked` | each old weight up to a factor; with its masks closed the function: MSG (2305.02869) |
 | `Bus` | each old weight up to a factor; the function only at integer ratios |
 | `Identity` | each old weight; the function only up to lengths: zeros in the new channels lower the RMS of the stream |
 | `Random` | each old weight, nothing else |
 
-On the sphere (nGPT) the last three keep the old weights up to the lengths of rows and columns, which are 1 again after each growth.
+On the sphere (nGPT) the last three and `Masked` keep the old weights up to the lengths of rows and columns, which are 1 again after each growth.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +122,19 @@ def whole_multiple(old: int, new: int) -> int:
 
 
 @dataclass(frozen=True)
+class Sparkling(Lossless):
+    """Equal copies without noise, so that every activation keeps its RMS. What makes them differ is left to the optimizer: it is meant for
+    `reset-new`, which forgets the moments of the further copies alone, and a re-warming of their learning rates (SPARKLING, 2602.02472).
+
+    The paper doubles widths; its third ingredient, how it scales copies, is taken as what the algebra here asks for: the exact one at any ratio.
+    """
+
+    theta: float = 45.0
+    spread: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
 class Bus:
     """Each matrix is tiled, cut to size and multiplied by (old width / new width) of the axis that it reads."""
 
@@ -160,6 +175,20 @@ class Random:
 
     def fill(self, weight: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
         return drawn(weight, fresh_entries(weight, maps), generator)
+
+
+@dataclass(frozen=True)
+class Masked(Random):
+    """`Random`, for masks that open (added.py): the channels of the stream that continue old ones are written as large as keeps the RMS while all others are
+    still 0. With closed masks this is `Lossless` at theta = 0, spread = 1; what that leaves at 0 is random here too, and comes with the masks."""
+
+    def stream(self, old: int, new: int, total: float = 1) -> Map:
+        return replace(angles(old, new, 0, total), random_side="readers")
+
+    hidden = stream
+
+    def rank(self, old: int, new: int) -> Map:
+        return embedded(tile(old, new), old)
 
 
 @dataclass(frozen=True)
@@ -207,7 +236,8 @@ def normal(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator)
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
-MODES: dict[str, Callable[..., Mode]] = {"lossless": Lossless, "hyperclone": Clones, "bus": Bus, "identity": Identity, "random": Random}
+MODES: dict[str, Callable[..., Mode]] = {"lossless": Lossless, "hyperclone": Clones, "sparkling": Sparkling, "masked": Masked, "bus": Bus, "identity": Identity,
+                                         "random": Random}
 
 
 def width_mode(name: str, **parameters) -> Mode:

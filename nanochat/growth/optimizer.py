@@ -9,15 +9,31 @@ Exact, in the sense that the moments are those of the large model trained along 
 no key head serves queries of different shares and no channel that a gate reads has a copy. Noise lets through parts of
 the gradient that the small model has no notion of; what is transported is then the share that it knows.
 
+What becomes of the state when the model grows (`OPTIMIZER_MODES`):
+
+| mode | moments |
+|---|---|
+| `transport` | all go on, those of copies too |
+| `reset` | all start anew |
+| `reset-new` | only the originals' go on; further copies, of entries and of layers, begin as fresh ones do (SPARKLING, 2602.02472): equal copies get unequal steps |
+
 With several ranks all of them go through the parameters of the grown model together. Each parameter's state is gathered (`full_state_dict` of the old
 optimizer), transformed, cut to what this rank keeps (`load_full_state_dict` of the new one), and forgotten.
 """
+from collections.abc import Callable
+
 import torch
 
 from nanochat.distributed import rank_and_world
 from nanochat.growth.expand import apply, in_float64
 from nanochat.growth.maps import Map, Maps, along, mapped
 from nanochat.optim import MuonAdamW
+
+OPTIMIZER_MODES: dict[str, Callable[[Map], Map] | None] = {  # the map that the moments go through, of that of the weights; None: they do not
+    "transport": lambda map: map,
+    "reset": None,
+    "reset-new": Map.originals,
+}
 
 
 def leave_out_frozen(optimizer: MuonAdamW) -> MuonAdamW:

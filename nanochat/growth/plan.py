@@ -9,7 +9,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
-from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target
+from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
 from nanochat.recipe import gpt_config, scaling_params
 
@@ -27,15 +27,15 @@ class Shape:
 
 
 def parse_path(text: str) -> list[Shape]:
-    """`10x640,15x960x128`: depth x width [x rank] of each stage, the first one included. Raises UsageError."""
+    """`10x640,15x960x128`: depth x width [x rank] of each stage, the first one included, which may have no layers (0x640). Raises UsageError."""
     shapes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)x(\d+)(?:x(\d+))?\s*", part)
         if match is None:
             raise UsageError(f"{part.strip()!r} is not a shape; write depth x width or depth x width x rank, for example 10x640,15x960x128")
         depth, width, rank = (number and int(number) for number in match.groups())
-        if not depth or not width:
-            raise UsageError(f"{part.strip()!r} is not a model; depth and width must be 1 or more")
+        if not width:
+            raise UsageError(f"{part.strip()!r} is not a model; its width must be 1 or more")
         shapes.append(Shape(depth, width, rank))  # type: ignore[arg-type]
     return shapes
 
@@ -102,7 +102,7 @@ def plan_stages(first: GPTConfig, path: Sequence[Shape], depth_mode: str = "iden
     layers: list[list[int | None]] = [list(range(first.n_layer))]
     for before, shape in zip(path, path[1:]):
         source = layered_config(configs[-1])
-        head_dim = source.layers[0].head_dim
+        head_dim = source.head_dim
         if shape.width < before.width or shape.depth < before.depth:
             raise UsageError(f"{before} cannot become {shape}: a model only grows")
         if shape.width % head_dim:
@@ -113,7 +113,7 @@ def plan_stages(first: GPTConfig, path: Sequence[Shape], depth_mode: str = "iden
         layered_target(source, target, continued)  # checks it
         if target == source:
             raise UsageError(f"{before} and {shape} are the same model; leave one out")
-        configs.append(target)
+        configs.append(target if isinstance(configs[-1], LayeredGPTConfig) else stock_config(target))  # what `grow` makes of it
         layers.append(continued)
     return [_stage(shape, config, continued) for shape, config, continued in zip(path, configs, layers)]
 

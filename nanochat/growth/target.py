@@ -2,19 +2,24 @@
 
 Ways to deepen n layers to n' (`layers[t]` is the layer that layer t continues, None for a new one):
 
-| mode | layers of 3 -> 6 | |
-|---|---|---|
-| `identity` | 0 - 1 - 2 - | new layers, spread evenly, that pass the stream on as it is: the function stays |
-| `append` | 0 1 2 - - - | the same, all on top |
-| `stack` | 0 1 2 0 1 2 | copies of the whole stack (G_stack, 2405.15319): another function |
-| `interleave` | 0 0 1 1 2 2 | copies of each layer: another function |
+| mode | layers of 3 -> 6 | | preserves |
+|---|---|---|---|
+| `identity` | 0 - 1 - 2 - | new layers, spread evenly, that pass the stream on as it is | the function |
+| `append` | 0 1 2 - - - | the same, all on top | the function |
+| `fresh` | 0 - 1 - 2 - | new layers as those of a new model are: they write nothing yet, but mix stream and first embedding as theirs do | each old layer |
+| `random` | 0 - 1 - 2 - | new layers of random matrices, those that a new model has at 0 too; the stream enters them as it is (2511.04981) | each old layer |
+| `stack` | 0 1 2 0 1 2 | copies of the whole stack (G_stack, 2405.15319) | each old layer and its first neighbours |
+| `interleave` | 0 0 1 1 2 2 | copies of each layer | each old layer and the order |
+
+With masks that open (added.py) a new layer's outputs start at 0, so that `random` too begins as the function that was there. On the sphere (nGPT)
+the layers of a new model write at once.
 
 A layer keeps its window and its value embedding, and the backout layer stays the one it was, wherever they come to stand. A new layer has
-the shape of the one below it.
+the shape of the one below it. A model without layers gets those of a stock model, and its function stays too: what they pass on is the stream.
 """
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -26,26 +31,44 @@ GROWING = ("n_head", "n_kv_head", "mlp_hidden")  # of a layer; ranks grow too, o
 FIXED = ("head_dim", "qk_dim", "mlp_depth", "block", "activation", "order", "window", "value_embed")
 
 
-class DepthMode(Protocol):
-    def __call__(self, old: int, new: int) -> list[int | None]:
-        """For each of `new` layers the one of `old` layers (no more than new) that it continues, or None. All of the old ones must be continued."""
+@dataclass(frozen=True)
+class DepthMode:
+    """A new one is a line in `DEPTH_MODES`."""
+
+    layers: Callable[[int, int], list[int | None]]  # (old, new): for each of `new` layers the one of `old` >= 1 that it continues, or None; all are continued
+    begin: str = "identity"  # how a layer begins that continues none, "identity", "fresh" or "random"
+    copies: bool = False  # does it make new layers of old ones?
+
+
+def evenly(old: int, new: int) -> list[int | None]:
+    return [None if t and t * old // new == (t - 1) * old // new else t * old // new for t in range(new)]
 
 
 DEPTH_MODES: dict[str, DepthMode] = {
-    "identity": lambda old, new: [None if t and t * old // new == (t - 1) * old // new else t * old // new for t in range(new)],
-    "append": lambda old, new: [*range(old), *[None] * (new - old)],
-    "stack": lambda old, new: [t % old for t in range(new)],
-    "interleave": lambda old, new: [t * old // new for t in range(new)],
+    "identity": DepthMode(evenly),
+    "append": DepthMode(lambda old, new: [*range(old), *[None] * (new - old)]),
+    "fresh": DepthMode(evenly, begin="fresh"),
+    "random": DepthMode(evenly, begin="random"),
+    "stack": DepthMode(lambda old, new: [t % old for t in range(new)], copies=True),
+    "interleave": DepthMode(lambda old, new: [t * old // new for t in range(new)], copies=True),
 }
 
 
+def deepening(name: str) -> DepthMode:
+    """The mode of that name. Raises UsageError."""
+    if name not in DEPTH_MODES:
+        raise UsageError(f"unknown depth mode {name!r}: use one of {', '.join(DEPTH_MODES)}")
+    return DEPTH_MODES[name]
+
+
 def continued_layers(old: int, new: int, mode: str = "identity") -> list[int | None]:
-    """For each of `new` layers the one that it continues, or None."""
-    if mode not in DEPTH_MODES:
-        raise UsageError(f"unknown depth mode {mode!r}: use one of {', '.join(DEPTH_MODES)}")
+    """For each of `new` layers the one that it continues, or None. Raises UsageError."""
+    way = deepening(mode)
     if new < old:
         raise UsageError(f"{old} layers cannot become {new}: a model only grows")
-    return DEPTH_MODES[mode](old, new)
+    if not old and new and way.copies:
+        raise UsageError(f"there is no layer that {mode} could copy; use the depth mode identity, fresh or random to grow from 0 layers")
+    return way.layers(old, new) if old else [None] * new
 
 
 def layered_config(config: GPTConfig) -> LayeredGPTConfig:
@@ -64,10 +87,12 @@ def grown_config(config: GPTConfig, n_layer: int | None = None, n_embd: int | No
     mlp_hidden, attn_rank, mlp_rank of all layers, and lm_head_rank. Raises UsageError.
     """
     source = layered_config(config)
-    n_layer, n_embd = n_layer or source.n_layer, n_embd or source.n_embd
+    n_layer, n_embd = source.n_layer if n_layer is None else n_layer, n_embd or source.n_embd
     if layers is None:
         layers = continued_layers(source.n_layer, n_layer, depth_mode)
     lm_head_rank = changes.pop("lm_head_rank", source.lm_head_rank)
+    if not source.layers:
+        return first_layers(source, n_layer, n_embd, lm_head_rank, changes)
 
     def grown(spec: LayerSpec) -> LayerSpec:
         up = lambda n: -(-n * n_embd // source.n_embd)
@@ -86,10 +111,23 @@ def grown_config(config: GPTConfig, n_layer: int | None = None, n_embd: int | No
         raise UsageError(f"there is no such model to grow into: {error}") from error
 
 
+def first_layers(source: LayeredGPTConfig, n_layer: int, n_embd: int, lm_head_rank: int, changes: dict[str, Any]) -> LayeredGPTConfig:
+    """What a model without layers grows into: heads of its own size, all else as in a stock model."""
+    n_head, n_kv_head = (-(-n * n_embd // source.n_embd) for n in (source.n_head, source.n_kv_head))
+    stock = GPTConfig(**{field.name: getattr(source, field.name) for field in fields(GPTConfig)} | dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head))
+    try:
+        target = layered_config(stock)
+        layers = tuple(replace(layer, **changes) for layer in target.layers)
+        first = layers[0] if layers else target
+        return replace(target, layers=layers, n_head=first.n_head, n_kv_head=first.n_kv_head, lm_head_rank=lm_head_rank, causal=source.causal)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UsageError(f"there is no such model to grow into: {error}") from error
+
+
 def layered_target(source: LayeredGPTConfig, target: GPTConfig, layers: Sequence[int | None]) -> LayeredGPTConfig:
     """The target layer by layer, checked. Raises UsageError with the reason why `source` cannot become it."""
     if not isinstance(target, LayeredGPTConfig):
-        head_dim = source.layers[0].head_dim
+        head_dim = source.head_dim
         if target.n_head * head_dim != target.n_embd:
             raise UsageError(f"a width of {target.n_embd} with {target.n_head} heads is not made of heads of {head_dim}, the size that growth keeps; "
                              f"use a multiple of {head_dim}")
@@ -120,7 +158,7 @@ def check_growth(source: LayeredGPTConfig, target: LayeredGPTConfig, layers: Seq
         raise UsageError(f"{source.n_layer} layers cannot become {target.n_layer}: a model only grows" if len(layers) != target.n_layer
                          else f"layer {min(missing)} is continued by no layer of the target")
     check_rank("the head", source.lm_head_rank, target.lm_head_rank)
-    if layers[target.backout_layer] != source.backout_layer:
+    if source.layers and layers[target.backout_layer] != source.backout_layer:
         raise UsageError(f"the backout layer {target.backout_layer} of the target does not continue layer {source.backout_layer}, that of the model")
     for t, layer in enumerate(layers):
         if layer is None:
