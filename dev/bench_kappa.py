@@ -6,6 +6,8 @@
 The stages are real: small models on two texts (the source of Python's standard library; TEXT, general English) with a tokenizer each, of several shapes,
 batches, horizons and schedules, new or grown out of a smaller one. Each ran to the end of its budget without a (further) growth; its last validation is p.
 """
+import gzip
+import json
 import math
 import os
 import subprocess
@@ -16,9 +18,13 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochat.cli import ArgumentParser, command
+from nanochat.files import atomic_path
 from nanochat.growth.forecast import GROWN
-from nanochat.growth.kappa import GrowthTrigger, Prediction, kappa_target
+from nanochat.growth.kappa import SEED_ERROR, GrowthTrigger, Prediction, kappa_target
 from nanochat.run_log import FILENAME, read_run_log
+
+RECORDED = Path(__file__).parent / "stage_curves.json.gz"
+KAPPAS = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5
 
 
 class Run(NamedTuple):
@@ -54,42 +60,37 @@ RUNS = [
     Run("code", "1x64", 1024, 400, "constant"),
     Run("code", "4x128", 512, 240, "wsd"),
     Run("english", "4x128", 512, 200, "linear"),
-    Run("code", "2x64", 512, 600, "wsd"),
-    Run("english", "2x64", 1024, 300, "constant", 40),
-    Run("code", "2x64,4x128", 512, 200, "constant", grown_at=0.2),
-    Run("code", "2x64", 1024, 320, "linear"),
-    Run("english", "1x64", 512, 600, "wsd"),
-    Run("code", "3x128", 1024, 160, "constant"),
-    Run("english", "3x128", 512, 240, "linear"),
+    Run("code", "1x64", 512, 300, "linear"),
+    Run("english", "1x64", 512, 300, "wsd"),
+    Run("code", "2x64", 512, 200, "constant", 20),
+    Run("english", "2x64", 512, 250, "linear", 40),
+    Run("code", "1x64,2x64", 512, 200, "linear", grown_at=0.2),
+    Run("english", "1x64,2x64", 512, 200, "constant", grown_at=0.15),
+    Run("code", "1x128", 512, 200, "wsd"),
+    Run("english", "1x128", 512, 200, "constant"),
     # the same once more, with another seed: what the earlier runs on disk are
-    Run("english", "1x64", 1024, 300, "linear", seed=2),
-    Run("code", "2x128", 1024, 200, "linear", 40, seed=2),
-    Run("english", "2x128", 1024, 200, "wsd", seed=2),
-    Run("code", "1x64", 1024, 400, "constant", seed=2),
-    Run("code", "4x128", 512, 240, "wsd", seed=2),
-    Run("english", "2x64", 1024, 300, "constant", 40, seed=2),
+    Run("code", "1x64", 512, 300, "linear", seed=2),
+    Run("english", "1x64", 512, 300, "wsd", seed=2),
+    Run("code", "2x64", 512, 200, "constant", 20, seed=2),
+    Run("english", "2x64", 512, 250, "linear", 40, seed=2),
+    Run("english", "1x128", 512, 200, "constant", seed=2),
+    Run("code", "1x128", 512, 200, "wsd", seed=2),
 
-    Run("code", "1x64,2x64", 1024, 280, "wsd", grown_at=0.1),
-    Run("english", "2x64,4x128", 512, 160, "linear", grown_at=0.2),
-    Run("code", "1x64", 512, 600, "linear", 40),
-    Run("english", "2x128", 512, 280, "constant"),
-    Run("code", "2x128", 512, 360, "wsd"),
-    Run("english", "4x128", 1024, 120, "wsd"),
-    Run("english", "1x64,2x128", 1024, 160, "constant", grown_at=0.2),
-    Run("code", "4x128", 1024, 120, "linear"),
-    Run("english", "2x64", 512, 400, "linear"),
+    Run("english", "1x64", 512, 600, "linear"),
+    Run("code", "1x64,1x128", 512, 200, "wsd", grown_at=0.3),
+    Run("english", "2x64,2x128", 512, 160, "linear", grown_at=0.2),
+    Run("code", "2x64", 1024, 250, "wsd"),
+    Run("english", "3x64", 1024, 200, "constant"),
+    Run("code", "1x64", 512, 500, "constant"),
 ]
 
 
 def flags(run: Run) -> list[str]:
     depth, width = (int(number) for number in run.path.split(",")[-1].split("x"))
     shape = [f"--grow-path={run.path}", f"--grow-at={run.grown_at}"] if run.grown_at else [f"--aspect-ratio={width // depth}"]
-    if not run.grown_at:
-        assert width % depth == 0 or depth == 3
-        shape = [f"--aspect-ratio={-(-width // depth) if width % depth == 0 else 42}"]
     return [f"--depth={depth}", *shape, "--head-dim=32", "--max-seq-len=128", "--window-pattern=L", f"--device-batch-size={run.batch // 128}",
             f"--total-batch-size={run.batch}", f"--num-iterations={run.steps}", f"--warmup-steps={run.warmup}", *SCHEDULES[run.schedule], f"--seed={run.seed}",
-            "--matrix-lr=0.16", "--unembedding-lr=0.03", f"--eval-every={run.steps // (20 if run.steps > 300 else 25) if run.batch < 2048 else 10}", f"--eval-tokens={4096 if run.batch < 2048 else 8192}", "--sample-every=-1",
+            "--matrix-lr=0.16", "--unembedding-lr=0.03", f"--eval-every={run.steps // 25}", f"--eval-tokens={4 * run.batch}", "--sample-every=-1",
             "--core-metric-every=-1", f"--model-tag={run.tag}"]
 
 
@@ -101,7 +102,7 @@ def record(folder: Path) -> None:
             continue
         print(f"{number} of {len(RUNS)}: {run.tag}", flush=True)
         environment = os.environ | dict(NANOCHAT_BASE_DIR=str(base), OMP_NUM_THREADS="1")
-        subprocess.run([*os.environ.get("RUNNER", "").split(), sys.executable, "-m", "scripts.base_train", *flags(run)], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(run)], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 class Curve(NamedTuple):
@@ -135,46 +136,89 @@ def read_curve(run: Run, log: Path) -> Curve:
 
 class Outcome(NamedTuple):
     left: float  # share of the gain, in hindsight
-    late: float  # share of the stage's steps, after the true moment
-    predicted: float  # p, relative to the true one
-    checks: int
+    late: float  # share of the stage's FLOPs, after the true moment
+    checks: int  # validations that did not confirm
+
+
+def trigger_of(curve: Curve, kappa: float, final: Prediction | None = None) -> GrowthTrigger:
+    """As it is at the stage's start."""
+    steps, start = len(curve.train), curve.evals[0][1]
+    rates = np.interp(np.linspace(0, steps, 257), np.arange(steps), curve.lr)
+    grown = dict(prior=GROWN, ratio=start / float(np.mean(curve.before[-8:]))) if curve.before else {}
+    trigger = GrowthTrigger(kappa, math.inf, steps, rates.tolist(), check_steps=steps / 300, final=final, **grown)  # type: ignore[arg-type]
+    trigger.begin(start)
+    return trigger
 
 
 def judge(curve: Curve, kappa: float, final: Prediction | None = None) -> Outcome:
     """Lets the trigger decide on a stage, and looks at what it left."""
     validation, steps = curve.validation(), len(curve.train)
-    start, p = validation[0], validation[-1]
-    rates = np.interp(np.linspace(0, steps, 257), np.arange(steps), curve.lr)
-    grown = bool(curve.before)
-    trigger = GrowthTrigger(kappa, cap=math.inf, steps=steps, rates=list(rates), check_steps=1.0, final=final, prior=GROWN if grown else None,
-                            ratio=start / np.mean(curve.before[-8:]) if grown else None)
-    trigger.begin(start)
-    when = int(np.argmax(validation <= kappa_target(start, p, kappa)))
-    predicted = math.nan
+    start, p = float(validation[0]), float(validation[-1])
+    trigger = trigger_of(curve, kappa, final)
     for step, loss in enumerate(curve.train, 1):
         trigger.observe(loss)
-        if trigger.due():
-            decision = trigger.decide(0.0, validation[step])
-            if decision.grow:
-                predicted = decision.predicted.loss / p
-                break
-    return Outcome((validation[step] - p) / (start - p), (step - when) / steps, predicted, len(trigger.checks))
+        if trigger.due() and trigger.decide(0.0, float(validation[step])).grow:
+            break
+    when = int(np.argmax(validation <= kappa_target(start, p, kappa)))
+    return Outcome((float(validation[step]) - p) / (start - p), (step - when) / steps, len(trigger.checks))
 
 
-KAPPAS = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5
+def table(title: str, outcomes: dict[float, list[Outcome]]) -> None:
+    print(f"\n{title}: {len(outcomes[KAPPAS[0]])} stages\n"
+          f"{'kappa':>6}  {'left, median':>12}  {'error: median':>13}  {'worst':>6}  {'moment: median':>14}  {'worst':>6}  {'checks':>6}")
+    for kappa, found in outcomes.items():
+        left, late = (np.array(values) for values in zip(*((outcome.left, outcome.late) for outcome in found)))
+        print(f"{kappa:6.2f}  {np.median(left):12.3f}  {np.median(abs(left - kappa)):13.3f}  {abs(left - kappa).max():6.3f}  "
+              f"{np.median(abs(late)):14.1%}  {abs(late).max():6.1%}  {1 + np.mean([outcome.checks for outcome in found]):6.1f}")
 
 
-def table(curves: list[Curve], known: bool) -> None:
-    for curve in curves:
-        pass
+def load() -> list[Curve]:
+    with gzip.open(RECORDED, "rt") as file:
+        return [Curve(Run(*run), *rest) for run, *rest in json.load(file)]
+
+
+def save(folder: Path) -> None:
+    """Packs what is recorded: numbers only."""
+    logs = [(run, folder / run.data / "base_checkpoints" / run.tag / FILENAME) for run in RUNS]
+    curves = [read_curve(run, log) for run, log in logs if log.exists() and read_run_log(log)[-1]["kind"] == "end"]
+    with atomic_path(RECORDED) as path:
+        path.write_bytes(gzip.compress(json.dumps(curves, separators=(",", ":")).encode(), mtime=0))
+
+
+def twin(curve: Curve, curves: list[Curve]) -> Curve | None:
+    """The same run with another seed."""
+    return next((other for other in curves if other.run._replace(seed=0) == curve.run._replace(seed=0) and other is not curve), None)
 
 
 @command
 def main(argv=None) -> None:
-    parser = ArgumentParser(description=__doc__, )
-    parser.add_argument("--record", type=Path)
+    parser = ArgumentParser(description="The share of a stage's gain that is left when kappa's trigger fires, in hindsight")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="train the stages anew; FOLDER holds a NANOCHAT_BASE_DIR with data and tokenizer for each text")
+    parser.add_argument("--each", action="store_true", help="print each stage too")
     args = parser.parse_args(argv)
-    record(args.record)
+    if args.record:
+        record(args.record)
+        save(args.record)
+    curves = load()
+    alone: dict[float, list[Outcome]] = {kappa: [] for kappa in KAPPAS}
+    helped: dict[float, list[Outcome]] = {kappa: [] for kappa in KAPPAS}
+    same: dict[float, list[Outcome]] = {kappa: [] for kappa in KAPPAS}
+    for curve in curves:
+        other = twin(curve, curves)
+        for kappa in KAPPAS:
+            alone[kappa].append(judge(curve, kappa))
+            if other is not None:
+                p = other.evals[-1][1]
+                helped[kappa].append(judge(curve, kappa, Prediction(p, "an earlier run", SEED_ERROR * p * math.sqrt(2))))
+                same[kappa].append(alone[kappa][-1])
+        if args.each:
+            print(f"{curve.run.tag:44s} {len(curve.train)} steps, p/s {curve.evals[-1][1] / curve.evals[0][1]:.2f}: "
+                  + "  ".join(f"{kappa:g} {alone[kappa][-1].left:.3f} ({alone[kappa][-1].late:+.0%})" for kappa in KAPPAS), flush=True)
+    new = [not curve.before for curve in curves]
+    table("Without an earlier run, new models", {kappa: [o for o, is_new in zip(found, new) if is_new] for kappa, found in alone.items()})
+    table("Without an earlier run, grown models", {kappa: [o for o, is_new in zip(found, new) if not is_new] for kappa, found in alone.items()})
+    table("Those that have an earlier run, without it", same)
+    table("Those that have an earlier run, with it", helped)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-EXPONENTS = np.geomspace(0.1, 2.0, 12)
-SHIFTS = np.geomspace(2.0, 20000.0, 20)  # t0, in steps at the full learning rate
+EXPONENTS = np.geomspace(0.15, 1.5, 9)
+SHIFTS = np.geomspace(5.0, 5000.0, 13)  # t0, in steps at the full learning rate
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Forecast:
         x = self.now.copy()
         x[:, 0] -= 1 - kappa
         mean = (x * self.means).sum(-1) - kappa * self.start
-        spread = np.sqrt(np.einsum("gi,gij,gj->g", x, self.covariances, x))
+        spread = np.sqrt((x[:, None] @ self.covariances @ x[..., None])[:, 0, 0])
         return float(self.weights @ [0.5 * math.erfc(z / math.sqrt(2)) for z in mean / spread])
 
 
@@ -137,11 +137,11 @@ def fit(train: Points, checks: Points, now: Points, end: Points, start: float, p
     mean = np.array([prior.final * start, (1 - prior.final) * start, ANNEAL * start, 0.0, 0.0])
     error = np.array([prior.final_error * start, 1.0 * start, ANNEAL_ERROR * start, DRIFT, OFFSET * start])
     precision = np.diag(error ** -2)
-    weighted = x / variance[:, None]
-    information = np.einsum("gni,gnj->gij", weighted, x) + precision
+    weighted = (x / variance[:, None]).swapaxes(1, 2)
+    information = weighted @ x + precision
     posterior = np.linalg.inv(information)
-    means = np.einsum("gij,gj->gi", posterior, np.einsum("gni,n->gi", weighted, y) + precision @ mean)
-    residual, deviation = y - np.einsum("gni,gi->gn", x, means), means - mean
+    means = (posterior @ (weighted @ y + precision @ mean)[..., None])[..., 0]
+    residual, deviation = y - (x @ means[..., None])[..., 0], means - mean
     evidence = -0.5 * ((residual ** 2 / variance).sum(-1) + (deviation ** 2 / error ** 2).sum(-1) + np.linalg.slogdet(information)[1])
     evidence -= 0.5 * ((np.log(b / prior.exponent) / prior.exponent_spread) ** 2 + (np.log(t0 / prior.shift) / prior.shift_spread) ** 2)[:, 0]
     weights = np.exp(evidence - evidence.max())

@@ -94,14 +94,20 @@ def read_config(config: GPTConfig | dict) -> GPTConfig:
 SEED_ERROR = 0.01  # of the final loss: how far two runs that differ in the seed alone end from each other, here up to 1 % (dev/stage_curves.json.gz)
 
 
-def final_loss_of_earlier_runs(runs: str | Path, config: GPTConfig, conditions: dict) -> Prediction | None:
-    """The mean last validation loss (bits per byte) of the earlier runs of this shape under these conditions: data, tokenizer, horizon in FLOPs, schedule."""
+def final_loss_of_earlier_runs(runs: str | Path, config: GPTConfig, conditions: dict, grown: bool = False) -> Prediction | None:
+    """The mean last validation loss (bits per byte) of the earlier runs of this shape under these conditions: data, tokenizer, horizon in FLOPs, schedule.
+
+    grown: the stage's model began as a smaller one; that it ends like one from scratch is less sure.
+    """
     found = earlier_runs(runs, config, conditions)
     if not found:
         return None
     losses = [loss for _, loss in found]
     source = f"the run {found[0][0].parent.name}" if len(found) == 1 else f"{len(found)} earlier runs"
-    return Prediction(float(np.mean(losses)), source, SEED_ERROR * float(np.mean(losses)) * math.sqrt(1 + 1 / len(losses)))
+    return Prediction(float(np.mean(losses)), source, (GROWN_ERROR if grown else SEED_ERROR) * float(np.mean(losses)) * math.sqrt(1 + 1 / len(losses)))
+
+
+GROWN_ERROR = 0.03  # likewise, of one that began as a smaller model
 
 
 # -----------------------------------------------------------------------------
@@ -117,8 +123,10 @@ class Decision:
     target: float | None = None
 
 
-MAX_POINTS = 64  # means that the steps of a stage are kept as
-CHECK_SHARE = 0.05  # of the FLOPs of the steps, at most, for validations that do not confirm
+MIN_STEPS = 3  # before a stage may end by kappa
+MAX_POINTS = 20  # means that the steps of a stage are kept as
+CHECK_SHARE = 0.05  # of what a stage's steps so far have cost, at most, for validations
+CHECK_DISTANCE = 0.01  # of the stage's steps, at least, between two of them
 
 
 @dataclass
@@ -150,11 +158,11 @@ class GrowthTrigger:
     open_losses: list[float] = field(default_factory=list)  # of the latest steps, fewer than `width`
     recent: list[float] = field(default_factory=list)  # training losses of the last steps
     checks: list[tuple[int, float]] = field(default_factory=list)  # (steps, validation loss) that did not confirm
-    next_check: int = 0
 
     def __post_init__(self):  # out of a checkpoint's JSON
         if isinstance(self.final, dict):
             self.final = Prediction(**self.final)
+        self.checks = [(step, loss) for step, loss in self.checks]
         if isinstance(self.prior, dict):
             self.prior = Prior(**self.prior)
         elif self.prior is None:
@@ -208,11 +216,10 @@ class GrowthTrigger:
 
     def predict(self) -> Prediction:
         """p as it is known now."""
-        loss, error = self.forecast().final() if self.ratio is not None else (0.0, 0.0)
-        if self.ratio is None:  # not a step yet
-            assert self.start is not None
-            loss, error = self.prior.final * self.start, self.prior.final_error * self.start
-            return self.final or Prediction(loss, self.prior.source, error)
+        assert self.start is not None and self.prior is not None
+        if self.seen == 0:
+            return self.final or Prediction(self.prior.final * self.start, self.prior.source, self.prior.final_error * self.start)
+        loss, error = self.forecast().final()
         return Prediction(loss, self._source(), error)
 
     def _source(self) -> str:
@@ -220,7 +227,10 @@ class GrowthTrigger:
 
     def due(self) -> bool:
         """To be asked after every step: is it time for a validation?"""
-        if self.kappa is None or self.ratio is None or self.seen < max(self.next_check, 2):
+        affordable = (len(self.checks) + 1) * self.check_steps / CHECK_SHARE
+        if self.kappa is None or self.ratio is None or self.seen < max(MIN_STEPS, affordable):
+            return False
+        if self.checks and self.seen < self.checks[-1][0] + CHECK_DISTANCE * self.steps:
             return False
         return self.forecast().probability(self.kappa) > 0.5
 
@@ -240,14 +250,14 @@ class GrowthTrigger:
         if self.at_cap(flops):
             return Decision(True, f"its share of the FLOPs is spent: before the loss of {loss:.4f} reached the target of {target:.4f}", *facts)
         self.checks.append((self.seen, loss))
-        self.next_check = self.seen + math.ceil(self.check_steps / CHECK_SHARE)
         return Decision(False, f"a loss of {loss:.4f} is above the target of {target:.4f}", *facts)
 
-    def lesson(self) -> Prior:
-        """What this stage teaches the next one, whose loss begins where that of this one ended."""
-        if self.ratio is None:
-            return GROWN
-        forecast = self.forecast()
+    def follow(self, before: "GrowthTrigger", loss: float) -> None:
+        """Takes up what the stage before has taught; it ended at this validation loss."""
+        self.prior = GROWN
+        if before.ratio is None:
+            return
+        forecast = before.forecast((before.seen, loss))
         p, error = forecast.final()
-        now = forecast.loss()
-        return GROWN.after(p / now, error / now, *forecast.exponent())
+        self.prior = GROWN.after(p / loss, error / loss, *forecast.exponent())
+        self.ratio = loss / (math.fsum(before.recent) / len(before.recent))
