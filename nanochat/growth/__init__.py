@@ -9,7 +9,7 @@
 | `expand.py` | weights through maps, and the noise that nobody sees |
 | `optimizer.py` | moments through maps, over any number of ranks |
 | `target.py` | depth: which layer continues which; the grown configuration |
-| `kappa.py` | when to grow |
+| `kappa.py`, `forecast.py` | when to grow, and what the model would end with otherwise |
 | `plan.py` | the stages of a run |
 """
 from nanochat.growth.model import grow

@@ -196,7 +196,7 @@ class GrowthTrigger:
 
     def forecast(self, *checks: tuple[int, float]) -> Forecast:
         """Of the stage as it stands, with validations at these steps besides those that there were."""
-        assert self.start is not None and self.ratio is not None
+        assert self.start is not None and self.ratio is not None and self.prior is not None
         losses = self.losses + ([math.fsum(self.open_losses) / len(self.open_losses)] if self.open_losses else [])
         counts = np.array([self.width] * len(self.losses) + ([len(self.open_losses)] if self.open_losses else []), dtype=float)
         ends = np.cumsum(counts)
