@@ -19,7 +19,7 @@ import numpy as np
 
 from nanochat.cli import ArgumentParser, command
 from nanochat.files import atomic_path
-from nanochat.growth.forecast import GROWN
+from nanochat.growth.forecast import GROWN, Forecast
 from nanochat.growth.kappa import SEED_ERROR, GrowthTrigger, Prediction, kappa_target
 from nanochat.run_log import FILENAME, read_run_log
 
@@ -140,21 +140,34 @@ class Outcome(NamedTuple):
     checks: int  # validations that did not confirm
 
 
-def trigger_of(curve: Curve, kappa: float, final: Prediction | None = None) -> GrowthTrigger:
+class RememberingTrigger(GrowthTrigger):
+    """Forecasts do not depend on kappa: those of a stage serve all kappas."""
+
+    remembered: dict
+
+    def forecast(self, *checks: tuple[int, float]) -> Forecast:
+        key = self.final, self.seen, *self.checks, *checks
+        if key not in self.remembered:
+            self.remembered[key] = super().forecast(*checks)
+        return self.remembered[key]
+
+
+def trigger_of(curve: Curve, kappa: float, final: Prediction | None, remembered: dict) -> GrowthTrigger:
     """As it is at the stage's start."""
     steps, start = len(curve.train), curve.evals[0][1]
     rates = np.interp(np.linspace(0, steps, 257), np.arange(steps), curve.lr)
     grown = dict(prior=GROWN, ratio=start / float(np.mean(curve.before[-8:]))) if curve.before else {}
-    trigger = GrowthTrigger(kappa, math.inf, steps, rates.tolist(), check_steps=steps / 300, final=final, **grown)  # type: ignore[arg-type]
+    trigger = RememberingTrigger(kappa, math.inf, steps, rates.tolist(), check_steps=steps / 300, final=final, **grown)  # type: ignore[arg-type]
+    trigger.remembered = remembered
     trigger.begin(start)
     return trigger
 
 
-def judge(curve: Curve, kappa: float, final: Prediction | None = None) -> Outcome:
+def judge(curve: Curve, kappa: float, final: Prediction | None, remembered: dict) -> Outcome:
     """Lets the trigger decide on a stage, and looks at what it left."""
     validation, steps = curve.validation(), len(curve.train)
     start, p = float(validation[0]), float(validation[-1])
-    trigger = trigger_of(curve, kappa, final)
+    trigger = trigger_of(curve, kappa, final, remembered)
     for step, loss in enumerate(curve.train, 1):
         trigger.observe(loss)
         if trigger.due() and trigger.decide(0.0, float(validation[step])).grow:
@@ -204,12 +217,12 @@ def main(argv=None) -> None:
     helped: dict[float, list[Outcome]] = {kappa: [] for kappa in KAPPAS}
     same: dict[float, list[Outcome]] = {kappa: [] for kappa in KAPPAS}
     for curve in curves:
-        other = twin(curve, curves)
+        other, remembered = twin(curve, curves), dict[tuple, Forecast]()
         for kappa in KAPPAS:
-            alone[kappa].append(judge(curve, kappa))
+            alone[kappa].append(judge(curve, kappa, None, remembered))
             if other is not None:
                 p = other.evals[-1][1]
-                helped[kappa].append(judge(curve, kappa, Prediction(p, "an earlier run", SEED_ERROR * p * math.sqrt(2))))
+                helped[kappa].append(judge(curve, kappa, Prediction(p, "an earlier run", SEED_ERROR * p * math.sqrt(2)), remembered))
                 same[kappa].append(alone[kappa][-1])
         if args.each:
             print(f"{curve.run.tag:44s} {len(curve.train)} steps, p/s {curve.evals[-1][1] / curve.evals[0][1]:.2f}: "
