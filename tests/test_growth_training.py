@@ -1,7 +1,9 @@
 """Growing inside base_train: decisions, exact resumption, ranks, and flags that contradict each other."""
+import itertools
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +181,15 @@ def test_the_line_of_a_step_tells_the_flops_that_are_spent(base, capsys):
     train = [record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "train"]
     assert shown == [pytest.approx(100 * min(1.0, record["flops"] / budget_of(base)), abs=0.01) for record in train]
     assert shown == sorted(shown) and shown[-1] == 100
+
+
+def test_the_time_left_does_not_climb_at_a_growth(base, monkeypatch, capsys):
+    """Steps that take equally long, whatever the model: the FLOPs of the larger one pass faster."""
+    clock = itertools.count(step=36)
+    monkeypatch.setattr("nanochat.train_loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert tiny.train(*AT, "--num-iterations=24", "--eval-every=-1", "--save-every=-1") == 0
+    left = [float(minutes) for minutes in re.findall(r"eta: (\d+\.\d)m", capsys.readouterr().out)]
+    assert left == sorted(left, reverse=True) and left[0] > 5 and left[-1] < 0.7
 
 
 def budget_of(base_dir, tag: str = "d3") -> float:
