@@ -86,7 +86,7 @@ def test_it_becomes_surer():
         if number in (30, 120, 235):
             errors.append(trigger.predict().error)
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
-    assert trigger.predict().loss == pytest.approx(validation[-1], abs=0.05)
+    assert trigger.predict().loss == pytest.approx(validation[-1], abs=0.12)
 
 
 def test_a_validation_has_the_last_word():
