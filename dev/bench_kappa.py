@@ -1,7 +1,7 @@
 """How well kappa keeps its word: the share of a stage's gain that is left when the trigger fires, in hindsight, against the share that was asked for.
 
     python -m dev.bench_kappa                              # on the recorded stages, without training anything
-    python -m dev.bench_kappa --record=FOLDER --text=TEXT  # records them anew: some 40 short runs, the half of them on TEXT
+    python -m dev.bench_kappa --record=FOLDER              # records them anew: 29 short runs
 
 The stages are real: small models on two texts (the source of Python's standard library; TEXT, general English) with a tokenizer each, of several shapes,
 batches, horizons and schedules, new or grown out of a smaller one. Each ran to the end of its budget without a (further) growth; its last validation is p.
