@@ -1,9 +1,9 @@
 """How well kappa keeps its word: the share of a stage's gain that is left when the trigger fires, in hindsight, against the share that was asked for.
 
     python -m dev.bench_kappa                              # on the recorded stages, without training anything
-    python -m dev.bench_kappa --record=FOLDER              # records them anew: 29 short runs
+    python -m dev.bench_kappa --record=FOLDER              # records them anew: 23 short runs
 
-The stages are real: small models on two texts (the source of Python's standard library; TEXT, general English) with a tokenizer each, of several shapes,
+The stages are real: small models on two texts (the source of Python's standard library: code; general English) with a tokenizer each, of several shapes,
 batches, horizons and schedules, new or grown out of a smaller one. Each ran to the end of its budget without a (further) growth; its last validation is p.
 """
 import gzip
@@ -75,13 +75,6 @@ RUNS = [
     Run("english", "2x64", 512, 250, "linear", 40, seed=2),
     Run("english", "1x128", 512, 200, "constant", seed=2),
     Run("code", "1x128", 512, 200, "wsd", seed=2),
-
-    Run("english", "1x64", 512, 600, "linear"),
-    Run("code", "1x64,1x128", 512, 200, "wsd", grown_at=0.3),
-    Run("english", "2x64,2x128", 512, 160, "linear", grown_at=0.2),
-    Run("code", "2x64", 1024, 250, "wsd"),
-    Run("english", "3x64", 1024, 200, "constant"),
-    Run("code", "1x64", 512, 500, "constant"),
 ]
 
 
@@ -206,7 +199,7 @@ def twin(curve: Curve, curves: list[Curve]) -> Curve | None:
 @command
 def main(argv=None) -> None:
     parser = ArgumentParser(description="The share of a stage's gain that is left when kappa's trigger fires, in hindsight")
-    parser.add_argument("--record", type=Path, metavar="FOLDER", help="train the stages anew; FOLDER holds a NANOCHAT_BASE_DIR with data and tokenizer for each text")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="train the stages anew; FOLDER holds a NANOCHAT_BASE_DIR with data and tokenizer for each text: code (vocabulary 1024), code4096 and english (2048)")
     parser.add_argument("--each", action="store_true", help="print each stage too")
     args = parser.parse_args(argv)
     if args.record:
