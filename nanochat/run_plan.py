@@ -20,6 +20,8 @@ from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Process, RunSettings, fit_device_batch
 
+CHECK_SHARE = 0.01  # of the run's tokens, at most, in a validation by which a growth is decided; it is without a backward pass
+
 
 @dataclass
 class PlanSettings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
@@ -34,7 +36,7 @@ class PlanSettings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSetti
                              type=int_or_off)
 
     def path(self) -> list[Shape]:
-        return self.growth_path(self.depth, self.aspect_ratio, self.head_dim, self.eval_every)
+        return self.growth_path(self.depth, self.aspect_ratio, self.head_dim)
 
     def first_and_final(self, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
         """The models that the run begins and ends with; with --init-from the shape of that checkpoint counts, not that of the flags."""
@@ -117,7 +119,7 @@ class RunPlan:
 
     def plan_growth(self, first: GPTConfig) -> None:
         settings = self.settings
-        self.growth = GrowthController(settings, self.settings.stages(first), self.budget, self.padded_vocab, settings.seed, measured=settings.eval_every > 0)
+        self.growth = GrowthController(settings, self.settings.stages(first), self.budget, self.padded_vocab, settings.seed, measured=settings.eval_every > 0 or settings.kappa is not None)
         self.budget = self.growth.budget
         if self.budget < self.growth.stages[0].flops_per_token * self.horizon.total_batch_size:
             raise UsageError(f"--grow-budget={settings.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
@@ -162,6 +164,8 @@ class RunPlan:
             print0(f"Device batch size: {B} rows per pass")
         self.rows, self.passes = B, settings.passes(total, B, T, self.world_size, self.streams)
         self.eval_steps = settings.eval_tokens // (B * T * self.streams) * (self.streams // self.world_size)
+        brief = max(1, min(settings.eval_tokens, round(CHECK_SHARE * self.horizon.total_tokens)) // (B * T * self.streams))
+        self.check_tokens, self.check_steps = brief * B * T * self.streams, brief * (self.streams // self.world_size)
         if settings.eval_every > 0 and self.eval_steps == 0:
             raise UsageError(f"--eval-tokens={settings.eval_tokens} is less than one batch; use at least {B * T * self.streams}")
         print0(f"Total batch size {total:,} => gradient accumulation steps: {self.passes}")

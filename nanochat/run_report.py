@@ -73,7 +73,7 @@ def verbatim(text: str) -> str:
 def _asked_and_got(growth: dict) -> tuple[str, str]:
     """kappa, and the share of the gain that was left by the prediction of then, where a growth was decided so."""
     kappa = growth.get("kappa")
-    return ("" if kappa is None else f"{kappa:g}", "" if growth.get("gain_left") is None else f"{growth['gain_left']:.2f}")
+    return ("" if kappa is None else f"{kappa:g}", "" if growth.get("left") is None else f"{growth['left']:.2f}")
 
 
 class TrainingRun:

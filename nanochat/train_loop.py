@@ -33,6 +33,7 @@ from nanochat.common import (
     get_peak_flops,
     live_line,
     print0,
+    with_progress,
 )
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -112,6 +113,7 @@ class TrainLoop:
         self.min_val_bpb = float("inf")
         self.smooth_train_loss = 0.0
         self.total_training_time = 0.0  # seconds
+        self.stage_time, self.stage_flops, self.pace = 0.0, 0, 0.0  # of the timed steps of this model; seconds per FLOP
         self.flops = 0
         self.mfu = 0.0
 
@@ -177,6 +179,7 @@ class TrainLoop:
         # on a CPU compiling a second, gradient-free graph takes longer than most evaluations
         self.eval_model = compiled if self.device.type == "cuda" else model
         self.flops_per_token = model.estimate_flops()
+        self.stage_time, self.stage_flops = 0.0, 0  # the pace is that of the model before until this one's is known
         self.accumulate = Accumulator(compiled, model, self.scaler, self.loss)
 
     def restore(self, meta: dict, train_state: dict | None) -> None:
@@ -226,12 +229,14 @@ class TrainLoop:
         """A context in which the model computes as it will be used."""
         return nullcontext()
 
-    def validate(self, log: bool = True) -> None:
+    def measure(self, steps: int) -> float:
+        """Bits per byte on the first `steps` validation batches of every rank."""
         with self.evaluating():
-            self.val_bpb = evaluate_bpb(self.eval_model, self.validation_batches(), self.eval_steps, self.token_bytes)
+            return evaluate_bpb(self.eval_model, with_progress(self.validation_batches(), steps, "Validation"), steps, self.token_bytes)
+
+    def validate(self) -> None:
+        self.val_bpb = self.measure(self.eval_steps)
         self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
-        if not log:
-            return
         print0(f"Step {self.step:05d} | Validation bpb: {self.val_bpb:.{self.digits}f}")
         self.log.log("eval", self.step, val_bpb=self.val_bpb, **self.spent())
         self.log_wandb(**{"val/bpb": self.val_bpb})
@@ -263,9 +268,12 @@ class TrainLoop:
         if not math.isfinite(raw_loss):
             raise UsageError(f"the loss of step {self.step} is {raw_loss}: training diverged; {self.advice}")
         self.smooth_train_loss = 0.9 * self.smooth_train_loss + 0.1 * raw_loss
+        flops = self.flops_per_token * self.total_batch_size
         if self.step > UNTIMED_STEPS and self.step != self.first_step:
             self.total_training_time += dt
-        self.flops += self.flops_per_token * self.total_batch_size
+            self.stage_time, self.stage_flops = self.stage_time + dt, self.stage_flops + flops
+            self.pace = self.stage_time / self.stage_flops
+        self.flops += flops
         self.tell_step(losses, multiplier, dt)
         self.step += 1
 
@@ -275,7 +283,8 @@ class TrainLoop:
         speed = self.total_batch_size / dt  # tokens/s
         self.mfu = 100 * self.flops_per_token * speed / (self.gpu_peak_flops * self.world_size)
         progress, number, facts = self.progress(), self.step + self.first_number, self.data_facts()
-        eta = f" | eta: {self.total_training_time * max(0.0, 1 / progress - 1) / 60:.1f}m" if self.total_training_time and progress > 0 else ""
+        # FLOPs of the models to come are taken to last as long as this one's; they are rather faster, so the time left does not climb at a growth
+        eta = f" | eta: {self.pace * self.flops * max(0.0, 1 / progress - 1) / 60:.1f}m" if self.pace and progress > 0 else ""
         live_line(f"step {number:05d}{self.of_how_many()} ({100 * self.shown_progress():.2f}%) | loss: {debiased:.6f} | lrm: {multiplier:.2f} | dt: {dt * 1000:.2f}ms | "
                   f"tok/sec: {int(speed):,} | {self.mfu_name}: {self.mfu:.2f} | {' '.join(f'{name}: {value}' for name, value in facts.items())} | "
                   f"total time: {self.total_training_time / 60:.2f}m{eta}")

@@ -30,9 +30,10 @@ from nanochat.cli import (
     non_negative_float,
     parse_settings,
 )
-from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
+from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
 from nanochat.core_eval import evaluate_core, load_bundle
 from nanochat.dataloader import TrainingData, batches_in_turn
+from nanochat.dataset import data_source
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
 from nanochat.eval_bundle import find_eval_bundle
@@ -216,7 +217,7 @@ class Pretraining(TrainLoop):
         if meta is not None:
             self.restore(meta, train_state)
         self.open_log(
-            model_config=asdict(self.model.config), counts=self.model.num_scaling_params(), flops_per_token=self.flops_per_token,
+            model_config=asdict(self.model.config), conditions=self.conditions(), counts=self.model.num_scaling_params(), flops_per_token=self.flops_per_token,
             num_iterations=None if self.by_flops else horizon.num_iterations, total_batch_size=self.total_batch_size,
             total_tokens=None if self.by_flops else horizon.total_tokens,
             device_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type)
@@ -276,12 +277,26 @@ class Pretraining(TrainLoop):
     @property
     def position(self) -> float:
         """Where the schedules stand, in steps of the final model: with growth the steps of the smaller models count by their FLOPs."""
-        if not self.by_flops:
-            return self.step
-        return max(self.horizon.num_iterations * min(1.0, self.flops / self.budget), min(self.step, self.settings.warmup_steps))
+        return self.position_at(self.flops, self.step) if self.by_flops else self.step
 
-    def tell_step(self, *args) -> None:
-        super().tell_step(*args)
+    def position_at(self, flops: float, step: float) -> float:
+        return max(self.horizon.num_iterations * min(1.0, flops / self.budget), min(step, self.settings.warmup_steps))
+
+    def learning_rate(self, flops: float, step: float) -> float:
+        """Its multiplier at another moment of a growing run."""
+        return self.plan.schedule.at(self.position_at(flops, step)).lr
+
+    def conditions(self) -> dict[str, Any]:
+        """What another run must share, besides the shape of its model, to end with about the same loss; `flops` is the horizon."""
+        settings = self.settings
+        shared = ("objective", "warmup_steps", "warmdown_ratio", "warmdown_shape", "final_lr_frac", "embedding_lr", "unembedding_lr", "matrix_lr", "matrix_optimizer")
+        return dict(data=data_source(), origin=str(settings.branch_from or settings.init_from or ""), tokenizer=self.tokenizer.checksum(), flops=self.budget, total_batch_size=self.total_batch_size,
+                    **{name: getattr(settings, name) for name in shared})
+
+    def tell_step(self, losses: list[torch.Tensor], *args) -> None:
+        super().tell_step(losses, *args)
+        if self.growth:
+            self.growth.observe(torch.stack(losses).mean().item())
         if self.step == self.first_step + 9:
             print0(f"Data: {self.data.used_share():.0%} of the tokens of the documents read so far are trained on; the rest are ends that no row had room for"
                    + ("" if self.data.used_share() >= 0.5 else ". Raise --max-seq-len, or cut the documents (python -m nanochat.dataset does)"))
@@ -312,12 +327,13 @@ class Pretraining(TrainLoop):
     def as_evaluated(self):
         return disable_fp8(self.model) if self.settings.fp8 else nullcontext()
 
-    def must_validate(self) -> bool:
-        return super().must_validate() or self.eval_every > 0 and self.growth is not None and self.growth.at_cap(self.flops)
+    def check(self) -> float:
+        """A brief validation, by which a growth is decided."""
+        return self.measure(self.plan.check_steps)
 
     def validation_batches(self) -> Iterator:
         batches = batches_in_turn(*self.rows, "val", self.device, self.my_streams, self.plan.streams)
-        return (self.prepare_validation(x, y) for x, y, _ in with_progress(batches, self.eval_steps, "Validation"))
+        return (self.prepare_validation(x, y) for x, y, _ in batches)
 
     def measure_core(self) -> None:
         with self.evaluating():
@@ -336,7 +352,7 @@ class Pretraining(TrainLoop):
             self.log.log("sample", self.step, samples=samples)
 
     def between_steps(self, validated: bool) -> None:
-        if self.growth and self.growth.trigger and (validated or self.growth.at_cap(self.flops)):
+        if self.growth:
             self.growth.maybe_grow(self)
 
     def data_position(self) -> dict:

@@ -32,7 +32,7 @@ from nanochat.cli import (
     parse_settings,
     positive_int,
 )
-from nanochat.common import print0, with_progress
+from nanochat.common import print0
 from nanochat.compiler import compile_model
 from nanochat.conversation_loader import furthest, pack_conversations
 from nanochat.distributed import share_weights
@@ -238,7 +238,7 @@ class FineTuning(TrainLoop):
 
     def validation_batches(self) -> Iterator:
         batches = pack_conversations(self.val_data, self.tokenizer, self.B, self.T, self.device)
-        return ((x, y) for x, y, _ in with_progress(batches, self.eval_steps, "Validation"))
+        return ((x, y) for x, y, _ in batches)
 
     def evaluate_tasks(self) -> None:
         """Accuracy by task; before them, where all of its tasks are there, chatcore_metric and chatcore_cat (multiple choice only)."""

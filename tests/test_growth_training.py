@@ -1,6 +1,9 @@
 """Growing inside base_train: decisions, exact resumption, ranks, and flags that contradict each other."""
+import itertools
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,13 +153,49 @@ def test_never_validating_is_obeyed(base, monkeypatch, capsys, tmp_path_factory)
     assert report.main([]) == 0
 
 
-def test_kappa_grows_when_the_target_is_reached(base):
-    """With a prediction just below the loss that is there, the second validation is enough; with one far off the cap decides, and says so."""
+def test_kappa_grows_when_the_target_is_reached(base, capsys):
+    """With a prediction just below the loss that is there, the first steps are enough; with one far off the cap decides, and says so."""
     assert tiny.train(*GROW, "--kappa=0.999", "--kappa-final-loss=0.1", "--model-tag=soon") == 0
     assert tiny.train(*GROW, "--kappa=0.01", "--kappa-final-loss=0.1", "--model-tag=cap") == 0
     soon, cap = grows(base, "soon")[0], grows(base, "cap")[0]
-    assert soon["step"] == 2 and soon["reason"].startswith("kappa") and soon["loss_before"] <= soon["target"]
+    assert soon["share"] < 0.4 and soon["reason"].startswith("kappa") and soon["loss_before"] <= soon["target"] and soon["left"] <= 0.999
+    assert soon["predicted"] == pytest.approx(0.1, abs=1e-3) and soon["predicted_error"] < 0.01 and soon["predicted_by"] == "--kappa-final-loss"
+    assert "Stage 0: 2x64 begins at" in capsys.readouterr().out
     assert cap["share"] >= 0.5 and "before the loss" in cap["reason"] and cap["loss_before"] > cap["target"]
+
+
+def test_kappa_validates_briefly_without_any_other_validation(base, monkeypatch):
+    """At the start of a stage, when a growth is due, and after it: few tokens, whatever --eval-tokens says."""
+    tokens = []
+
+    def count(model, batches, steps, token_bytes):
+        tokens.append(steps)
+        return 3.0 - 0.01 * len(tokens)
+
+    monkeypatch.setattr("nanochat.train_loop.evaluate_bpb", count)
+    assert tiny.train(*GROW, "--kappa=0.999", "--kappa-final-loss=0.1", "--eval-every=-1", "--eval-tokens=41943040") == 0
+    assert len(grows(base)) == 1 and set(tokens) == {1} and 3 <= len(tokens) <= 6
+
+
+def test_the_line_of_a_step_tells_the_flops_that_are_spent(base, capsys):
+    assert tiny.train(*AT) == 0
+    shown = [float(share) for share in re.findall(r"step \d+ \((\d+\.\d+)%\)", capsys.readouterr().out)]
+    train = [record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "train"]
+    assert shown == [pytest.approx(100 * min(1.0, record["flops"] / budget_of(base)), abs=0.01) for record in train]
+    assert shown == sorted(shown) and shown[-1] == 100
+
+
+def test_the_time_left_does_not_climb_at_a_growth(base, monkeypatch, capsys):
+    """Steps that take equally long, whatever the model: the FLOPs of the larger one pass faster."""
+    clock = itertools.count(step=36)
+    monkeypatch.setattr("nanochat.train_loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert tiny.train(*AT, "--num-iterations=24", "--eval-every=-1", "--save-every=-1") == 0
+    left = [float(minutes) for minutes in re.findall(r"eta: (\d+\.\d)m", capsys.readouterr().out)]
+    assert left == sorted(left, reverse=True) and left[0] > 5 and left[-1] < 0.7
+
+
+def budget_of(base_dir, tag: str = "d3") -> float:
+    return next(record for record in read_run_log(tiny.folder(base_dir, tag) / "log.jsonl") if record["kind"] == "start")["conditions"]["flops"]
 
 
 def test_layer_by_layer_freezes_what_was_there(base):
@@ -185,7 +224,7 @@ def test_the_plan_trains_nothing(base, capsys):
     (["--grow-path=2x64,1x96", "--kappa=0.2"], "only grows"), (["--grow-path=2x64,3x80", "--kappa=0.2"], "not made of heads"),
     (["--grow-path=2x64", "--kappa=0.2"], "one shape"), (["--grow-path=2by64", "--kappa=0.2"], "not a shape"),
     (["--grow-from=1", "--grow-at=0.5,0.2"], "must rise"), (["--grow-from=1", "--grow-at=0.2,0.5"], "2 moments for 1"),
-    (["--grow-from=1", "--kappa=0.2", "--eval-every=-1"], "decided by validations"), (["--grow-from=1", "--grow-stages=3", "--kappa=0.2"], "do not fit"),
+    (["--grow-from=1", "--grow-stages=3", "--kappa=0.2"], "do not fit"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-budget=1e-12"], "less than one step"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-theta=50"], "0 to 45 degrees"), (["--grow-path=2x64,3x96", "--grow-at=0.5", "--grow-mode=hyperclone"], "whole multiples"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-mode=bus", "--grow-noise=1"], "has no parameters"),

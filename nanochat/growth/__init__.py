@@ -11,7 +11,7 @@
 | `optimizer.py` | moments through maps, over any number of ranks |
 | `added.py` | masks that open, and learning rates that re-warm, for what is new |
 | `target.py` | depth: which layer continues which; the grown configuration |
-| `kappa.py` | when to grow |
+| `kappa.py`, `forecast.py` | when to grow, and what the model would end with otherwise |
 | `plan.py` | the stages of a run |
 """
 from nanochat.growth.model import grow

@@ -12,7 +12,7 @@ from nanochat.distributed import agreed
 from nanochat.fp8 import disable_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.growth.added import Entering
-from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_run
+from nanochat.growth.kappa import Decision, GrowthTrigger, Prediction, final_loss_of_earlier_runs
 from nanochat.growth.lineage import Lineage
 from nanochat.growth.model import grow
 from nanochat.growth.modes import MODES, width_mode
@@ -41,7 +41,7 @@ class GrowthSettings:
     grow_stages: int = flag(1, "Growths between --grow-from and --depth", type=positive_int)
     grow_path: str | None = flag(None, "Shapes instead of --grow-from, each depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
     kappa: float | None = flag(None, "Share of the gain that the model can still make at which to grow: as soon as loss <= p + kappa (s - p)", type=fraction)
-    kappa_final_loss: float | None = flag(None, "The p of --kappa in bits per byte (default: that of a finished run of that shape, else from the curve)", type=positive_float)
+    kappa_final_loss: float | None = flag(None, "The p of --kappa in bits per byte (default: of a finished run like this stage without growth, else foretold)", type=positive_float)
     grow_at: str | None = flag(None, "Shares of the FLOPs at which to grow, instead of --kappa, one for each growth: 0.2,0.5")
     grow_budget: float = flag(1.0, "FLOPs of the whole run, as a share of what the final model would get without growth", type=positive_float)
     grow_mode: str = flag("lossless", "How width grows", choices=MODES)
@@ -58,7 +58,7 @@ class GrowthSettings:
                           type=non_negative_int)
     grow_freeze: bool = flag(False, "Train only what a growth adds in depth; layers that were there stay as they are")
 
-    def growth_path(self, depth: int, aspect_ratio: int, head_dim: int, eval_every: int) -> list[Shape]:
+    def growth_path(self, depth: int, aspect_ratio: int, head_dim: int) -> list[Shape]:
         """The shapes of all stages up to a model of `depth`; none without growth. Raises UsageError for flags that contradict each other."""
         if self.grow_path and self.grow_from:
             raise UsageError("--grow-path and --grow-from both say where to start; give one of them")
@@ -73,8 +73,6 @@ class GrowthSettings:
             raise UsageError("--kappa, --grow-at and --grow-at-tokens all decide when to grow; give one of them")
         if self.kappa is None and not self.grow_at and not self.grow_at_tokens:
             raise UsageError("nothing says when to grow; add --kappa=0.15, or --grow-at with the shares of the FLOPs")
-        if self.kappa is not None and eval_every < 1:
-            raise UsageError("kappa is decided by validations; give --eval-every a positive number")
         path = parse_path(self.grow_path) if self.grow_path else dial_path(self.grow_from, depth, self.grow_stages, aspect_ratio, head_dim)  # type: ignore[arg-type]
         if len(path) < 2:
             raise UsageError(f"--grow-path={self.grow_path} has one shape; write the last one too")
@@ -84,6 +82,9 @@ class GrowthSettings:
         """Those of the mode that are given."""
         given = {"theta": self.grow_theta, "spread": self.grow_spread, "noise": self.grow_noise}
         return {name: value for name, value in given.items() if value is not None}
+
+
+RATES = 256  # moments at which a trigger knows the schedule
 
 
 class GrowthController:
@@ -122,16 +123,25 @@ class GrowthController:
     def stage(self) -> Stage:
         return self.stages[len(self.history)]
 
-    def begin_stage(self, loop: Any) -> None:
-        """Sets up the trigger that ends the present stage; the last one has none."""
+    def begin_stage(self, loop: Any, before: GrowthTrigger | None = None, loss_before: float | None = None) -> None:
+        """Sets up the trigger that ends the present stage; the last one has none. `before` ended the stage before, at this validation loss."""
         self.trigger = None
         number, settings = len(self.history), self.settings
-        if number + 1 < len(self.stages):
-            final = None
-            if settings.kappa is not None:
-                final = Prediction(settings.kappa_final_loss, "--kappa-final-loss") if settings.kappa_final_loss else \
-                    agreed(final_loss_of_earlier_run(loop.folder.parent, self.stages[number].config))
-            self.trigger = GrowthTrigger(settings.kappa, cap=self.growths_at[number] * self.budget, horizon=self.budget, final=final)
+        if number + 1 == len(self.stages):
+            return
+        cap, kappa, stage = self.growths_at[number] * self.budget, settings.kappa, self.stages[number]
+        if kappa is None:
+            self.trigger = GrowthTrigger(None, cap)
+            return
+        step_flops = stage.flops_per_token * loop.total_batch_size
+        steps = (self.budget - loop.flops) / step_flops
+        final = Prediction(settings.kappa_final_loss, "--kappa-final-loss") if settings.kappa_final_loss else \
+            agreed(final_loss_of_earlier_runs(loop.folder.parent, stage.config, loop.conditions(), grown=number > 0))
+        self.trigger = GrowthTrigger(kappa, cap, steps, [loop.learning_rate(loop.flops + share * (self.budget - loop.flops), loop.step + share * steps)
+                                                         for share in (i / RATES for i in range(RATES + 1))],
+                                     check_steps=loop.plan.check_tokens / 3 / loop.total_batch_size, final=final)  # a validation has no backward pass
+        if before is not None and loss_before is not None:
+            self.trigger.follow(before, loss_before)
 
     def loop_state(self) -> dict:
         """For the checkpoint: what `restore` takes up. The history is kept with the model, of which it is a fact."""
@@ -173,17 +183,25 @@ class GrowthController:
         rewarm = 0 if self.settings.grow_rewarm_new else self.settings.grow_rewarm
         return min(1.0, (step - self.grown_at + 1) / rewarm) if self.grown_at >= 0 and rewarm else 1.0
 
-    def at_cap(self, flops: int) -> bool:
-        """The stage ends at this step, whatever the loss."""
-        return self.trigger is not None and self.trigger.at_cap(flops)
+    def observe(self, loss: float) -> None:
+        """To be told the training loss of every step."""
+        if self.trigger is not None:
+            self.trigger.observe(loss)
 
     def maybe_grow(self, loop: Any) -> None:
-        """Grows if the trigger says so; the latest validation, if there is any, must be of this step. Checkpoints of the step are of the model before."""
-        assert self.trigger is not None
-        if not self.measured:
-            loop.val_bpb = None  # a checkpoint of other flags may have brought one
-        before_it = copy.deepcopy(self.trigger)
-        decision = agreed(Decision(True, "its share of the FLOPs is spent") if loop.val_bpb is None else self.trigger.observe(loop.flops, loop.val_bpb))
+        """Between two steps: grows if the trigger says so. Checkpoints of the step are of the model before; a run resumed there decides again, and alike."""
+        trigger = self.trigger
+        if trigger is None:
+            return
+        if trigger.kappa is not None and trigger.start is None:
+            self._begin(loop, loop.check())
+        if not agreed(trigger.at_cap(loop.flops) or trigger.due()):
+            return
+        before_it = copy.deepcopy(trigger)
+        before = loop.check() if self.measured else None
+        decision = agreed(trigger.decide(loop.flops, before))
+        if before is not None:
+            loop.log.log("check", loop.step, val_bpb=before, **_facts(decision), reason=decision.reason, **loop.spent())
         if not decision.grow:
             return
         if loop.saved_step != loop.step:  # nothing is lost if the larger model does not fit
@@ -191,7 +209,6 @@ class GrowthController:
             loop.save()
         settings, number = self.settings, len(self.history) + 1
         source, target = loop.model.config, self.stages[number]
-        before = loop.val_bpb
         with disable_fp8(loop.model):
             model, optimizer = grow(
                 loop.model, target.config, loop.optimizer, mode=settings.grow_mode, depth_mode=settings.grow_depth_mode, layers=target.layers,
@@ -203,27 +220,39 @@ class GrowthController:
         gc.unfreeze()  # the small model is to be forgotten
         gc.collect()
         self.grown_at = loop.first_step = loop.step
-        if self.measured:
-            loop.validate(log=False)
+        after = loop.check() if self.measured else None
         self.history.append(growth_record(loop.step, source, model.config, settings.grow_mode, settings.grow_depth_mode, self.seed, tokens=loop.tokens,
-                                          flops=loop.flops, loss_before=before, loss_after=loop.val_bpb))
-        self.begin_stage(loop)
-        if self.trigger is not None and loop.val_bpb is not None:
-            self.trigger.observe(loop.flops, loop.val_bpb)
-        self._tell(loop, source, before, decision)
+                                          flops=loop.flops, loss_before=before, loss_after=after))
+        self._tell(loop, source, before, after, decision)
+        self.begin_stage(loop, trigger, before)
+        if self.trigger is not None and self.trigger.kappa is not None and after is not None:
+            self._begin(loop, after)
 
-    def _tell(self, loop: Any, source: GPTConfig, before: float | None, decision: Decision) -> None:
+    def _begin(self, loop: Any, loss: float) -> None:
+        """The first validation of a stage whose end kappa decides."""
+        assert self.trigger is not None
+        self.trigger.begin(loss)
+        prediction = self.trigger.predict()
+        print0(f"Step {loop.step:05d} | Stage {len(self.history)}: {describe(loop.model.config)} begins at {loss:.4f} bpb and would end the budget at {prediction}")
+
+    def _tell(self, loop: Any, source: GPTConfig, before: float | None, after: float | None, decision: Decision) -> None:
         """The line and the records of a growth."""
-        model, settings, after = loop.model, self.settings, loop.val_bpb
+        model, settings = loop.model, self.settings
         share = loop.flops / self.budget
-        kappa = "" if settings.kappa is None else f" | kappa: {settings.kappa:g} p: {_or_unknown(decision.predicted)} target: {_or_unknown(decision.target)}"
+        kappa = "" if settings.kappa is None else f" | kappa: {settings.kappa:g} left: {_or_unknown(decision.left)} p: {decision.predicted or 'unknown'} target: {_or_unknown(decision.target)}"
         print0(f"Step {loop.step:05d} | Growth {describe(source)} -> {describe(model.config)} | bpb {_or_unknown(before)} -> {_or_unknown(after)}{kappa} | "
                f"FLOPs spent: {100 * share:.1f}% | {decision.reason}")
-        values = dict(loss_before=before, loss_after=after, kappa=settings.kappa, predicted=decision.predicted, target=decision.target, share=share)
+        values = dict(loss_before=before, loss_after=after, kappa=settings.kappa, **_facts(decision), share=share)
         loop.log.log("grow", loop.step, label=f"{describe(source)} → {describe(model.config)}", reason=decision.reason, mode=settings.grow_mode,
                      depth_mode=settings.grow_depth_mode, flops_per_token=loop.flops_per_token, counts=model.num_scaling_params(),
                      model_config=asdict(model.config), **values, **loop.spent())
-        loop.log_wandb(**{f"grow/{key}": value for key, value in values.items() if value is not None}, **{"grow/params": model.num_scaling_params()["total"]})
+        loop.log_wandb(**{f"grow/{key}": value for key, value in values.items() if isinstance(value, float)}, **{"grow/params": model.num_scaling_params()["total"]})
+
+
+def _facts(decision: Decision) -> dict[str, Any]:
+    """What a decision rests on: the share of the gain that is left, p with its standard deviation and source, the target."""
+    p = decision.predicted
+    return dict(left=decision.left, predicted=p and p.loss, predicted_error=p and p.error, predicted_by=p and p.source, target=decision.target)
 
 
 def _or_unknown(loss: float | None) -> str:

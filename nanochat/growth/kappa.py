@@ -1,16 +1,23 @@
 """When to grow: as soon as the current model has given most of what it can.
 
-With the loss s at the start of a stage and the predicted final loss p of the stage's model, the stage ends when the validation loss reaches
+With the loss s at the start of a stage and p, what the stage's model would end with, the stage ends when the loss reaches
 
     target = p + kappa · (s - p),
 
 so kappa is the share of the achievable gain that is left on the table: 0.15 grows after 85 % of it. (It has also been described as the
-share to extract; the formula is what counts.) p comes, in this order, from the user, from a finished run of the same shape on disk, or
-from a saturating power law fitted to the stage's own validation curve. A cap on the FLOPs ends a stage in any case.
+share to extract; the formula is what counts.)
 
-Losses may be in any unit, nats or bits per byte, as long as it is always the same one.
+p is the validation loss that the *current* model would have at the end of the whole budget under the run's own schedule, its warm-down included, if it
+did not grow: not an asymptote, and not what the present learning rate would lead to. So kappa can be checked in hindsight by training on without
+the growth (dev/bench_kappa.py does). p comes, in this order, from the user, from finished runs of the same shape on the same data with the same
+tokenizer, horizon and schedule, or from the stage's own losses and what was known before (forecast.py).
+
+After every step the probability that no more than kappa of the gain is left is asked for; above 1/2 one validation is made, and the stage ends only if
+it confirms that. If it does not, it has made the forecast better, and some steps must pass before the next one, so that validations stay cheap.
+A cap on the FLOPs ends a stage in any case.
 """
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +25,7 @@ import numpy as np
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
+from nanochat.growth.forecast import GROWN, Forecast, Points, Prior, fit, new_model
 from nanochat.growth.target import layered_config
 from nanochat.layered_gpt import LayeredGPTConfig
 from nanochat.run_log import FILENAME, read_run_log
@@ -30,8 +38,12 @@ def kappa_target(start: float, final: float, kappa: float) -> float:
 
 @dataclass(frozen=True)
 class Prediction:
-    loss: float  # that the model would end with
+    loss: float  # that the model would end with, in bits per byte
     source: str
+    error: float = 0.0  # one standard deviation
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} ± {self.error:.4f} ({self.source})"
 
 
 # -----------------------------------------------------------------------------
@@ -45,8 +57,11 @@ def shape_of(config: GPTConfig) -> tuple:
     return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, config.causal, *layers
 
 
-def earlier_runs(runs: str | Path, config: GPTConfig | dict) -> list[tuple[Path, float]]:
-    """(log, last validation loss in bits per byte) of all finished runs of this shape that never grew; `runs` holds a folder for each run."""
+def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | None = None) -> list[tuple[Path, float]]:
+    """(log, last validation loss in bits per byte) of all finished runs of this shape that never grew; `runs` holds a folder for each run.
+
+    conditions: what their start records must have under `conditions` too, numbers to 2 %. Logs that do not tell do not count.
+    """
     found = []
     for path in sorted(Path(runs).glob(f"*/{FILENAME}")):
         try:
@@ -54,13 +69,20 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict) -> list[tuple[Path,
             kinds = {record["kind"] for record in records}
             if "end" not in kinds or "grow" in kinds:
                 continue
-            shape = next(record["model_config"] for record in records if record["kind"] == "start")
-            if shape_of(read_config(shape)) != shape_of(read_config(config)):
+            start = next(record for record in records if record["kind"] == "start")
+            if shape_of(read_config(start["model_config"])) != shape_of(read_config(config)):
+                continue
+            if conditions is not None and not _alike(start["conditions"], conditions):
                 continue
             found.append((path, [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None][-1]))
         except (UsageError, KeyError, IndexError, StopIteration, TypeError, ValueError, AssertionError):
             continue  # the log of something else
     return found
+
+
+def _alike(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(math.isclose(one[key], other[key], rel_tol=0.02) if isinstance(one[key], (int, float)) else one[key] == other[key]
+                                              for key in one)
 
 
 def read_config(config: GPTConfig | dict) -> GPTConfig:
@@ -69,93 +91,23 @@ def read_config(config: GPTConfig | dict) -> GPTConfig:
     return LayeredGPTConfig(**config) if "layers" in config else GPTConfig(**config)
 
 
-def final_loss_of_earlier_run(runs: str | Path, config: GPTConfig) -> Prediction | None:
-    """The lowest last validation loss (bits per byte) of the earlier runs of this shape."""
-    found = earlier_runs(runs, config)
+SEED_ERROR = 0.01  # of the final loss: how far two runs that differ in the seed alone end from each other, here up to 1 % (dev/stage_curves.json.gz)
+
+
+def final_loss_of_earlier_runs(runs: str | Path, config: GPTConfig, conditions: dict, grown: bool = False) -> Prediction | None:
+    """The mean last validation loss (bits per byte) of the earlier runs of this shape under these conditions: data, tokenizer, horizon in FLOPs, schedule.
+
+    grown: the stage's model began as a smaller one; that it ends like one from scratch is less sure.
+    """
+    found = earlier_runs(runs, config, conditions)
     if not found:
         return None
-    path, loss = min(found, key=lambda run: run[1])
-    return Prediction(loss, f"the run {path.parent.name}")
+    losses = [loss for _, loss in found]
+    source = f"the run {found[0][0].parent.name}" if len(found) == 1 else f"{len(found)} earlier runs"
+    return Prediction(float(np.mean(losses)), source, (GROWN_ERROR if grown else SEED_ERROR) * float(np.mean(losses)) * math.sqrt(1 + 1 / len(losses)))
 
 
-# -----------------------------------------------------------------------------
-# From the curve
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """L(t) = p + a (t + t0)^-b."""
-
-    p: float
-    a: float
-    b: float
-    t0: float
-
-    def __call__(self, t: float) -> float:
-        return self.p + self.a * (t + self.t0) ** -self.b
-
-
-def fit_power_law(t, losses) -> PowerLaw:
-    """The curve with 0 <= p < min(losses), a > 0, b from 0.1 to 3 and the least mean absolute error, which single outliers do not bend.
-
-    b and t0 are searched on a grid that is refined around the best pair, p and a follow from weighted least squares (iterated, weights 1/|error|).
-    """
-    t, losses = np.asarray(t, dtype=float), np.asarray(losses, dtype=float)
-    unit = float(t.max())
-    b_range, t0_range = (0.1, 3.0), (1e-3, 3.0)
-    best = PowerLaw(float(losses.min()), 0.0, 1.0, unit)  # for a curve that does not fall
-    for _ in range(4):
-        b, t0 = np.geomspace(*b_range, 25)[:, None, None], np.geomspace(*t0_range, 25)[:, None]
-        p, a, error = _lines((t / unit + t0) ** -b, losses)
-        error = np.where((a > 0) & (p < losses.min()), error, np.inf)
-        i, j = np.unravel_index(error.argmin(), error.shape)
-        if not np.isfinite(error[i, j]):
-            break
-        exponent, shift = float(b[i, 0, 0]), float(t0[j, 0])
-        best = PowerLaw(float(p[i, j]), float(a[i, j]) * unit ** exponent, exponent, shift * unit)
-        b_range, t0_range = ((center / width ** 0.15, center * width ** 0.15)
-                             for center, width in ((exponent, b_range[1] / b_range[0]), (shift, t0_range[1] / t0_range[0])))
-    return best
-
-
-def _lines(x: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x (..., points) -> p, a and mean absolute error (...) of the lines p + a x through `losses` with p >= 0."""
-    weight = np.ones_like(x)
-    for _ in range(10):
-        total = weight.sum(-1)
-        mean_x, mean_loss = (weight * x).sum(-1) / total, (weight * losses).sum(-1) / total
-        dx = x - mean_x[..., None]
-        a = (weight * dx * losses).sum(-1) / (weight * dx * dx).sum(-1).clip(1e-30)
-        p = mean_loss - a * mean_x
-        a = np.where(p < 0, (weight * x * losses).sum(-1) / (weight * x * x).sum(-1), a)  # a loss is never negative
-        p = p.clip(0)
-        error = np.abs(p[..., None] + a[..., None] * x - losses)
-        weight = 1 / error.clip(1e-6 * losses.std() + 1e-12)
-    return p, a, error.mean(-1)
-
-
-MIN_POINTS = 6
-
-
-def forecast(t, losses, horizon: float) -> tuple[Prediction | None, str]:
-    """(the fitted curve's value at `horizon`, or None if it is not to be trusted; the reason why not).
-
-    horizon: where the model's training would end, in the unit of t; inf for the asymptote p, which is far less certain.
-    Trusted are fits to 6 points or more whose first two thirds foretold the rest: the last loss to 5 % of the gain so far, and
-    the loss at the horizon to 15 % of the gain up to there. Until then a stage does not end by its own curve.
-    """
-    if len(t) < MIN_POINTS:
-        return None, f"{len(t)} points, {MIN_POINTS} are needed"
-    whole, part = fit_power_law(t, losses), fit_power_law(t[:2 * len(t) // 3 + 1], losses[:2 * len(t) // 3 + 1])
-    end, foretold = (law.p if math.isinf(horizon) else law(horizon) for law in (whole, part))
-    gain = losses[0] - losses[-1]
-    if gain <= 0 or whole.a == 0:
-        return None, "the loss does not fall"
-    if abs(part(t[-1]) - losses[-1]) > 0.05 * gain:
-        return None, f"two thirds of the curve foretell {part(t[-1]):.4f} where {losses[-1]:.4f} was measured"
-    if abs(end - foretold) > 0.15 * (losses[0] - end):
-        return None, f"two thirds of the curve foretell a final loss of {foretold:.4f}, all of it {end:.4f}"
-    return Prediction(end, "the curve"), ""
+GROWN_ERROR = 0.03  # likewise, of one that began as a smaller model
 
 
 # -----------------------------------------------------------------------------
@@ -166,59 +118,146 @@ def forecast(t, losses, horizon: float) -> tuple[Prediction | None, str]:
 class Decision:
     grow: bool
     reason: str
-    predicted: float | None = None
+    left: float | None = None  # share of the gain, as it was predicted
+    predicted: Prediction | None = None
     target: float | None = None
+
+
+MIN_STEPS = 3  # before a stage may end by kappa
+MAX_POINTS = 20  # means that the steps of a stage are kept as
+CHECK_SHARE = 0.05  # of what a stage's steps so far have cost, at most, for validations
+CHECK_DISTANCE = 0.01  # of the stage's steps, at least, between two of them
 
 
 @dataclass
 class GrowthTrigger:
-    """Decides when a stage ends. FLOPs are those of the whole run; `asdict` and `GrowthTrigger(**...)` carry it through a checkpoint.
+    """Decides when a stage ends. FLOPs are those of the whole run; `state` and `GrowthTrigger(**...)` carry it through a checkpoint.
 
     kappa: None to grow at the cap only.
     cap: FLOPs spent at which the stage ends in any case.
-    horizon: FLOPs at which training would end without growth, the whole budget.
+    steps: those of the stage if it went on to the end of the budget without growth.
+    rates: the multiplier of the learning rates at equidistant moments of these steps, from the first to the end.
+    check_steps: what a validation costs, in steps.
     final: the final loss of this stage's model, if it is known beforehand.
+    prior: what is known beforehand otherwise; None: what is usual for a new model.
+    ratio: validation loss per training loss at the stage's start; None: by the first step, for a new model.
     """
 
     kappa: float | None
     cap: float
-    horizon: float
+    steps: float = 1.0
+    rates: Sequence[float] = (1.0, 1.0)
+    check_steps: float = 1.0
     final: Prediction | None = None
-    flops: list[float] = field(default_factory=list)  # of the stage's validations
+    prior: Prior | None = None
+    ratio: float | None = None
+    start: float | None = None  # validation loss
+    seen: int = 0  # steps
+    width: int = 1  # steps that one of `losses` is the mean of
     losses: list[float] = field(default_factory=list)
+    open_losses: list[float] = field(default_factory=list)  # of the latest steps, fewer than `width`
+    recent: list[float] = field(default_factory=list)  # training losses of the last steps
+    checks: list[tuple[int, float]] = field(default_factory=list)  # (steps, validation loss) that did not confirm
 
-    def __post_init__(self):
-        if isinstance(self.final, dict):  # out of a checkpoint's JSON
+    def __post_init__(self):  # out of a checkpoint's JSON
+        if isinstance(self.final, dict):
             self.final = Prediction(**self.final)
+        self.checks = [(step, loss) for step, loss in self.checks]
+        if isinstance(self.prior, dict):
+            self.prior = Prior(**self.prior)
+        elif self.prior is None:
+            self.prior = new_model(self.steps)
 
     def state(self) -> dict:
         return asdict(self)
 
     def at_cap(self, flops: float) -> bool:
-        """To be asked at every step."""
         return flops >= self.cap
 
-    def observe(self, flops: float, loss: float) -> Decision:
-        """To be told every validation of the stage, its first one at the very start."""
-        self.flops.append(flops)
-        self.losses.append(loss)
-        prediction, why_not = self._predict()
-        target = None
-        if prediction is not None and self.kappa is not None:
-            target = kappa_target(self.losses[0], prediction.loss, self.kappa)
-        predicted = prediction.loss if prediction is not None else None
-        if self.at_cap(flops):
-            unreached = f"before the loss of {loss:.4f} reached the target of {target:.4f}" if target is not None else why_not
-            return Decision(True, "its share of the FLOPs is spent" + (f": {unreached}" if self.kappa is not None else ""), predicted, target)
-        if prediction is not None and target is not None and len(self.losses) > 1 and loss <= target:
-            return Decision(True, f"kappa: a loss of {loss:.4f} is below the target of {target:.4f} (by {prediction.source})", predicted, target)
-        return Decision(False, why_not, predicted, target)
+    def begin(self, loss: float) -> None:
+        """To be told the validation loss at the stage's start."""
+        self.start = loss
 
-    def _predict(self) -> tuple[Prediction | None, str]:
+    def observe(self, loss: float) -> None:
+        """To be told the training loss of every step."""
         if self.kappa is None:
-            return None, ""
-        if self.final is not None:
-            return self.final, ""
-        begin = self.flops[0]
-        prediction, why_not = forecast([f - begin for f in self.flops], self.losses, self.horizon - begin)
-        return prediction, f"no prediction of the final loss: {why_not}" if why_not else ""
+            return
+        self.seen += 1
+        self.recent = [*self.recent[-7:], loss]
+        self.open_losses.append(loss)
+        if len(self.open_losses) == self.width:
+            self.losses.append(math.fsum(self.open_losses) / self.width)
+            self.open_losses = []
+        if len(self.losses) == 2 * MAX_POINTS:
+            self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2])]
+            self.width *= 2
+        if self.ratio is None and self.start is not None:
+            self.ratio = self.start / loss
+
+    def forecast(self, *checks: tuple[int, float]) -> Forecast:
+        """Of the stage as it stands, with validations at these steps besides those that there were."""
+        assert self.start is not None and self.ratio is not None and self.prior is not None
+        losses = self.losses + ([math.fsum(self.open_losses) / len(self.open_losses)] if self.open_losses else [])
+        counts = np.array([self.width] * len(self.losses) + ([len(self.open_losses)] if self.open_losses else []), dtype=float)
+        ends = np.cumsum(counts)
+        found = [(0, self.start), *self.checks, *checks]
+        train = self._points(ends - counts / 2, np.array(losses) * self.ratio, counts)
+        validations = self._points(np.array([step for step, _ in found], dtype=float), np.array([loss for _, loss in found]))
+        now, end = self._points(np.array([float(self.seen)])), self._points(np.array([self.steps]))
+        known = None if self.final is None else (self.final.loss, self.final.error)
+        return fit(train, validations, now, end, self.start, self.prior, known)
+
+    def _points(self, steps: np.ndarray, losses: np.ndarray | None = None, counts: np.ndarray | None = None) -> Points:
+        rates, moments = np.array(self.rates), np.linspace(0, self.steps, len(self.rates))
+        sums = np.concatenate(([0.0], np.cumsum((rates[1:] + rates[:-1]) / 2 * np.diff(moments))))
+        nothing = np.zeros(len(steps))
+        return Points(steps, np.interp(steps, moments, sums), np.interp(steps, moments, rates), nothing if losses is None else losses,
+                      np.ones(len(steps)) if counts is None else counts)
+
+    def predict(self) -> Prediction:
+        """p as it is known now."""
+        assert self.start is not None and self.prior is not None
+        if self.seen == 0:
+            return self.final or Prediction(self.prior.final * self.start, self.prior.source, self.prior.final_error * self.start)
+        loss, error = self.forecast().final()
+        return Prediction(loss, self._source(), error)
+
+    def _source(self) -> str:
+        return f"{self.seen} steps of the stage" if self.final is None else self.final.source
+
+    def due(self) -> bool:
+        """To be asked after every step: is it time for a validation?"""
+        affordable = (len(self.checks) + 1) * self.check_steps / CHECK_SHARE
+        if self.kappa is None or self.ratio is None or self.seen < max(MIN_STEPS, affordable):
+            return False
+        if self.checks and self.seen < self.checks[-1][0] + CHECK_DISTANCE * self.steps:
+            return False
+        return self.forecast().probability(self.kappa) > 0.5
+
+    def decide(self, flops: float, loss: float | None) -> Decision:
+        """What a validation loss, if there is one, says."""
+        if loss is None or self.kappa is None:
+            return Decision(self.at_cap(flops), "its share of the FLOPs is spent")
+        if self.ratio is None:
+            return Decision(self.at_cap(flops), "its share of the FLOPs is spent before the first step")
+        assert self.start is not None
+        p, error = self.forecast((self.seen, loss)).final()
+        target = kappa_target(self.start, p, self.kappa)
+        left = (loss - p) / (self.start - p) if self.start > p else 0.0
+        facts = left, Prediction(p, self._source(), error), target
+        if loss <= target:
+            return Decision(True, f"kappa: a loss of {loss:.4f} is below the target of {target:.4f}, so {left:.0%} of the gain are left", *facts)
+        if self.at_cap(flops):
+            return Decision(True, f"its share of the FLOPs is spent: before the loss of {loss:.4f} reached the target of {target:.4f}", *facts)
+        self.checks.append((self.seen, loss))
+        return Decision(False, f"a loss of {loss:.4f} is above the target of {target:.4f}", *facts)
+
+    def follow(self, before: "GrowthTrigger", loss: float) -> None:
+        """Takes up what the stage before has taught; it ended at this validation loss."""
+        self.prior = GROWN
+        if before.ratio is None:
+            return
+        forecast = before.forecast((before.seen, loss))
+        p, error = forecast.final()
+        self.prior = GROWN.after(p / loss, error / loss, *forecast.exponent())
+        self.ratio = loss / (math.fsum(before.recent) / len(before.recent))
