@@ -48,3 +48,19 @@ def _read(log: Path) -> FinishedRun | None:
 def _tokenizer(folder: Path) -> str | None:
     steps = list_steps(folder)
     return load_meta(folder, steps[-1]).get("tokenizer") if steps else None
+
+
+def of_one_recipe(runs: list[FinishedRun], flags: dict) -> tuple[list[FinishedRun], dict]:
+    """The largest group of runs that agree in all of these flags, and its flags; at equal sizes the first.
+
+    flags: by name (default, value asked for). Where what is asked for differs from the default, the group must have it; a log without the flag had the default.
+    """
+    groups: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        had = {name: run.flags.get(name, default) for name, (default, _) in flags.items()}
+        if all(asked == default or had[name] == asked for name, (default, asked) in flags.items()):
+            groups.setdefault(tuple(had.items()), []).append(run)
+    if not groups:
+        return [], {}
+    recipe, largest = max(groups.items(), key=lambda group: len(group[1]))
+    return largest, dict(recipe)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import math
+import os
 import sys
 import weakref
 from collections import Counter
@@ -331,6 +332,15 @@ def memory_table(models: Sequence[tuple[str, GPTConfig]], rows: int, device_type
 def can_compile(device_type: str) -> bool:
     """Whether layers will be compiled on such a device: here if there is one here, else on one with Triton."""
     return not why_not_compile(device_type) if device_type != "cuda" or torch.cuda.is_available() else True
+
+
+def device_bytes(device: torch.device) -> float:
+    """Memory of a device that is here; inf where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 # -----------------------------------------------------------------------------

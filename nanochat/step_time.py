@@ -8,7 +8,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +51,8 @@ class Timing:
     of_optimizer: float
 
 
-def measure(config: GPTConfig, rows: int, device: torch.device, batches: Iterator[Batch], patience: float = 1.5) -> Timing:
-    """Trains a model of this configuration for a few steps of one pass: compiled, if compiler.decide said so. patience: seconds after which no step begins."""
+def measure(config: GPTConfig, rows: int, device: torch.device, batches: Iterator[Batch], compiled: bool = False, patience: float = 1.5) -> Timing:
+    """Trains a model of this configuration for a few steps of one pass. patience: seconds after which no step begins."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def measure(config: GPTConfig, rows: int, device: torch.device, batches: Iterato
         model.to_empty(device=device)
         model.init_weights()
         optimizer = model.setup_optimizer()
-        accumulate = Accumulator(compiler.compile_model(model, device.type), model, scaler)
+        accumulate = Accumulator(compiler.compile_model(model, device.type) if compiled else model, model, scaler)
     passes: list[float] = []
     updates: list[float] = []
     for number in range(WARM_UP + 100):
@@ -107,11 +107,18 @@ class Measured:
     def probe(self, width: int, rows: int) -> None:
         self._widths[width] = tuple(measure(config := self.make_config(depth, width), rows, self.device, self.batches(config, rows)) for depth in DEPTHS)  # type: ignore[assignment]
 
-    def correct(self, config: GPTConfig, rows: int) -> Timing:
+    def correct(self, config: GPTConfig, rows: int, compiled: bool) -> None:
         """Measures this very model, and corrects all predictions of its passes by it."""
-        timing = measure(config, rows, self.device, self.batches(config, rows), patience=5.0)
-        self.correction *= timing.of_pass / (self._predict(config, lambda one: one.of_pass / one.rows) * self.correction * rows)
-        return timing
+        timing = measure(config, rows, self.device, self.batches(config, rows), compiled, patience=5.0)
+        self.correction = timing.of_pass / rows / self._predict(config, lambda one: one.of_pass / one.rows)
+
+    def head_share(self, config: GPTConfig, rows: int, tokens: int) -> float:
+        """Of a step's time, what the vocabulary takes, as a second one of the same size would take it once more."""
+        small = self.make_config(DEPTHS[0], config.n_embd)
+        one, two = (measure(sized, rows, self.device, random_batches(sized, rows, self.device)).of_pass
+                    for sized in (small, replace(small, vocab_size=2 * config.vocab_size)))
+        passes = tokens / config.sequence_len / self.devices / rows
+        return min(0.95, max(0.0, two - one) * passes / self.seconds(config, 0, tokens, rows))
 
     def seconds(self, config: GPTConfig, flops_per_token: float, tokens: int, rows: int) -> float:
         rows_of_step = tokens / config.sequence_len / self.devices
