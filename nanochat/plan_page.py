@@ -4,7 +4,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.planning import Candidate, Memory, Planner, vocabulary_rule
+from nanochat.planning import MOST_EPOCHS, Candidate, Memory, Planner, vocabulary_rule
+from nanochat.scaling_law import PUBLISHED_UNIT
 from nanochat.step_time import Card
 
 NEIGHBOURS = 2  # depths that are shown on each side of the best
@@ -43,7 +44,7 @@ class Page:
     price: float | None = None  # of a device, for an hour
     bytes_per_token: float | None = None
     setting_up: list[str] = field(default_factory=list)  # commands that come before
-    remarks: list[str] = field(default_factory=list)
+    too_large: list[str] = field(default_factory=list)  # models
 
     def __post_init__(self) -> None:
         at = self.candidates.index(self.best)
@@ -57,7 +58,11 @@ class Page:
             model=one.name, parameters=quantity(one.size.total_params), tokens=quantity(one.tokens), **{"per param.": f"{one.tokens / one.size.params:.1f}"},
             **({"epochs": f"{one.tokens / planner.unique:.1f}"} if math.isfinite(planner.unique) else {}), batch=quantity(one.batch), steps=f"{one.steps:,}",
             FLOPs=f"{one.flops:.1e}", time=duration(one.seconds), memory=f"{self.memory.bytes(one.size, one.rows) / 2 ** 30:.2f} GiB",
-            **({} if self.price is None else dict(price=f"{self.cost(one):,.2f}")), loss=f"{one.loss:.3f} ± {one.error:.3f}")
+            **({} if self.price is None else dict(price=f"{self.cost(one):,.2f}")), loss=f"{one.loss:.3f} ± {one.error:.3f}" if self.says_something(one) else "?")
+
+    def says_something(self, one: Candidate) -> bool:
+        """The published law is of models of 70 M parameters and more; of very small ones it says more than guessing at random would cost."""
+        return self.planner.law.unit != PUBLISHED_UNIT or one.loss < math.log(one.size.config.vocab_size)
 
     def cost(self, one: Candidate) -> float:
         assert self.price is not None
@@ -75,21 +80,26 @@ class Page:
         notes = [f"Loss in {law.unit}, law {law.source}."]
         if self.bytes_per_token and law.unit == "bits per byte":
             notes[0] += f" 1 bit per byte is {math.log(2) * self.bytes_per_token:.2f} nats per token."
+        if not self.says_something(best):
+            notes.append("It was fitted to models of 70 M parameters and more and says nothing of such small ones: ? is a loss that cannot be. A few finished runs here will tell more.")
         factor = max(best.size.params / law.largest[0], best.worth / law.largest[1])
         if factor > 3:
             notes.append(f"This is {factor:.0f} times beyond the largest of those runs: the error is an honest guess at best. A run in between makes it smaller.")
         if math.isfinite(planner.unique) and best.tokens > READ_OFTEN * planner.unique:
-            notes.append(f"The text has {quantity(planner.unique)} tokens and would be read {best.tokens / planner.unique:.0f} times, worth {quantity(best.worth)} fresh tokens: "
-                         "more text helps more than more time (python -m nanochat.dataset --help).")
+            limit = "" if best.tokens < (MOST_EPOCHS - 0.1) * planner.unique else f"; after {MOST_EPOCHS} times nothing is gained, so not all of the time is used"
+            notes.append(f"The text here has {quantity(planner.unique)} tokens and is read {best.tokens / planner.unique:.0f} times{limit}. More text helps more than more time: "
+                         "python -m nanochat.dataset --help")
         vocab, rule = best.size.config.vocab_size, vocabulary_rule(best.size)
-        notes.append(f"Vocabulary {vocab:,}: {self.head:.0%} of the time{' (by FLOPs)' if isinstance(planner.speed, Card) else ''}; twice as many tokens would cost as much again. The rule of "
-                     f"Tao et al. (2407.13623) gives about {rule:,} for this size" + (", which fits." if 0.5 <= rule / vocab <= 2 else f" (python -m scripts.tok_train --vocab-size={rule})."))
+        notes.append(f"Vocabulary {vocab:,}: it takes {self.head:.0%} of the time{' (by FLOPs)' if isinstance(planner.speed, Card) else ''}, and one of twice the size twice as much. "
+                     f"About {rule:,} are best for this size by Tao et al. (2407.13623)" + (": near enough." if 0.25 <= rule / vocab <= 4 else f": python -m scripts.tok_train --vocab-size={rule}"))
         if self.growth:
             assumed = f"growth, {self.growth.name}, assuming that a token of the small model is worth {planner.rho:g} to the large one"
             notes.append(f"Predicted to pay: {assumed}." if self.growth_pays() else
                          f"Not predicted to pay: {assumed} ({'better, but by less than the error' if self.growth.loss < best.loss else 'worse'} than {best.name} alone). "
                          "Measured so far: 0.4, and never better than the best single size (dev/LOG.md).")
-        return notes + self.remarks
+        if self.too_large:
+            notes.append(f"Too large for the memory: {', '.join(self.too_large)}.")
+        return notes
 
     def text(self) -> str:
         lines = [aligned([self.cells(one) for one in self.rows], self.rows.index(self.best)), "", *(f"- {note}" for note in self.notes()), "", "To train the model with the star:", ""]

@@ -22,7 +22,9 @@ from nanochat.scaling_law import Law, effective_tokens
 from nanochat.step_time import Card, Speed
 
 MOST_DEPTH = 64
-FEWEST_TOKENS = 0.2  # per parameter: a larger model is not worth looking at
+FEWEST_TOKENS = 0.5  # fresh ones, or worth as much, per parameter: a larger model is not worth looking at
+MOST_EPOCHS = 16  # of a text; from there on reading it once more gives next to nothing (2305.16264)
+PATIENCE = 3  # depths without a lower loss after which no larger one is looked at
 FEWEST_STEPS, ENOUGH_STEPS = 20, 250  # a run of fewer is none; while it has fewer than that many, smaller batches are better (dev/LOG.md)
 VALIDATIONS, SHARE_OF_TOKENS, FORWARD = 5, 0.02, 1 / 3  # of a run; each of that share of its tokens, at that share of a training pass
 GROWTH_SHARES = 0.3, 0.5, 0.7  # of the time, for the small model
@@ -133,10 +135,11 @@ class Planner:
             if self.batch != -1 or steps >= ENOUGH_STEPS or batch // 2 < unit or batch // 2 % unit:
                 break
             batch //= 2
+        steps = int(min(steps, MOST_EPOCHS * self.unique / batch))
         tokens = steps * batch
-        if steps < FEWEST_STEPS or tokens < FEWEST_TOKENS * size.params:
-            return None
         worth = effective_tokens(tokens, self.unique)
+        if steps < FEWEST_STEPS or worth < FEWEST_TOKENS * size.params:
+            return None
         return Candidate(size, batch, rows, steps, tokens, worth, size.flops_per_token * tokens, steps * step * self.with_validations(), *self.law.predict(size.params, worth))
 
     def whole_rows(self, batch: int) -> int:
@@ -162,13 +165,13 @@ class Planner:
         return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
 
     def candidates(self, depths: list[int]) -> list[Candidate]:
-        """By depth; of all depths if none are given, until the loss rises or the budget is too small."""
+        """By depth; of all depths if none are given, until the loss falls no more or the budget is too small."""
         found: list[Candidate] = []
         for depth in depths or range(1, MOST_DEPTH + 1):
             one = self.candidate(depth)
             if one is not None:
                 found.append(one)
-            if not depths and found and (one is None or one.loss > min(other.loss for other in found) + 3 * abs(found[0].error)):
+            if found and (one is None or depth > lowest(found).size.config.n_layer + PATIENCE):
                 break
         return found
 
@@ -189,6 +192,7 @@ class Planner:
             tokens = [self.budget * part / size.flops_per_token for part, size in ((share, small), (1 - share, large))]
         else:
             tokens = [self.budget * part / self.seconds_per_token(size, final) for part, size in ((share, small), (1 - share, large))]
+        tokens = [min(n, part * MOST_EPOCHS * self.unique) for n, part in zip(tokens, (share, 1 - share))]
         before = effective_tokens(tokens[0], self.unique)
         lossless = self.law.tokens_for(large.params, self.law.predict(small.params, before)[0])
         worth = min(self.rho * before, lossless) + tokens[1]
@@ -216,7 +220,7 @@ class Planner:
             flags |= dict(target_flops=f"{one.flops:.4g}", grow_path=f"{one.small.n_layer}x{one.small.n_embd},{config.n_layer}x{config.n_embd}", grow_at=f"{one.grow_at:.3f}")
         else:
             flags |= dict(num_iterations=one.steps)
-        flags |= dict(eval_every=-(-one.steps // (VALIDATIONS - 1)), eval_tokens=max(1, round(SHARE_OF_TOKENS * one.tokens / unit)) * unit, core_metric_every=-1, model_tag=f"plan_d{config.n_layer}" + "_grown" * bool(one.small))
+        flags |= dict(eval_every=-(-one.steps // (VALIDATIONS - 1)), eval_tokens=min(max(1, round(SHARE_OF_TOKENS * one.steps * one.batch / unit)) * unit, PlanSettings.eval_tokens // unit * unit), core_metric_every=-1, model_tag=f"plan_d{config.n_layer}" + "_grown" * bool(one.small))
         launcher = ["python"] if self.devices == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.devices}"]
         return [*launcher, "-m", "scripts.base_train", *(f"--{name.replace('_', '-')}={value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')}={value}"
                                                         for name, value in flags.items())]
@@ -227,17 +231,19 @@ def lowest(candidates: list[Candidate]) -> Candidate:
 
 
 def fitting(candidates: list[Candidate], planner: Planner, memory: Memory, limit: float) -> tuple[Candidate, list[str]]:
-    """The best candidate that fits into `limit` bytes, its rows as many as do, and what was left out. Raises UsageError where none fits."""
-    left_out: list[str] = []
+    """The best candidate that fits into `limit` bytes, its rows as many as do, and what did not fit. Raises UsageError where none fits."""
+    too_large: list[str] = []
     for one in sorted(candidates, key=lambda one: one.loss):
-        memory.count(one.size)
+        if not too_large or memory.bytes(one.size, 1) < 1.2 * limit:  # else it is plain enough
+            memory.count(one.size)
+        all_rows = one.batch // (one.size.config.sequence_len * planner.devices)
         rows = one.rows
         while rows > 1 and memory.bytes(one.size, rows) > limit and planner.rows == -1:
-            rows = next(n for n in range(rows - 1, 0, -1) if one.batch // (one.size.config.sequence_len * planner.devices) % n == 0)
+            rows = next(n for n in range(rows - 1, 0, -1) if all_rows % n == 0)
         if memory.bytes(one.size, rows) <= limit:
-            return replace(one, rows=rows), left_out
-        left_out.append(f"{one.name} takes {memory.bytes(one.size, rows) / 2 ** 30:.1f} GiB with {rows} rows per pass")
-    raise UsageError(f"no model fits into {limit / 2 ** 30:.1f} GiB ({left_out[0]}); give a shorter --max-seq-len")
+            return replace(one, rows=rows), too_large
+        too_large.append(one.name)
+    raise UsageError(f"{', '.join(too_large)}: none of them fits into {limit / 2 ** 30:.1f} GiB; give a shorter --max-seq-len or a smaller --depth")
 
 
 def usable(bytes_of_device: float, device_type: str) -> float:
@@ -248,4 +254,4 @@ def vocabulary_rule(size: Size) -> int:
     """The best vocabulary for a model of this size, rounded to a power of two (Tao et al., 2407.13623, approach 1: N_nv = 0.08 C^0.50, N_v = 0.20 C^0.42)."""
     body = size.params - size.config.vocab_size * size.config.n_embd
     flops = (body / 0.08) ** 2
-    return 2 ** round(math.log2(max(512, 0.20 * flops ** 0.42 / size.config.n_embd)))
+    return 2 ** round(math.log2(max(1024, 0.20 * flops ** 0.42 / size.config.n_embd)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 E, A, B, a, b = 1.69, 406.4, 410.7, 0.34, 0.28  # of Hoffmann et al., nats per token of their tokenizer and text
+PUBLISHED_UNIT = "nats per token"
 PUBLISHED_ERROR = 0.3  # of those constants for another text and tokenizer: a guess, and a large one
 MIN_RUNS, MIN_DIFFERENT = 6, 3  # what a fit takes: runs, and different sizes and numbers of tokens among them
 
@@ -59,7 +60,7 @@ def _features(exponents_K2: np.ndarray, n, d) -> np.ndarray:
 
 
 def published() -> Law:
-    return Law("nats per token", "the published constants of Hoffmann et al. (2203.15556): of another text and tokenizer, so only the order of the rows means something",
+    return Law(PUBLISHED_UNIT, "with the published constants of Hoffmann et al. (2203.15556): of another text and tokenizer, so only the order of the rows means something",
                np.array([[a, b]]), np.array([[E, A, B]]), np.ones(1), np.zeros((1, 3, 3)), np.array([(PUBLISHED_ERROR / 2) ** 2]))
 
 

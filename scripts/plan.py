@@ -175,7 +175,7 @@ def main(argv=None) -> None:
     compiled = can_compile(device_type) if settings.card else not compiler.why_not_compile(device_type)
     memory, limit = Memory(device_type, compiled, settings.matrix_optimizer), usable(limit, device_type)
     print0(f"Counting the memory of {lowest(candidates).name}", flush=True)
-    best, remarks = fitting(candidates, planner, memory, limit)
+    best, too_large = fitting(candidates, planner, memory, limit)
     planner.most_rows = best.rows
     if measured:
         print0(f"Measuring {best.name} itself" + (", compiled, which takes up to a minute the first time" if compiled else ""), flush=True)
@@ -183,7 +183,7 @@ def main(argv=None) -> None:
     candidates = [one for one in planner.candidates(depths) if memory.bytes(one.size, one.rows) <= limit]
     best = lowest(candidates)
     head = measured.head_share(best.size.config, best.rows, best.batch) if measured else 6 * planner.vocab_size * best.size.config.n_embd / best.size.flops_per_token
-    page = Page(planner, memory, candidates, best, head, settings.price_per_hour, text.bytes_per_token, text.commands(planner.vocab_size, device_type), remarks)
+    page = Page(planner, memory, candidates, best, head, settings.price_per_hour, text.bytes_per_token, text.commands(planner.vocab_size, device_type), too_large)
     print0(f"\n{page.text()}")
     if settings.json:
         write_text_atomic(settings.json, json.dumps(page.as_json(), indent=1) + "\n")
