@@ -77,7 +77,7 @@ class Page:
 
     def notes(self) -> list[str]:
         planner, best, law = self.planner, self.best, self.planner.law
-        notes = [f"Loss in {law.unit}, law {law.source}."]
+        notes = [f"Loss in {law.unit}, {law.source}."]
         if self.bytes_per_token and law.unit == "bits per byte":
             notes[0] += f" 1 bit per byte is {math.log(2) * self.bytes_per_token:.2f} nats per token."
         if not self.says_something(best):
@@ -93,10 +93,10 @@ class Page:
         notes.append(f"Vocabulary {vocab:,}: it takes {self.head:.0%} of the time{' (by FLOPs)' if isinstance(planner.speed, Card) else ''}, and one of twice the size twice as much. "
                      f"About {rule:,} are best for this size by Tao et al. (2407.13623)" + (": near enough." if 0.25 <= rule / vocab <= 4 else f": python -m scripts.tok_train --vocab-size={rule}"))
         if self.growth:
-            assumed = f"growth, {self.growth.name}, assuming that a token of the small model is worth {planner.rho:g} to the large one"
-            notes.append(f"Predicted to pay: {assumed}." if self.growth_pays() else
-                         f"Not predicted to pay: {assumed} ({'better, but by less than the error' if self.growth.loss < best.loss else 'worse'} than {best.name} alone). "
-                         "Measured so far: 0.4, and never better than the best single size (dev/LOG.md).")
+            pays = self.growth_pays()
+            lower = "lower, but by less than the error" if self.growth.loss < best.loss else "no lower"
+            notes.append(f"Growth, {self.growth.name}, is {'' if pays else 'not '}predicted to pay, assuming that a token of the small model is worth {planner.rho:g} to the large one (--rho)"
+                         + ("." if pays else f": its loss is {lower}.") + " Measured here so far: 0.4, and never better than the best single size (dev/LOG.md).")
         if self.too_large:
             notes.append(f"Too large for the memory: {', '.join(self.too_large)}.")
         return notes

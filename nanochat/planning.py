@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import build_gpt
-from nanochat.memory import RESERVED, training_memory
+from nanochat.memory import RESERVED, ROLES, training_memory
 from nanochat.recipe import plan_horizon, scaling_params
 from nanochat.run_plan import LearningSettings, PlanSettings
 from nanochat.scaling_law import Law, effective_tokens
@@ -68,20 +69,28 @@ class Candidate:
 
 
 class Memory:
-    """Bytes of a training step: counted once for a model (memory.py), and carried over from there to others like it."""
+    """Bytes of a training step: counted for one model (memory.py) with two numbers of rows, and carried over to others like it.
+
+    Weights, gradients and optimizer go with the parameters; of the rest a part goes with rows, layers and width, and a part stays.
+    """
 
     def __init__(self, device_type: str, compiled: bool, matrix_optimizer: str):
         self.options: dict[str, Any] = dict(device_type=device_type, compiled=compiled, matrix_optimizer=matrix_optimizer)
-        self.per_param = self.per_channel = self.per_row = 0.0
+        self.per_param = self.per_channel = self.constant = 0.0
 
-    def count(self, size: Size) -> None:
-        one, two = (training_memory(size.config, rows, **self.options) for rows in (1, 2))
-        self.per_param = sum(one[role] for role in ("weights", "gradients", "optimizer")) / size.total_params
-        self.per_channel = max(0, two["activations"] - one["activations"]) / (size.config.n_layer * size.config.n_embd)
-        self.per_row = max(0, two["logits"] - one["logits"])
+    def count(self, size: Size, rows: int) -> None:
+        """rows: of a pass; from 8 on their memory is a straight line, as the pieces of the loss have their full size."""
+        many = min(8, max(2, rows))
+        few = many // 2
+        counted = [training_memory(size.config, n, **self.options) for n in (few, many)]
+        states, rest = (np.array([sum(one[role] for role in roles) for one in counted]) for roles in (ROLES[:3], ROLES[3:]))
+        per_row = max(0.0, (rest[1] - rest[0]) / (many - few))
+        self.per_param = states[1] / size.total_params
+        self.per_channel = per_row / (size.config.n_layer * size.config.n_embd)
+        self.constant = rest[1] - many * per_row
 
     def bytes(self, size: Size, rows: int) -> float:
-        return self.per_param * size.total_params + rows * (self.per_channel * size.config.n_layer * size.config.n_embd + self.per_row)
+        return self.per_param * size.total_params + self.constant + rows * self.per_channel * size.config.n_layer * size.config.n_embd
 
 
 @dataclass
@@ -235,7 +244,7 @@ def fitting(candidates: list[Candidate], planner: Planner, memory: Memory, limit
     too_large: list[str] = []
     for one in sorted(candidates, key=lambda one: one.loss):
         if not too_large or memory.bytes(one.size, 1) < 1.2 * limit:  # else it is plain enough
-            memory.count(one.size)
+            memory.count(one.size, one.rows)
         all_rows = one.batch // (one.size.config.sequence_len * planner.devices)
         rows = one.rows
         while rows > 1 and memory.bytes(one.size, rows) > limit and planner.rows == -1:

@@ -60,7 +60,7 @@ def _features(exponents_K2: np.ndarray, n, d) -> np.ndarray:
 
 
 def published() -> Law:
-    return Law(PUBLISHED_UNIT, "with the published constants of Hoffmann et al. (2203.15556): of another text and tokenizer, so only the order of the rows means something",
+    return Law(PUBLISHED_UNIT, "by the published constants of Hoffmann et al. (2203.15556): of another text and tokenizer, so only the order of the rows means something",
                np.array([[a, b]]), np.array([[E, A, B]]), np.ones(1), np.zeros((1, 3, 3)), np.array([(PUBLISHED_ERROR / 2) ** 2]))
 
 
