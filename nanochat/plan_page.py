@@ -91,7 +91,8 @@ class Page:
                          "python -m nanochat.dataset --help")
         vocab, rule = best.size.config.vocab_size, vocabulary_rule(best.size)
         notes.append(f"Vocabulary {vocab:,}: it takes {self.head:.0%} of the time{' (by FLOPs)' if isinstance(planner.speed, Card) else ''}, and one of twice the size twice as much. "
-                     f"About {rule:,} are best for this size by Tao et al. (2407.13623)" + (": near enough." if 0.25 <= rule / vocab <= 4 else f": python -m scripts.tok_train --vocab-size={rule}"))
+                     f"About {rule:,} are best for this size by Tao et al. (2407.13623)" + (", which is near enough." if 0.25 <= rule / vocab <= 4 else f": python -m scripts.tok_train --vocab-size={rule}, "
+                     "in a NANOCHAT_BASE_DIR of its own, as models need the tokenizer that they were trained with."))
         if self.growth:
             pays = self.growth_pays()
             lower = "lower, but by less than the error" if self.growth.loss < best.loss else "no lower"

@@ -140,11 +140,10 @@ class Planner:
             rows = self.rows_of(batch, size)
             step = self.speed.seconds(size.config, size.flops_per_token, batch, rows)
             per_step = size.flops_per_token * batch if self.in_flops else step * self.with_validations()
-            steps = int(self.budget / per_step)
+            steps = int(min(self.budget / per_step, MOST_EPOCHS * self.unique / batch))
             if self.batch != -1 or steps >= ENOUGH_STEPS or batch // 2 < unit or batch // 2 % unit:
                 break
             batch //= 2
-        steps = int(min(steps, MOST_EPOCHS * self.unique / batch))
         tokens = steps * batch
         worth = effective_tokens(tokens, self.unique)
         if steps < FEWEST_STEPS or worth < FEWEST_TOKENS * size.params:

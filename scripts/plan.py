@@ -22,7 +22,7 @@ from nanochat.cli import UsageError, command, flag, fraction, int_or_off, parse_
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0
 from nanochat.data_shards import parquets_iter_batched, text_bytes
 from nanochat.dataloader import TrainingData
-from nanochat.files import write_text_atomic
+from nanochat.files import check_writable, write_text_atomic
 from nanochat.finished_runs import finished_runs, of_one_recipe
 from nanochat.gpt import GPTConfig
 from nanochat.memory import can_compile, card, device_bytes
@@ -61,6 +61,8 @@ class Settings(LearningSettings):
             raise UsageError("--mfu=0 trains nothing; give the share of its peak that the card reaches, for example 0.4")
         if self.card and self.device_type:
             raise UsageError("--card plans for a device that is not here, --device-type measures one that is; give one of them")
+        if self.json:
+            check_writable(Path(self.json).parent)
 
     def spent(self) -> str:
         return duration(self.hours * 3600) if self.hours else f"{self.flops:g} FLOPs"
@@ -77,14 +79,17 @@ class Text:
     def commands(self, vocab_size: int, device_type: str) -> list[str]:
         """What is missing, as commands."""
         get = "python -m nanochat.dataset " + ("-n 8" if device_type == "cuda" else "--source=stdlib")
-        return ([] if self.bytes_per_token else [get]) + ([] if self.tokenizer else [f"python -m scripts.tok_train --vocab-size={vocab_size}"])
+        fits = self.tokenizer and self.tokenizer.get_vocab_size() == vocab_size
+        return ([] if self.bytes_per_token else [get]) + ([] if fits else [f"python -m scripts.tok_train --vocab-size={vocab_size}"])
 
 
 def find_text() -> Text:
     try:
         size = text_bytes("train")
-        sample = next(parquets_iter_batched("val"))[:200]
+        sample = next(parquets_iter_batched("val"), [])[:200]
     except UsageError:
+        return Text()
+    if not any(sample):
         return Text()
     try:
         tokenizer = get_tokenizer()
@@ -161,7 +166,8 @@ def main(argv=None) -> None:
             raise UsageError(f"--gpus={settings.gpus}, and there is no GPU here to measure; name one: --card='H100=80'")
         *_, device = compute_init(device_type)
         limit, planner.speed = device_bytes(device), first_guess(device, settings.gpus)
-        print0(f"Plan for {settings.spent()} on {settings.gpus} x {device_type} as here, {COMPUTE_DTYPE}", flush=True)
+        sharing = "" if settings.gpus == 1 else ", which are assumed to lose nothing by sharing the work"
+        print0(f"Plan for {settings.spent()} on {settings.gpus} x {device_type} as here, {COMPUTE_DTYPE}{sharing}", flush=True)
     if text.tokenizer and not settings.vocab_size:
         planner.vocab_size = text.tokenizer.get_vocab_size()
     elif not settings.vocab_size and (guesses := planner.candidates(depths)):
