@@ -9,6 +9,7 @@ NANOCHAT_BASE_DIR if there are enough of one recipe (scaling_law.py), whose flag
 """
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,7 @@ import torch
 from nanochat import compiler
 from nanochat.checkpoint_manager import checkpoints_dir_of
 from nanochat.cli import UsageError, command, flag, fraction, int_or_off, parse_settings, positive_float, positive_int
-from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0
+from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0, usable_cpus
 from nanochat.data_shards import parquets_iter_batched, text_bytes
 from nanochat.dataloader import TrainingData
 from nanochat.files import check_writable, write_text_atomic
@@ -122,6 +123,11 @@ def first_guess(device: torch.device, gpus: int) -> Card:
     return Card(peak if math.isfinite(peak) else 50e12, gpus, 0.3)
 
 
+def others_work() -> float:
+    """CPUs that were busy in the last minute, before anything was measured; 0 where the system does not tell."""
+    return min(os.getloadavg()[0], usable_cpus()) if hasattr(os, "getloadavg") else 0.0
+
+
 def measure_here(planner: Planner, device: torch.device, batches) -> Measured:
     """Times small models of three widths around the one that the planner's present speed leads to."""
     guesses = planner.candidates([planner.settings.depth] if planner.settings.depth > 0 else [])
@@ -168,6 +174,8 @@ def main(argv=None) -> None:
         limit, planner.speed = device_bytes(device), first_guess(device, settings.gpus)
         sharing = "" if settings.gpus == 1 else ", which are assumed to lose nothing by sharing the work"
         print0(f"Plan for {settings.spent()} on {settings.gpus} x {device_type} as here, {COMPUTE_DTYPE}{sharing}", flush=True)
+        if (busy := others_work()) > 0.5:
+            print0(f"Other programs keep about {busy:.1f} of the {usable_cpus()} CPUs busy: the times below are those of a busy machine", flush=True)
     if text.tokenizer and not settings.vocab_size:
         planner.vocab_size = text.tokenizer.get_vocab_size()
     elif not settings.vocab_size and (guesses := planner.candidates(depths)):

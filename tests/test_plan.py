@@ -216,10 +216,11 @@ def planned(base_dir, *flags: str) -> dict:
     return json.loads((base_dir / "plan.json").read_text())
 
 
-def test_the_commands_that_are_printed_train_what_was_planned(prepared, capsys):
+def test_the_commands_that_are_printed_train_what_was_planned(prepared, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "text_bytes", lambda split: 1e9)
     for tag, size in enumerate(SIZES):
         finish(prepared, f"run{tag}", *size, true_loss(*size), **{name: value for name, value in vars(tiny_settings(total_batch_size=256, matrix_lr=0.03)).items()})
-    made = planned(prepared, "--flops=2e10")
+    made = planned(prepared, "--flops=2e11")
     printed = capsys.readouterr().out
     assert made["unit"] == "bits per byte" and "9 finished runs" in made["law"] and "* " in printed
     for row in (made["best"], made["rows"][-1]):
@@ -230,7 +231,7 @@ def test_the_commands_that_are_printed_train_what_was_planned(prepared, capsys):
         assert made_of_it.final_model.config.n_layer == row["depth"] and made_of_it.final_model.config.n_embd == row["width"]
         assert made_of_it.budget == pytest.approx(row["flops"], rel=0.02) and made_of_it.horizon.total_batch_size == row["batch"]
     assert "→" in made["rows"][-1]["model"]
-    assert base_train.main([*made["best"]["command"][3:], "--sample-every=-1"]) == 0
+    assert base_train.main([*made["best"]["command"][3:], "--sample-every=-1", "--num-iterations=4", "--eval-tokens=512"]) == 0
     assert (prepared / "base_checkpoints" / f"plan_d{made['best']['depth']}" / "log.jsonl").exists()
 
 
