@@ -134,7 +134,7 @@ class Planner:
     def candidate(self, depth: int) -> Candidate | None:
         """All of the budget for this depth; None where it is too little for it."""
         size = self.size(depth)
-        unit = size.config.sequence_len * self.devices  # one row each
+        unit = self.smallest_batch()
         batch = self.whole_rows(size.batch)
         while True:
             rows = self.rows_of(batch, size)
@@ -152,8 +152,12 @@ class Planner:
 
     def whole_rows(self, batch: int) -> int:
         """The batch, of whole rows on each device unless it was given."""
-        unit = self.settings.max_seq_len * self.devices
+        unit = self.smallest_batch()
         return unit * max(1, round(batch / unit)) if self.batch == -1 else self.batch
+
+    def smallest_batch(self) -> int:
+        """Tokens of one pass of all devices: of one row each, or of --device-batch-size."""
+        return self.settings.max_seq_len * self.devices * max(1, self.rows)
 
     @staticmethod
     def with_validations() -> float:
@@ -179,7 +183,7 @@ class Planner:
             one = self.candidate(depth)
             if one is not None:
                 found.append(one)
-            if found and (one is None or depth > lowest(found).size.config.n_layer + PATIENCE):
+            if one is None or depth > lowest(found).size.config.n_layer + PATIENCE:
                 break
         return found
 
@@ -225,7 +229,7 @@ class Planner:
         unit = one.rows * config.sequence_len * self.devices
         flags: dict[str, Any] = dict(depth=config.n_layer, **learned, device_batch_size=one.rows, total_batch_size=one.batch)
         if one.small:
-            flags |= dict(target_flops=f"{one.flops:.4g}", grow_path=f"{one.small.n_layer}x{one.small.n_embd},{config.n_layer}x{config.n_embd}", grow_at=f"{one.grow_at:.3f}")
+            flags |= dict(target_flops=f"{one.flops:.4g}", grow_path=f"{one.small.n_layer}x{one.small.n_embd},{config.n_layer}x{config.n_embd}", grow_at=f"{one.grow_at:.3g}")
         else:
             flags |= dict(num_iterations=one.steps)
         flags |= dict(eval_every=-(-one.steps // (VALIDATIONS - 1)), eval_tokens=min(max(1, round(SHARE_OF_TOKENS * one.steps * one.batch / unit)) * unit, PlanSettings.eval_tokens // unit * unit), core_metric_every=-1, model_tag=f"plan_d{config.n_layer}" + "_grown" * bool(one.small))

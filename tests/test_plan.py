@@ -251,7 +251,7 @@ def test_published_constants_say_nothing_of_tiny_models(prepared):
     ([], "say how much"), (["--hours=1", "--flops=1e9"], "one of the two"), (["--hours=1", "--gpus=2", "--device-type=cpu"], "--card="),
     (["--hours=1", "--card=H100=80", "--mfu=0"], "--mfu=0"), (["--hours=1", "--card=H100=80", "--device-type=cpu"], "one of them"),
     (["--flops=10", "--card=H100=80"], "too little"), (["--hours=1", "--card=H100=80", "--total-batch-size=1000"], "--total-batch-size=1000"),
-    (["--hours=1", "--card=H100=80", "--device-batch-size=3"], "--device-batch-size=3"), (["--hours=10", "--card=H100=0.01", "--depth=8"], "fits into")])
+    (["--hours=1", "--card=H100=80", "--device-batch-size=3", "--total-batch-size=8192"], "--device-batch-size=3"), (["--hours=10", "--card=H100=0.01", "--depth=8"], "fits into")])
 def test_what_cannot_be_planned_is_said_in_one_line(base_dir, capsys, flags, message):
     assert plan.main(flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
