@@ -12,8 +12,7 @@ import sys
 import numpy as np
 
 from nanochat.cli import ArgumentParser, command, positive_float
-
-A, B, a, b = 406.4, 410.7, 0.34, 0.28
+from nanochat.scaling_law import A, B, a, b
 
 
 def shares(params: float, tokens_per_param: float) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import math
+import os
 import sys
 import weakref
 from collections import Counter
@@ -333,13 +334,22 @@ def can_compile(device_type: str) -> bool:
     return not why_not_compile(device_type) if device_type != "cuda" or torch.cuda.is_available() else True
 
 
+def device_bytes(device: torch.device) -> float:
+    """Memory of a device that is here; inf where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 # -----------------------------------------------------------------------------
 # What fits on which card
 
 RESERVED = 1.0  # GiB that the CUDA context, the libraries, the allocator's gaps and a screen take
 
 
-def _card(text: str) -> tuple[str, float, float]:
+def card(text: str) -> tuple[str, float, float]:
     """`RTX 3060=12` or `M2 Max=32@13.6`: name, GiB, FLOP/s (given in units of 1e12, or by the name)."""
     name, _, size = text.partition("=")
     size, _, peak = size.partition("@")
@@ -354,8 +364,8 @@ def _card(text: str) -> tuple[str, float, float]:
 
 @dataclass
 class Settings:
-    cards: list[tuple[str, float, float]] = flag([_card(text) for text in ("RTX 4060=8", "RTX 3060=12", "RTX 4080=16", "RTX 3090=24")],
-                                                 "Cards as name=GiB, or as name=GiB@TFLOPS where the name is not known", type=_card, nargs="+")
+    cards: list[tuple[str, float, float]] = flag([card(text) for text in ("RTX 4060=8", "RTX 3060=12", "RTX 4080=16", "RTX 3090=24")],
+                                                 "Cards as name=GiB, or as name=GiB@TFLOPS where the name is not known", type=card, nargs="+")
     depths: list[int] = flag([4, 8, 12, 16, 20, 24], "Depths of the models", type=positive_int, nargs="+")
     device_type: str = flag("cuda", "Kind of device to train on", choices=sorted(cross_entropy.CHUNK_ELEMENTS))
     eager: bool = flag(False, "Train without torch.compile, as where there is no Triton")

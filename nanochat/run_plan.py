@@ -24,12 +24,22 @@ CHECK_SHARE = 0.01  # of the run's tokens, at most, in a validation by which a g
 
 
 @dataclass
-class PlanSettings(ScheduleSettings, HorizonSettings, GrowthSettings, ModelSettings, OriginSettings, RunSettings):
+class LearningSettings(ScheduleSettings, ModelSettings):
+    """The flags that decide what a model learns from a given number of tokens: with the sizes, all that a scaling law depends on."""
+
+    embedding_lr: float = flag(0.3, "Learning rate of the embeddings", type=non_negative_float)
+    unembedding_lr: float = flag(0.008, "Learning rate of the head", type=non_negative_float)
+    matrix_lr: float = flag(0.02, "Learning rate of the blocks' matrices", type=non_negative_float)
+    scalar_lr: float = flag(0.5, "Learning rate of the residual scalars", type=non_negative_float)
+    weight_decay: float = flag(0.28, "Weight decay of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
+    matrix_optimizer: str = flag("muon", "Optimizer of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
+
+
+@dataclass
+class PlanSettings(LearningSettings, HorizonSettings, GrowthSettings, OriginSettings, RunSettings):
     """The flags that the plan follows from."""
 
     seed: int = flag(42, "Seed of the initialization; the data keep their order", type=seed)
-    weight_decay: float = flag(0.28, "Weight decay of the blocks' matrices, at the reference batch and tokens; ngpt: 0", type=non_negative_float)
-    matrix_optimizer: str = flag("muon", "Optimizer of the blocks' matrices", choices=MATRIX_OPTIMIZERS)
     eval_every: int = flag(250, "Steps between validations; -1: never", type=int_or_off)
     eval_tokens: int = flag(80 * 524288, "Tokens of a validation", type=positive_int)
     data_streams: int = flag(-1, "Shares that the row groups are dealt into; -1: one per rank; with the same number, runs on fewer ranks see the same batches",

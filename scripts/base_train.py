@@ -27,7 +27,6 @@ from nanochat.cli import (
     flag,
     folder_name,
     int_or_off,
-    non_negative_float,
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
@@ -62,10 +61,6 @@ class Settings(PlanSettings):
     fp8_recipe: str = flag("tensorwise", "How FP8 numbers are scaled", choices=RECIPES)
     grow_plan: bool = flag(False, "Print the stages of growth and end")
     memory: bool = flag(False, "Print what a training step of each stage takes, also on a device that is not here, and end")
-    embedding_lr: float = flag(0.3, "Learning rate of the embeddings", type=non_negative_float)
-    unembedding_lr: float = flag(0.008, "Learning rate of the head", type=non_negative_float)
-    matrix_lr: float = flag(0.02, "Learning rate of the blocks' matrices", type=non_negative_float)
-    scalar_lr: float = flag(0.5, "Learning rate of the residual scalars", type=non_negative_float)
     core_metric_every: int = flag(2000, "Steps between evaluations on CORE; -1: never", type=int_or_off)
     core_metric_max_per_task: int = flag(500, "Rows of each task of CORE; -1: all", type=int_or_off)
     sample_every: int = flag(2000, "Steps between samples; -1: never", type=int_or_off)
