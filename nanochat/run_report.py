@@ -70,6 +70,14 @@ def verbatim(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}\n"
 
 
+def _shape(config: dict | None) -> str:
+    """Of a model_config, where there is one that this version reads."""
+    try:
+        return describe(read_config(config)) if config else ""
+    except (TypeError, ValueError, AssertionError):
+        return ""
+
+
 def _asked_and_got(growth: dict) -> tuple[str, str]:
     """kappa, and the share of the gain that was left by the prediction of then, where a growth was decided so."""
     kappa = growth.get("kappa")
@@ -155,7 +163,7 @@ class TrainingRun:
             last = growth.get("loss_before") if growth else self.latest("val_bpb", "eval")
             spent = {name: (end.get(name) or 0) - before[name] for name in before}
             rows.append([
-                number, describe(read_config(config)) if config else "", counts and count(counts.get("total", 0)), count(spent["tokens"]),
+                number, _shape(config), counts and count(counts.get("total", 0)), count(spent["tokens"]),
                 f"{spent['flops']:.2e}" + (f" ({spent['flops'] / budget:.0%})" if budget else ""), duration(spent["time"]), decimals(first), decimals(last),
                 *_asked_and_got(growth or {}), (growth or {}).get("reason", "the end")])
             before = {name: end.get(name) or 0 for name in before}
@@ -185,7 +193,7 @@ class TrainingRun:
         for run in self.branches():
             config, counts = run.latest("model_config", "start", "grow"), run.latest("counts", "start", "grow") or {}
             own = (run.latest("flops", "train", "eval") or 0) - (run.of("train")[0]["flops"] - self._flops_of_a_step(run) if run.of("train") else 0)
-            rows.append([run.tag, describe(read_config(config)) if config else "", count(counts.get("total", 0)), f"{run.branched_off()[1]:,}",
+            rows.append([run.tag, _shape(config), count(counts.get("total", 0)), f"{run.branched_off()[1]:,}",
                          count(run.latest("tokens", "train", "eval") or 0), f"{run.latest('flops', 'train', 'eval') or 0:.2e}", f"{own:.1e}",
                          duration(run.latest("time", "train", "eval") or 0), decimals(run.latest("val_bpb", "eval"))])
         return table(["Branch", "Shape", "Parameters", "from step", "Tokens", "FLOPs", "of them its own", "Time", "Validation bpb"], rows)
