@@ -1,21 +1,23 @@
-"""A model of nanochat with growth hooks for Hugging Face `transformers` (5 and newer), which loads it with `trust_remote_code=True`.
+"""A model of nanochat with growth hooks for Hugging Face `transformers` (4.57 and newer), which loads it with `trust_remote_code=True`.
 
 Copied beside exported weights together with nanochat_reference.py, where the computation is; here it only meets the conventions of `transformers`.
 """
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 
 from .nanochat_reference import Head, Stack
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in outputs, which has changed
 
-class NanochatConfig(PreTrainedConfig):
+
+class NanochatConfig(PretrainedConfig):
     """layers: for each the fields of nanochat's LayerSpec. causal: False where attention looks both ways. padded_vocab_size: rows of the embeddings."""
 
     model_type = "nanochat_layered"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
                      "max_position_embeddings": "sequence_len"}
 
@@ -51,8 +53,9 @@ class NanochatModel(NanochatPreTrainedModel):
     def set_input_embeddings(self, value):
         self.stack.transformer["wte"] = value
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, output_hidden_states=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, output_hidden_states=None, past_key_values=None, **kwargs):
         """attention_mask (B, S), of what the cache holds too: 1 for tokens, 0 for padding."""
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
@@ -62,7 +65,7 @@ class NanochatModel(NanochatPreTrainedModel):
                 cache.layers.append(DynamicLayer())
         states = [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None
         x = self.stack(input_ids, attention_mask, cache, states, position_ids)
-        return BaseModelOutputWithPast(last_hidden_state=x, cache=cache, hidden_states=states and tuple(states))
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states and tuple(states), **{CACHE: cache})
 
 
 class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
@@ -73,12 +76,12 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, cache=None, labels=None, logits_to_keep=0, position_ids=None, use_cache=None,
-                output_hidden_states=None, **kwargs):
+                output_hidden_states=None, past_key_values=None, **kwargs):
         """Logits (B, T, V), of the last `logits_to_keep` positions alone if it is not 0. labels (B, T): the input again, -100 where nothing is asked."""
-        out = self.model(input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states)
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values if cache is None else cache, use_cache, output_hidden_states)
         logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)})
 
 
 class NanochatForMaskedLM(NanochatPreTrainedModel):
@@ -116,6 +119,6 @@ class NanochatForSequenceClassification(NanochatPreTrainedModel):
             pooled = x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), last]
         else:
             pooled = (x_BTC * mask_BT.unsqueeze(-1)).sum(1) / mask_BT.sum(1, keepdim=True)
-        logits = self.score(pooled)
+        logits = self.score(nn.functional.rms_norm(pooled, (pooled.size(-1),)))  # of one size, on the unit sphere too
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)

@@ -63,7 +63,8 @@ def export_onnx(subject: Subject, folder: Path) -> str:
     step = Step(reference_model(config, subject.state)).requires_grad_(False)
     batch, new, past = (torch.export.Dim(name) for name in ("batch", "new", "past"))
     example = (torch.zeros(2, 3, dtype=torch.long), *(torch.zeros(2, heads, 5, width) for heads, width in shapes.values()))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnx_ir", "onnxscript"):  # which tell of every pass
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         torch.onnx.export(step, example, folder / "model.onnx", input_names=["ids", *shapes], output_names=["logits", *(f"new_{name}" for name in shapes)],
