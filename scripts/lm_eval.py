@@ -60,12 +60,13 @@ def load_tasks(names: list[str], include_path: str | None) -> tuple[Any, list[st
     try:
         manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=False)
         if not set(names) <= set(manager.all_tasks):
-            manager = lm_eval.tasks.TaskManager(include_path=include_path)  # reads some ten thousand files
+            manager = lm_eval.tasks.TaskManager(include_path=include_path)  # reads all of the harness's, which takes seconds
     except Exception as error:  # of a broken file in the folder
         raise UsageError(f"the tasks in {include_path} cannot be read: {error}") from error
     for name in names:
         if name not in manager.all_tasks:
-            raise UsageError(f"the harness has no task {name!r}, and --include-path={include_path} has none; lm_eval ls tasks lists them")
+            raise UsageError(f"there is no task {name!r} in the harness{f' or in {include_path}' if include_path else ''}; lm_eval ls tasks lists them, and "
+                             "--include-path names a folder with others")
     try:
         manager.load(names)
     except Exception as error:  # files that are missing, data that cannot be downloaded, columns that are not there

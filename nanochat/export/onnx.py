@@ -41,7 +41,7 @@ class Step(nn.Module):
 
 def cache_shapes(config: dict) -> dict[str, tuple[int, int]]:
     """Heads and width of each tensor of the cache, by its name."""
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for i, spec in enumerate(config["layers"]):
         shapes |= {f"key_{i}": (spec["n_kv_head"], spec["qk_dim"]), f"value_{i}": (spec["n_kv_head"], spec["head_dim"])}
     return shapes | {"embeddings": (1, config["n_embd"])}
