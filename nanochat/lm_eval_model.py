@@ -108,7 +108,7 @@ class NanochatLM(TemplateLM):
             answers |= zip(batch, self._score_batch([pairs[i] for i in batch]))
         return [answers[i] for i in range(len(pairs))]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_batch(self, pairs: list[Pair]) -> Iterator[tuple[float, bool]]:
         inputs, targets = [], []
         for context, continuation in pairs:

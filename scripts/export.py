@@ -16,6 +16,7 @@ Everything is computed in float32. A folder is written as a whole or not at all,
 import os
 
 os.environ["NANOCHAT_DTYPE"] = "float32"  # what is exported is compared with the model in it
+os.environ.setdefault("NANOCHAT_KERNELS", "attention=torch,window=torch,backward=torch,long-backward=torch,decode=torch,position=matrix")  # no stopwatch for that
 
 import argparse
 import re

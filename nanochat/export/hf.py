@@ -9,7 +9,6 @@
 Before the folder gets its name, its files are read back: the model's code that lies in it must give the logits of the checkpoint, and the tokenizer its ids.
 """
 import json
-import logging
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -59,7 +58,7 @@ def nanochat_name(name: str) -> str:
     return name.removeprefix("model.").partition(".")[2]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def largest_difference(subject: Subject, state: dict[str, torch.Tensor], config: dict) -> float:
     """Of a logit of random tokens, between the checkpoint's model and the exported one."""
     length = min(subject.config.sequence_len, 64)
@@ -70,15 +69,18 @@ def largest_difference(subject: Subject, state: dict[str, torch.Tensor], config:
 def export_hf(subject: Subject, folder: Path, shard_size: str) -> str:
     """Fills the folder; returns what was checked. Raises UsageError where packages are missing or the result is not the same model."""
     try:
-        from huggingface_hub import save_torch_state_dict
-        from safetensors.torch import save_file  # noqa: F401  # which the other needs
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
     except ImportError as error:
         raise UsageError(f"exporting to Hugging Face needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
     config, tokenizer = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0)), subject.tokenizer
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it tells of the temporary folder
-    save_torch_state_dict({hf_name(name): value.float().contiguous() for name, value in subject.state.items()}, folder, max_shard_size=shard_size)
-    hf_tokenizer = to_hf(tokenizer)
-    hf_tokenizer.save(str(folder / "tokenizer.json"))
+    state = {hf_name(name): value.float().contiguous() for name, value in subject.state.items()}
+    shards = split_torch_state_dict_into_shards(state, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size)
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        write_json(folder / "model.safetensors.index.json", {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    to_hf(tokenizer).save(str(folder / "tokenizer.json"))
     causal = config["causal"]
     head = "NanochatForCausalLM" if causal else "NanochatForMaskedLM"
     classes = {"AutoConfig": "NanochatConfig", "AutoModel": "NanochatModel", head.replace("Nanochat", "AutoModel"): head,

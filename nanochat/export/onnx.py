@@ -19,6 +19,7 @@ from torch import nn
 
 from nanochat.cli import UsageError
 from nanochat.export.hf import reference_config, reference_model, write_json
+from nanochat.export.hf_tokenizer import to_hf
 from nanochat.export.nanochat_reference import LanguageModel, ListCache
 from nanochat.export.subject import Subject
 
@@ -49,16 +50,15 @@ def cache_shapes(config: dict) -> dict[str, tuple[int, int]]:
 
 def export_onnx(subject: Subject, folder: Path) -> str:
     """Fills the folder with model.onnx, tokenizer.json and model.json, which says the shapes; returns what was checked. Raises UsageError."""
+    config = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0))
+    if not config["causal"]:
+        raise UsageError("a model that looks both ways has no decoding step; export it with --to=hf")
     try:
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401  # which torch's exporter needs
     except ImportError as error:
         raise UsageError(f"exporting to ONNX needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
-    from nanochat.export.hf_tokenizer import to_hf
-    config = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0))
-    if not config["causal"]:
-        raise UsageError("a model that looks both ways has no decoding step; export it with --to=hf")
     shapes = cache_shapes(config)
     step = Step(reference_model(config, subject.state)).requires_grad_(False)
     batch, new, past = (torch.export.Dim(name) for name in ("batch", "new", "past"))
@@ -79,7 +79,7 @@ def export_onnx(subject: Subject, folder: Path) -> str:
     return f"logits of a prompt and of single steps equal to {difference:.1e} (onnxruntime {onnxruntime.__version__})"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check(subject: Subject, session, shapes: dict[str, tuple[int, int]]) -> float:
     """The largest difference of a logit: of random tokens, decoded in pieces by the graph and at once by the model."""
     length = min(subject.config.sequence_len, 40)
