@@ -25,12 +25,12 @@ KINDS: dict[str, GPTConfig] = {
 CAUSAL = [kind for kind, config in KINDS.items() if getattr(config, "causal", True)]
 
 
-def prepare(base_dir: Path, *kinds: str) -> None:
+def prepare(base_dir: Path, kinds: dict[str, GPTConfig]) -> None:
     tokenizer = tokenizer_512()
     tokenizer.save(base_dir / "tokenizer")
-    for kind in kinds or KINDS:
-        model = growing.random_model(KINDS[kind])
-        meta = {"step": STEP, "val_bpb": 1.25, "model_config": asdict(KINDS[kind]), "tokenizer": tokenizer.checksum()}
+    for kind, config in kinds.items():
+        model = growing.random_model(config)
+        meta = {"step": STEP, "val_bpb": 1.25, "model_config": asdict(config), "tokenizer": tokenizer.checksum()}
         save_checkpoint(base_dir / "base_checkpoints" / kind, STEP, model.state_dict(), None, meta)
 
 

@@ -1,6 +1,7 @@
 """scripts.export from flags to folders: what is written, the way back, and what is refused. test_export_transformers.py loads it elsewhere."""
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,10 +19,17 @@ from tests import exported, growing
 from tests.golden.fixtures import tokenizer_512
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prepared")
+    exported.prepare(directory, exported.KINDS)
+    return directory
+
+
 @pytest.fixture
-def base(base_dir):
-    exported.prepare(base_dir)
-    return base_dir
+def base(base_dir, prepared):
+    """A base directory with a checkpoint of every kind."""
+    return shutil.copytree(prepared, base_dir, dirs_exist_ok=True)
 
 
 def logits(folder, tag, tokens):
@@ -119,10 +127,7 @@ def test_the_tokenizer_comes_back(tmp_path):
 def test_to_nanochat(base, kind, flags):
     """The stock GPT with nanochat's names takes it strictly and gives the logits of the layered model."""
     if kind == "layered":  # a stock model, spelled out layer by layer
-        config = LayeredGPT.from_gpt(growing.random_model(exported.STOCK)).config
-        exported.KINDS["layered"] = config
-        exported.prepare(base, "layered")
-        del exported.KINDS["layered"]
+        exported.prepare(base, {"layered": LayeredGPT.from_gpt(growing.random_model(exported.STOCK)).config})
     assert exported.run("nanochat", kind, base / "out", *flags) == 0
     state, _, meta = load_checkpoint(base / "out" / "base_checkpoints" / kind, exported.STEP, "cpu")
     assert list(meta["model_config"]) == ["sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"]
@@ -174,6 +179,14 @@ def test_bad_flags(base, capsys, flags, reason):
     assert not [path for path in base.iterdir() if "out" in path.name]
 
 
+@pytest.mark.parametrize("to, package", [("hf", "tokenizers"), ("hf", "safetensors.torch"), ("onnx", "onnxruntime")])
+def test_missing_packages_are_named(base, monkeypatch, capsys, to, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert exported.run(to, "stock", base / "out") == 2
+    error = capsys.readouterr().err
+    assert package.partition(".")[0] in error and "pip install 'nanochat[export]'" in error and error.count("\n") == 1 and not (base / "out").exists()
+
+
 @pytest.mark.parametrize("size", ["5", "0GB", "-1MB", "many"])
 def test_bad_sizes(base, capsys, size):
     with pytest.raises(SystemExit) as end:
@@ -195,9 +208,11 @@ def test_nothing_is_overwritten(base, capsys):
     (lambda folder: exported.edit_json(folder / "config.json", model_type="llama"), "no model that this project"),
     (lambda folder: exported.edit_json(folder / "config.json", n_embd=64), "shape"),
     (lambda folder: exported.edit_json(folder / "config.json", layers=[]), "model_config"),
+    (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": "../x", "source": "base", "step": 7}), "does not say where"),
+    (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": "x", "source": "hub", "step": 7}), "does not say where"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no tokenizer of nanochat"),
-], ids=["shard missing", "shard damaged", "index damaged", "config of nothing", "another model", "another width", "no layers", "no tokenizer", "another tokenizer"])
+], ids=["shard missing", "shard damaged", "index damaged", "config of nothing", "another model", "another width", "no layers", "a tag outside", "an unknown source", "no tokenizer", "another tokenizer"])
 def test_damaged_folders(base, capsys, damage, reason):
     assert exported.run("hf", "mixed", base / "hf", "--shard-size=60KB") == 0
     damage(base / "hf")

@@ -24,7 +24,7 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        exported.prepare(directory)
+        exported.prepare(directory, exported.KINDS)
         for kind in exported.KINDS:
             assert exported.run("hf", kind, directory / "hf" / kind, "--shard-size=100KB") == 0
         yield directory

@@ -1,6 +1,7 @@
 """Our models in the lm-evaluation-harness, on tasks from local files."""
 import json
 import math
+import sys
 
 import lm_eval
 import pytest
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
         patch.setenv("HF_DATASETS_CACHE", str(directory / "datasets"))
-        exported.prepare(directory, "stock", "masked")
+        exported.prepare(directory, {kind: exported.KINDS[kind] for kind in ("stock", "masked")})
         write_tasks(directory / "tasks")
         yield directory
 
@@ -164,6 +165,12 @@ def test_bad_flags(base, capsys, flags, reason):
     assert script.main([*flags, "--device-type=cpu", f"--include-path={base / 'tasks'}"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert reason in error and error.startswith("error: ")
+
+
+def test_without_the_harness(base, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert script.main(["--tasks=texts", "-g", "stock"]) == 2
+    assert "pip install 'nanochat[eval]'" in capsys.readouterr().err
 
 
 def test_no_such_folder_of_tasks(base, capsys):

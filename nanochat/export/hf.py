@@ -8,6 +8,7 @@
 
 Before the folder gets its name, its files are read back: the model's code that lies in it must give the logits of the checkpoint, and the tokenizer its ids.
 """
+import argparse
 import json
 import shutil
 from dataclasses import asdict, fields
@@ -16,8 +17,8 @@ from types import SimpleNamespace
 
 import torch
 
-from nanochat.checkpoint_manager import load_weights, model_from_config
-from nanochat.cli import UsageError
+from nanochat.checkpoint_manager import SOURCES, load_weights, model_from_config
+from nanochat.cli import UsageError, folder_name
 from nanochat.export import nanochat_reference as reference
 from nanochat.export.hf_tokenizer import CHAT_TEMPLATE, from_hf, to_hf
 from nanochat.export.subject import Subject
@@ -152,11 +153,15 @@ def from_folder(folder: Path) -> Subject:
     model_config = {field.name: config[field.name] for field in fields(LayeredGPTConfig) if field.name in config}
     model = model_from_config(model_config)
     load_weights(model, dict(state), "cpu")
-    origin = config.get("nanochat")
-    origin = origin if isinstance(origin, dict) else {}
     model_config = asdict(stock_config(model.config))  # which is the same where it is no stock model
-    return Subject(str(origin.get("tag", folder.name)), str(origin.get("source", "base")), model_from_config(model_config).config, state,
-                   from_hf(folder / "tokenizer.json"), {"step": origin.get("step", 0), "val_bpb": origin.get("val_bpb"), "model_config": model_config})
+    try:
+        tag, source, step, val_bpb = (config["nanochat"][name] for name in ("tag", "source", "step", "val_bpb"))
+        if folder_name(tag) == "" or source not in SOURCES or type(step) is not int or step < 0:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError):
+        raise UsageError(f"{folder / 'config.json'} does not say where the model comes from (nanochat: tag, source, step, val_bpb); export it again") from None
+    return Subject(tag, source, model_from_config(model_config).config, state, from_hf(folder / "tokenizer.json"),
+                   {"step": step, "val_bpb": val_bpb, "model_config": model_config})
 
 
 def card(subject: Subject, auto: str) -> str:
