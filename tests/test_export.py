@@ -138,7 +138,7 @@ def test_to_nanochat(base, kind, flags):
     model.load_state_dict(state, strict=True, assign=True)
     tokens = growing.tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(tokens), logits(base, kind, tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.eval()(tokens), logits(base, kind, tokens), rtol=0, atol=5e-5)
     assert torch.load(base / "out" / "tokenizer" / "token_bytes.pt", weights_only=True).tolist()[:2] == [1, 1]
 
 

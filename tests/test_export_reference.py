@@ -38,9 +38,13 @@ def test_the_golden_logits(case):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_equal_logits_in_float32(kind):
+def test_equal_logits(kind):
+    """In float64 there is no rounding to hide behind; in float32 there is what a few layers make of it."""
     model, reference = pair(kind)
-    assert growing.difference(model, reference) <= 1e-5
+    assert growing.difference(model, reference) <= 5e-5
+    with growing.float64():
+        model, reference = pair(kind)
+        assert growing.difference(model, reference) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", [kind for kind, config in KINDS.items() if getattr(config, "causal", True)])
@@ -49,7 +53,7 @@ def test_pieces_behind_a_cache_are_the_whole(kind):
     _, reference = pair(kind)
     tokens, cache = growing.tokens(), ListCache()
     pieces = [reference(tokens[:, a:b], cache=cache) for a, b in ((0, 9), (9, 15), *((i, i + 1) for i in range(15, 24)))]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), reference(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), reference(tokens), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +69,7 @@ def test_padding_changes_nothing(kind):
         mask[:, slice(0, 4) if left else slice(-4, None)] = 0
         logits = reference(padded, mask)
         assert not logits.isnan().any()
-        torch.testing.assert_close(logits[:, 4:] if left else logits[:, :-4], reference(tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[:, 4:] if left else logits[:, :-4], reference(tokens), rtol=0, atol=5e-5)
 
 
 def test_a_window_is_a_band():

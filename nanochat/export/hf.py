@@ -21,7 +21,7 @@ from nanochat.checkpoint_manager import SOURCES, load_weights, model_from_config
 from nanochat.cli import UsageError, folder_name
 from nanochat.export import nanochat_reference as reference
 from nanochat.export.hf_tokenizer import CHAT_TEMPLATE, from_hf, to_hf
-from nanochat.export.subject import Subject
+from nanochat.export.subject import Subject, optional_packages
 from nanochat.files import parse_json
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config
@@ -31,7 +31,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS
 
 HERE = Path(__file__).parent
 CODE = "modeling_nanochat"
-MOST_DIFFERENCE = 1e-5  # of a logit, in float32
+MOST_DIFFERENCE = 1e-4  # of a logit, in float32: rounding is a tenth of it in models of a few layers and grows with depth, a mistake is far above
 BOS, EOS = SPECIAL_TOKENS[0], "<|assistant_end|>"
 NASTY = ["", " ", "the cat sat on the mat, the end.", "  two  blanks\n\n\n \t x\r\n", "it's I'LL we'Ve 12345 6 7", "naïve café 漢字 한국어 ﬆ ſ \u0301\u200d",
          "🤷🏽‍♀️\x00\x7f\x1c\x85\u2028", "<|bos|> <|user_start|>", "!" * 300, "a" * 300, " " * 300]
@@ -69,11 +69,9 @@ def largest_difference(subject: Subject, state: dict[str, torch.Tensor], config:
 
 def export_hf(subject: Subject, folder: Path, shard_size: str) -> str:
     """Fills the folder; returns what was checked. Raises UsageError where packages are missing or the result is not the same model."""
-    try:
+    with optional_packages():
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
-    except ImportError as error:
-        raise UsageError(f"exporting to Hugging Face needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
     config, tokenizer = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0)), subject.tokenizer
     state = {hf_name(name): value.float().contiguous() for name, value in subject.state.items()}
     shards = split_torch_state_dict_into_shards(state, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size)
@@ -107,11 +105,12 @@ def export_hf(subject: Subject, folder: Path, shard_size: str) -> str:
 
 def check(subject: Subject, folder: Path) -> str:
     """Reads the folder back. Raises UsageError if it holds another model or tokenizer."""
+    from tokenizers import Tokenizer
     written, state = read_hf(folder)
     difference = largest_difference(subject, state, written)
     if not difference <= MOST_DIFFERENCE:
         raise UsageError(f"the exported model's logits differ by {difference:.1e} from the checkpoint's, more than {MOST_DIFFERENCE:.0e}; nothing was written")
-    hf_tokenizer = to_hf(subject.tokenizer)
+    hf_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     hf_tokenizer.encode_special_tokens = True
     for text in NASTY:
         if hf_tokenizer.encode(text, add_special_tokens=False).ids != subject.tokenizer.encode(text):
@@ -124,8 +123,9 @@ def read_hf(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     Raises UsageError for a folder that is none, lacks a shard, or is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with optional_packages():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("model_type") != "nanochat_layered":

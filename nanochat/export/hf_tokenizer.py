@@ -14,6 +14,7 @@ from typing import Any
 import tiktoken
 
 from nanochat.cli import UsageError
+from nanochat.export.subject import optional_packages
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 # Whitespace control ({%- -%}) keeps line breaks between the tags out. {% generation %} marks what the assistant learns, as `render_conversation`'s mask does.
@@ -61,10 +62,8 @@ def byte_names() -> dict[int, str]:
 
 def to_hf(tokenizer: RustBPETokenizer) -> Any:
     """The same as a `tokenizers.Tokenizer`. Raises UsageError where that package is missing."""
-    try:
+    with optional_packages():
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    except ImportError as error:
-        raise UsageError(f"exporting to Hugging Face needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
     names, special = byte_names(), sorted(tokenizer.get_special_tokens(), key=tokenizer.encode_special)
     ranks = {tokenizer.decode_single_token_bytes(id): id for id in range(tokenizer.get_vocab_size() - len(special))}
     written = {token: "".join(names[byte] for byte in token) for token in ranks}

@@ -217,7 +217,8 @@ class Head(nn.Module):
 
     def forward(self, x):
         logits = self.lm_head(x) if self.s_z is None else self.lm_head(x) * self.s_z
-        return SOFTCAP * torch.tanh(logits[..., :self.vocab_size].float() / SOFTCAP)
+        logits = logits[..., :self.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+        return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 class LanguageModel(nn.Module):

@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from nanochat.cli import UsageError
-from nanochat.export.hf import reference_config, reference_model, write_json
+from nanochat.export.hf import MOST_DIFFERENCE, reference_config, reference_model, write_json
 from nanochat.export.hf_tokenizer import to_hf
 from nanochat.export.nanochat_reference import LanguageModel, ListCache
-from nanochat.export.subject import Subject
+from nanochat.export.subject import Subject, optional_packages
 
 OPSET = 20
-MOST_DIFFERENCE = 1e-4  # of a logit in float32: onnxruntime's kernels round otherwise
 
 
 class Step(nn.Module):
@@ -53,12 +52,10 @@ def export_onnx(subject: Subject, folder: Path) -> str:
     config = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0))
     if not config["causal"]:
         raise UsageError("a model that looks both ways has no decoding step; export it with --to=hf")
-    try:
+    with optional_packages():
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401  # which torch's exporter needs
-    except ImportError as error:
-        raise UsageError(f"exporting to ONNX needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
     shapes = cache_shapes(config)
     step = Step(reference_model(config, subject.state)).requires_grad_(False)
     batch, new, past = (torch.export.Dim(name) for name in ("batch", "new", "past"))

@@ -50,6 +50,15 @@ def from_checkpoint(source: str, model_tag: str | None, step: int | None) -> Sub
     return Subject(folder.name, source, model.config, state, tokenizer, {**meta, "step": step})  # nanochat's RL checkpoints do not say their step
 
 
+@contextlib.contextmanager
+def optional_packages() -> Iterator[None]:
+    """Around imports of what only exports need. Raises UsageError that names a missing one."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(f"this format needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
+
+
 def check_free(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder} exists already and is not overwritten; choose another --out, or remove it")
