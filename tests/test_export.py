@@ -179,7 +179,7 @@ def test_bad_flags(base, capsys, flags, reason):
     assert not [path for path in base.iterdir() if "out" in path.name]
 
 
-@pytest.mark.parametrize("to, package", [("hf", "tokenizers"), ("hf", "safetensors.torch"), ("onnx", "onnxruntime")])
+@pytest.mark.parametrize("to, package", [("hf", "tokenizers"), ("hf", "safetensors.torch"), ("onnx", "onnx")])
 def test_missing_packages_are_named(base, monkeypatch, capsys, to, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert exported.run(to, "stock", base / "out") == 2
