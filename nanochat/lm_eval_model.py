@@ -13,6 +13,7 @@ Notable:
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # the names of its own, which ours would else be alone to have
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM

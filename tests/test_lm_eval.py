@@ -136,6 +136,7 @@ def test_texts_that_are_written(lm):
 def test_by_its_name(base, arguments, reason):
     made = lm_eval.api.registry.get_model("nanochat").create_from_arg_string("model_tag=stock,step=7", {"batch_size": 2, "device": "cpu"})
     assert isinstance(made, NanochatLM) and made.rows == 2 and made.max_length == 64
+    assert lm_eval.api.registry.get_model("dummy"), "the harness's own models are there beside it"
     with pytest.raises(UsageError, match=reason):
         NanochatLM.create_from_arg_string(arguments, {"device": "cpu"})
 
