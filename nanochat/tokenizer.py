@@ -136,6 +136,11 @@ class RustBPETokenizer:
     def decode_single_token_bytes(self, token_id: int) -> bytes:
         return self.enc.decode_single_token_bytes(token_id)
 
+    def token_bytes(self) -> torch.Tensor:
+        """int32 (V,): bytes of each token, 0 for specials."""
+        special = set(self._special_ids.values())
+        return torch.tensor([0 if id in special else len(self.decode_single_token_bytes(id)) for id in range(self.get_vocab_size())], dtype=torch.int32)
+
     # -------------------------------------------------------------------------
     # Text
 

@@ -78,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Warning: only {size:,} tokens instead of {settings.vocab_size:,}, for lack of different text; more text would give more")
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP
 
-    special_ids = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
-    token_bytes = torch.tensor([0 if i in special_ids else len(tokenizer.decode_single_token_bytes(i)) for i in range(size)],
-                               dtype=torch.int32)
+    token_bytes = tokenizer.token_bytes()
     bytes_file = os.path.join(directory, "token_bytes.pt")
     with locked(directory):  # the two files belong together: while the first is new, there is no second
         with contextlib.suppress(FileNotFoundError):
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = token_bytes[token_bytes > 0].double()
     report.log(section="Tokenizer training", data=[
         asdict(settings),
-        {"train_time": seconds, "num_special_tokens": len(special_ids)},
+        {"train_time": seconds, "num_special_tokens": len(tokenizer.get_special_tokens())},
         {f"token_bytes_{name}": getattr(lengths, name)().item() for name in ("min", "max", "mean", "std")},
     ])
 

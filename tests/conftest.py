@@ -12,6 +12,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["NANOCHAT_KERNELS"] = "attention=torch,window=blocked,backward=torch,long-backward=torch,decode=torch,position=matrix"  # not what a stopwatch says; tests of the others ask for them
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nanochat-tests-modules-")  # code that an exported model brings along
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 # kept from one call to the next, for each instruction set by itself: code for other registers fails or errs
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "nanochat-tests-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "best")))

@@ -1,0 +1,82 @@
+"""Writes a trained model in the format of others, as a new folder.
+
+    python -m scripts.export --to=hf -g d12 --out=d12-hf
+    python -m scripts.export --to=nanochat --dense -g d12r64 --out=for-nanochat
+    python -m scripts.export --to=base-dir --from-folder=d12-hf --out=back
+
+| --to | what | read by |
+|---|---|---|
+| hf | safetensors, tokenizer, chat template and the model's own code | transformers, with trust_remote_code=True |
+| onnx | the decoding step with its cache | onnxruntime |
+| nanochat | a base directory with a stock model | nanochat |
+| base-dir | a base directory with the model as it is | this project |
+
+Everything is computed in float32. A folder is written as a whole or not at all, and nothing is overwritten.
+"""
+import os
+
+os.environ["NANOCHAT_DTYPE"] = "float32"  # what is exported is compared with the model in it
+os.environ.setdefault("NANOCHAT_KERNELS", "attention=torch,window=torch,backward=torch,long-backward=torch,decode=torch,position=matrix")  # no stopwatch for that
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint_manager import SOURCES
+from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings
+from nanochat.export.base_dir import export_base_dir, to_stock
+from nanochat.export.hf import export_hf, from_folder
+from nanochat.export.subject import Subject, check_free, from_checkpoint, new_folder
+
+
+def size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*[KMG]?B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return text
+
+
+@dataclass
+class Settings:
+    to: str = flag(REQUIRED, "Format", choices=("hf", "onnx", "nanochat", "base-dir"))
+    out: str = flag(REQUIRED, "Folder to write, which must not exist")
+    source: str = flag("base", "Stage of training that the checkpoint comes from", choices=SOURCES, short="-i")
+    model_tag: str | None = flag(None, "Model to export (default: the largest)", type=folder_name, short="-g")
+    step: int | None = flag(None, "Checkpoint to export (default: the last)", type=non_negative_int, short="-s")
+    from_folder: str | None = flag(None, "Export this folder, one of --to=hf, instead of a checkpoint")
+    dense: bool = flag(False, "nanochat: multiply low-rank matrices out")
+    shard_size: str = flag("5GB", "hf: a file of weights is not larger than this", type=size)
+
+
+def write(subject: Subject, settings: Settings, folder: Path) -> str:
+    match settings.to:
+        case "hf":
+            return export_hf(subject, folder, settings.shard_size)
+        case "onnx":
+            from nanochat.export.onnx import export_onnx
+            return export_onnx(subject, folder)
+        case "nanochat":
+            return export_base_dir(to_stock(subject, settings.dense), folder)
+    return export_base_dir(subject, folder)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(Settings, argv, "Export a model")
+    out = Path(settings.out)
+    check_free(out)
+    if settings.dense and settings.to != "nanochat":
+        raise UsageError("--dense is for --to=nanochat, the only format that cannot hold low-rank matrices")
+    if settings.from_folder and (settings.model_tag or settings.step is not None):
+        raise UsageError("--from-folder and a checkpoint's --model-tag or --step both say what to export; give one of them")
+    subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(settings.source, settings.model_tag, settings.step)
+    with new_folder(out) as folder:
+        found = write(subject, settings, folder)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"Written to {out} ({size / 1e6:,.1f} MB): {found}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
