@@ -12,7 +12,8 @@ import torch
 from nanochat import core_eval
 from nanochat.cli import ArgumentParser, command, positive_int
 from nanochat.common import compute_init
-from nanochat.eval_bundle import find_eval_bundle
+from nanochat.eval_bundle import find_eval_bundle, load_bundle
+from nanochat.evals import scoring
 from nanochat.gpt import GPT
 from nanochat.recipe import gpt_config
 from nanochat.tokenizer import get_tokenizer
@@ -44,7 +45,7 @@ def main(argv=None) -> None:
     model.init_weights()
     torch.nn.init.normal_(model.lm_head.weight, std=0.2)
     model.cast_for_inference()
-    tasks, _ = core_eval.load_bundle(find_eval_bundle())
+    tasks, _ = load_bundle(find_eval_bundle())
     totals = [0.0, 0.0]
     differing = 0
     with torch.no_grad():
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
             wanted = [one_by_one(model, example) for example in examples]
             between = time.perf_counter()
             got: dict = {}
-            for batch in core_eval._forward_batches(examples, core_eval.TOKENS_PER_FORWARD["cpu"]):
+            for batch in scoring.batches_by_length(examples, scoring.TOKENS_PER_FORWARD["cpu"]):
                 got.update(zip(map(id, batch), core_eval.score_examples(model, batch, torch.device("cpu"))))
             seconds = (between - started, time.perf_counter() - between)
             totals = [total + s for total, s in zip(totals, seconds)]

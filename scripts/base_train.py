@@ -31,11 +31,11 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner, with_progress
-from nanochat.core_eval import evaluate_core, load_bundle
+from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TrainingData, batches_in_turn
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
-from nanochat.eval_bundle import find_eval_bundle
+from nanochat.eval_bundle import find_eval_bundle, load_bundle
 from nanochat.evaluations import sample_prompts
 from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
