@@ -6,6 +6,7 @@
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from nanochat.core_eval import core_csv, evaluate_core
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
 from nanochat.engine import Engine, check_causal
 from nanochat.eval_bundle import find_eval_bundle, load_bundle
-from nanochat.evals import blimp, text
+from nanochat.evals import blimp, nli, superglue, text
+from nanochat.evals.classification import FineTuning, share_jobs
 from nanochat.evals.results import Results, Row
 from nanochat.files import check_writable, write_text_atomic
 from nanochat.loss_eval import evaluate_bpb
@@ -46,12 +48,14 @@ def names(text: str) -> list[str]:
 
 
 @dataclass
-class EvaluationSettings:
+class EvaluationSettings(FineTuning):
     """Where the evaluations find their data, and how they go about it."""
 
     eval_bundle: str | None = flag(None, "Folder of CORE's data (default: eval_bundle in the base directory, downloaded if it is not there)")
     core_tasks: list[str] | None = flag(None, "Tasks of CORE to run, by their labels, joined by commas (default: all)", type=names)
     blimp: list[str] | None = flag(None, "Sets of minimal pairs, joined by commas: JSON lines, or folders of them (default: blimp in the base directory)", type=names)
+    nli: str | None = flag(None, "Folder of NLI sets, NAME_train.jsonl and NAME_test.jsonl, packed or not (default: nli in the base directory)")
+    superglue: str | None = flag(None, "Folder of SuperGLUE's tasks, BoolQ/train.jsonl and so on (default: superglue in the base directory)")
     text: list[str] | None = flag(None, "Text files of the evaluation text, joined by commas", type=names)
     text_stride: int | None = flag(None, "Tokens by which its window moves (default: half of the context)", type=positive_int)
 
@@ -76,7 +80,7 @@ class Subject:
         return self.device_batch_size * self.model.config.sequence_len * get_dist_info()[3]
 
 
-Findings = tuple[Results, list[dict]]  # rows by key ("" is the evaluation's own); lists for the report that follow them
+Findings = tuple[Results, list[dict | str]]  # rows by key ("" is the evaluation's own); lists for the report that follow them
 
 # -----------------------------------------------------------------------------
 # Samples
@@ -101,7 +105,8 @@ def sample_unconditioned(engine: Engine, tokenizer, num_samples: int = 8) -> lis
 def write_samples(subject: Subject, limit: int | None) -> Findings:
     if get_dist_info()[1] != 0:
         return {}, []
-    engine, details = Engine(subject.model, subject.tokenizer), []
+    engine = Engine(subject.model, subject.tokenizer)
+    details: list[dict | str] = []
     unconditioned = sample_unconditioned(engine, subject.tokenizer, 8 if limit is None else limit)
     for name, texts in ("sample", sample_prompts(engine, subject.tokenizer)), ("unconditioned", unconditioned):
         for i, one in enumerate(texts):
@@ -193,6 +198,50 @@ def measure_blimp(subject: Subject, limit: int | None) -> Findings:
 
 
 # -----------------------------------------------------------------------------
+# Classification
+
+
+def nli_folder(subject: Subject) -> Path:
+    return Path(subject.settings.nli or Path(get_base_dir(), "nli"))
+
+
+def told(results: Results, details: list[dict | str]) -> Findings:
+    for row in results.values():
+        if row.label:
+            print0(f"{row.label}: {row} over {row.n:,} rows")
+    return results, details
+
+
+def nli_by(method: str) -> Callable[[Subject, int | None], Findings]:
+    def measure(subject: Subject, limit: int | None) -> Findings:
+        model, tokenizer, device = subject.model, subject.tokenizer, subject.device
+        sets = nli.read_sets(nli_folder(subject), trained=method != "prompt")
+        for one in sets:
+            one.train.tell(f"{one.name} (train)")
+            one.test.tell(f"{one.name} (test)")
+        if method == "prompt":
+            results = {key: row for one in sets for key, row in nli.by_prompt(model, tokenizer, one, device, limit).items()}
+        else:
+            results = share_jobs([partial(nli.TRAINED[method], model, tokenizer, one, device, limit, subject.settings) for one in sets])
+        if method != "finetune":
+            return told(results, [])
+        beside = nli.beside_drafts(results)
+        print0(beside)
+        return told(results, ["\n" + beside])
+    return measure
+
+
+def superglue_folder(subject: Subject) -> Path:
+    return Path(subject.settings.superglue or Path(get_base_dir(), "superglue"))
+
+
+def measure_superglue(subject: Subject, limit: int | None) -> Findings:
+    splits = superglue.read_tasks(superglue_folder(subject))
+    superglue.tell_left_out(splits, superglue_folder(subject))
+    return told(share_jobs([partial(superglue.evaluate_split, subject.model, subject.tokenizer, split, limit, subject.settings) for split in splits]), [])
+
+
+# -----------------------------------------------------------------------------
 # CORE
 
 
@@ -239,6 +288,10 @@ EVALUATIONS = {
     "pll": Evaluation(measure_pll, counts="tokens", causal=False, masked=True, default=True),
     "text": Evaluation(measure_text, check_text, "tokens of each file"),
     "blimp": Evaluation(measure_blimp, lambda subject, limit: blimp.check_sets(blimp_sets(subject)), "pairs of each paradigm", masked=True),
+    "nli-prompt": Evaluation(nli_by("prompt"), lambda subject, limit: nli.read_sets(nli_folder(subject), trained=False), "rows of each test set"),
+    "nli-probe": Evaluation(nli_by("probe"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),
+    "nli-finetune": Evaluation(nli_by("finetune"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),
+    "superglue": Evaluation(measure_superglue, lambda subject, limit: superglue.read_tasks(superglue_folder(subject)), "rows of each val.jsonl", masked=True),
     "core": Evaluation(measure_core, check_core, "rows of each task", default=True),
 }
 
@@ -290,7 +343,7 @@ def check(chosen: Sequence[Chosen], subject: Subject) -> None:
 def evaluate(chosen: Sequence[Chosen], subject: Subject) -> Findings:
     """What all of them find; the keys are those of the results' file. Call `check` before."""
     results: Results = {}
-    details: list[dict] = []
+    details: list[dict | str] = []
     for one in chosen:
         rows, lists = one.evaluation.run(subject, one.limit)
         results |= {f"{one.key}/{key}".rstrip("/"): row for key, row in rows.items()}
