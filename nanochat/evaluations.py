@@ -259,8 +259,13 @@ def check_core(subject: Subject, limit: int | None) -> None:
     load_bundle(core_bundle(subject), limit or subject.max_per_task, subject.settings.core_tasks)
 
 
+def core_of(subject: Subject, limit: int | None) -> dict:
+    """What `evaluate_core` returns."""
+    return evaluate_core(subject.model, subject.tokenizer, subject.device, limit or subject.max_per_task, core_bundle(subject), subject.settings.core_tasks)
+
+
 def measure_core(subject: Subject, limit: int | None) -> Findings:
-    core = evaluate_core(subject.model, subject.tokenizer, subject.device, limit or subject.max_per_task, core_bundle(subject), subject.settings.core_tasks)
+    core = core_of(subject, limit)
     print0(f"CORE metric: {core['rows']['']}")
     if subject.tables is not None and get_dist_info()[1] == 0:
         path = subject.tables / f"base_model_{subject.step:06d}.csv"
