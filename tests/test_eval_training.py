@@ -25,7 +25,8 @@ def base(base_dir):
     return base_dir
 
 
-def test_a_training_is_evaluated_and_not_disturbed(base, finished_run):
+def test_a_training_is_evaluated_and_not_disturbed(base, finished_run, monkeypatch):
+    monkeypatch.chdir(base)  # the report writes copies there
     assert tiny.train("--eval-tasks=blimp:5,core:6,nli-finetune,sample", "--eval-tasks-every=4", f"--eval-bundle={base / 'bundle'}", "--core-tasks=toy_schema,toy_choices",
                       "--finetune-epochs=1") == 0
     assert tiny.losses(base) == tiny.losses(finished_run) and tiny.same_checkpoint(base, finished_run)
