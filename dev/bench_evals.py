@@ -4,7 +4,7 @@
     python -m dev.bench_evals --model-tag d4 --examples 100 --batches-only
     python -m dev.bench_evals --model-tag d4 --blimp DATA/blimp.jsonl.gz --examples 5
 
-Examples are per task or paradigm. Without --model-tag a random model of --depth 4; tokenizer and evaluation bundle are those of NANOCHAT_BASE_DIR.
+Examples are per task or paradigm; the times are CPU seconds, which other work on the machine does not change much (OMP_NUM_THREADS=1: threads that wait count). Without --model-tag a random model of --depth 4; tokenizer and evaluation bundle are those of NANOCHAT_BASE_DIR.
 """
 import sys
 import time
@@ -85,15 +85,15 @@ def main(argv=None) -> None:
     with torch.no_grad():
         for label, prepare in work.items():
             examples = prepare()
-            started = time.perf_counter()
+            started = time.process_time()
             wanted = None if args.batches_only else [one(model, example) for example in examples]
-            between = time.perf_counter()
+            between = time.process_time()
             got = in_batches(score, prepare())  # the time to make examples of texts counts
-            seconds = (between - started, time.perf_counter() - between)
+            seconds = (between - started, time.process_time() - between)
             totals, count = [total + s for total, s in zip(totals, seconds)], count + len(examples)
             differing += sum(a != b for a, b in zip(wanted or (), got))
             ratio = f"{seconds[0]:.2f} s one by one, {seconds[0] / seconds[1]:.1f}x" if wanted else ""
-            print(f"{label}: {len(examples)} in {seconds[1]:.2f} s, {len(examples) / seconds[1]:.0f}/s; {ratio}", flush=True)
+            print(f"{label}: {len(examples)} in {seconds[1]:.2f} s, {len(examples) / seconds[1]:.1f}/s; {ratio}", flush=True)
     print(f"all {count} examples: {totals[1]:.1f} s in batches" + ("" if args.batches_only else f", {totals[0]:.1f} s one by one, {totals[0] / totals[1]:.1f}x; {differing} decisions differ"))
 
 
