@@ -19,7 +19,6 @@ from nanochat import evaluations, train_loop
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import HERE
 
