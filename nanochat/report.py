@@ -29,6 +29,7 @@ from markdown_it import MarkdownIt
 
 from nanochat.cli import UsageError, command, flag, parse_settings
 from nanochat.common import get_base_dir, get_dist_info, print0
+from nanochat.eval_report import EvalReport
 from nanochat.files import atomic_path, check_writable, write_text_atomic
 from nanochat.run_report import TrainingRun, bullets, decimals, find_run_log, hourly_rate, verbatim
 
@@ -251,14 +252,22 @@ class Report:
 
         files: dict[str, str | bytes] = {}
         run_text = ""
+        evals = EvalReport(run.path.parent) if run else None
+        measured = evals.picture() if evals else None
         if run:
             files["report.png"] = run.picture()
             run_text = run.markdown("![Loss curves](report.png)\n")
+        if evals:
+            if measured:
+                files["report_evals.png"] = measured
+            run_text += "\n" + evals.markdown("![Evaluations](report_evals.png)\n" if measured else "")
         files["report.md"] = "\n".join([header, *filter(None, [run_text]), *sections.values(), summary])
 
         title, _, environment = header.partition("## Environment")
         if run:
             run_text = run.markdown("".join(_embedded(run.picture((axis,)), f"Loss over {axis}") for axis in run.axes) + "\n")
+        if evals:
+            run_text += "\n" + evals.markdown(_embedded(measured, "Evaluations") + "\n" if measured else "")
         files["report.html"] = _page("\n".join([title, run_text, *sections.values(), summary, f"## Environment{environment}"]))
         for folder in dict.fromkeys((self.dir.resolve(), Path.cwd())):  # here first
             try:
@@ -273,7 +282,7 @@ class Report:
 
     def reset(self) -> None:
         """Deletes all sections and the report, and notes environment and time for the run that starts now."""
-        for name in [*self.sections(), *_OLD_NAMES.values(), "report.md", "report.html", "report.png"]:
+        for name in [*self.sections(), *_OLD_NAMES.values(), "report.md", "report.html", "report.png", "report_evals.png"]:
             (self.dir / name).unlink(missing_ok=True)
         write_text_atomic(self.dir / "header.md", f"{generate_header()}\nRun started: {_now()}\n\n---\n\n")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import compiler, flash_attention, origin
+from nanochat import compiler, evaluations, flash_attention, origin
 from nanochat.cli import (
     UsageError,
     command,
@@ -30,13 +30,12 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
-from nanochat.core_eval import evaluate_core, load_bundle
 from nanochat.dataloader import TrainingData, batches_in_turn
 from nanochat.dataset import data_source
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
-from nanochat.eval_bundle import find_eval_bundle
-from nanochat.evaluations import sample_prompts
+from nanochat.evals.results import Results, forget_results, headlines, write_results
+from nanochat.evaluations import EvaluationSettings, Subject, requests
 from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
@@ -56,13 +55,15 @@ from nanochat.training import Process, check_output, find_resume_step
 
 
 @dataclass
-class Settings(PlanSettings):
+class Settings(PlanSettings, EvaluationSettings):
     fp8: bool = flag(False, "Multiply matrices in FP8 (CUDA compute capability 8.9 and newer)")
     fp8_recipe: str = flag("tensorwise", "How FP8 numbers are scaled", choices=RECIPES)
     grow_plan: bool = flag(False, "Print the stages of growth and end")
     memory: bool = flag(False, "Print what a training step of each stage takes, also on a device that is not here, and end")
     core_metric_every: int = flag(2000, "Steps between evaluations on CORE; -1: never", type=int_or_off)
     core_metric_max_per_task: int = flag(500, "Rows of each task of CORE; -1: all", type=int_or_off)
+    eval_tasks: list[str] | None = flag(None, "Further evaluations in the course of the training, as for base_eval --eval, such as blimp:10,core:50", type=requests)
+    eval_tasks_every: int = flag(2000, "Steps between them; -1: never", type=int_or_off)
     sample_every: int = flag(2000, "Steps between samples; -1: never", type=int_or_off)
     model_tag: str | None = flag(None, "Name of the checkpoint folder (default: d<depth>)", type=folder_name)
 
@@ -176,14 +177,18 @@ class Pretraining(TrainLoop):
             core_every = sample_every = -1
         if core_every > 0:
             try:
-                bundle = find_eval_bundle()
+                evaluations.core_bundle(self.subject())
             except UsageError as error:
+                if settings.eval_bundle:
+                    raise
                 print0(f"No CORE metric in this run: {error}")
                 core_every = -1
             else:
-                load_bundle(bundle, settings.core_metric_max_per_task)  # bad data shows now, not at the first evaluation
+                evaluations.check_core(self.subject(), None)  # bad data shows now, not at the first evaluation
+        self.chosen = evaluations.choose(settings.eval_tasks or (), self.model)
+        evaluations.check(self.chosen, self.subject())
         self.core_metric: float | None = None
-        self.events = [Event(core_every, self.measure_core), Event(sample_every, self.sample)]
+        self.events = [Event(core_every, self.measure_core), Event(settings.eval_tasks_every if self.chosen else -1, self.evaluate), Event(sample_every, self.sample)]
 
         self.optimizer_setup: dict[str, Any] = dict(
             unembedding_lr=settings.unembedding_lr * horizon.lr_scale, embedding_lr=settings.embedding_lr * horizon.lr_scale,
@@ -211,6 +216,8 @@ class Pretraining(TrainLoop):
             self.growth.begin_stage(self)
         if meta is not None:
             self.restore(meta, train_state)
+        if self.rank == 0:
+            forget_results(self.folder, -1 if self.resume_step is None else self.resume_step)
         self.open_log(
             model_config=asdict(self.model.config), conditions=self.conditions(), counts=self.model.num_scaling_params(), flops_per_token=self.flops_per_token,
             num_iterations=None if self.by_flops else horizon.num_iterations, total_batch_size=self.total_batch_size,
@@ -330,18 +337,41 @@ class Pretraining(TrainLoop):
         batches = batches_in_turn(*self.rows, "val", self.device, self.my_streams, self.plan.streams)
         return (self.prepare_validation(x, y) for x, y, _ in batches)
 
+    def subject(self) -> Subject:
+        settings = self.settings
+        return Subject(self.model, self.tokenizer, self.device, settings, self.step, self.plan.rows, settings.eval_tokens, settings.core_metric_max_per_task)
+
     def measure_core(self) -> None:
         with self.evaluating():
-            core = evaluate_core(self.model, self.tokenizer, self.device, max_per_task=self.settings.core_metric_max_per_task)
+            core = evaluations.core_of(self.subject(), None)
         self.core_metric = core["core_metric"]
         print0(f"Step {self.step:05d} | CORE metric: {self.core_metric:.4f}")
+        limit = self.settings.core_metric_max_per_task
+        name = "core" if limit < 0 else f"core:{limit}"
+        self.keep({f"{name}/{key}".rstrip("/"): row for key, row in core.pop("rows").items()})
         self.log.log("core", self.step, **core, **self.spent())
         self.log_wandb(core_metric=self.core_metric, centered_results=core["centered_results"])
+
+    def evaluate(self) -> None:
+        with self.evaluating():
+            results, _ = evaluations.evaluate(self.chosen, self.subject())
+        print0(f"Step {self.step:05d} | " + " | ".join(f"{label}: {value:.4f}" for label, value in headlines(results).items()))
+        self.keep(results)
+        self.log_wandb(**{f"eval/{key}": row.value for key, row in results.items() if row.label})
+
+    def keep(self, results: Results) -> None:
+        """In the log and in the file of this step."""
+        self.log.log("evals", self.step, rows={key: asdict(row) for key, row in results.items()}, **self.spent())
+        if self.rank == 0:
+            try:
+                write_results(self.folder, self.step, results, tokens=self.tokens, flops=self.flops)
+            except OSError as error:  # a full disk
+                print0(f"The results of step {self.step} are in the log alone: {error.strerror}")
 
     def sample(self) -> None:
         if self.rank == 0:
             with self.evaluating():
-                samples = sample_prompts(Engine(self.model, self.tokenizer), self.tokenizer)
+                samples = evaluations.sample_prompts(Engine(self.model, self.tokenizer), self.tokenizer)
             for sample in samples:
                 print0(sample)
             self.log.log("sample", self.step, samples=samples)

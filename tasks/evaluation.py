@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from nanochat.batching import BatchedEngine, Request
 from nanochat.common import get_dist_info, is_ddp_initialized, with_progress
-from nanochat.core_eval import logits_at
 from nanochat.engine import Engine
+from nanochat.evals.scoring import logits_at
 from nanochat.sampling import Sampling
 from tasks.common import Task
 from tasks.registry import TASKS

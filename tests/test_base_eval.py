@@ -10,6 +10,8 @@ import torch
 from nanochat import core_eval, eval_bundle, evaluations
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.cli import UsageError
+from nanochat.evals import results
+from nanochat.evals.results import Row
 from scripts import base_eval
 from tests.golden.fixtures import HERE, build_model, load, tokenizer_512
 
@@ -74,7 +76,9 @@ def test_progress_of_a_long_run(trained, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--eval=core,riddle"], "unknown evaluation 'riddle'"),
-    (["--eval="], "unknown evaluation ''"),
+    (["--eval="], "is not a list"),
+    (["--eval=core:none"], "is not a whole number above 0"),
+    (["--step=some"], "'some' is no step"),
     (["--max-per-task=0"], "max-per-task"),
     (["--device-batch-size=none"], "device-batch-size"),
 ])
@@ -89,6 +93,13 @@ def test_bad_flags(flags, message, capsys):
     (["--step=8"], "8"),
     (["--eval=bpb", "--device-batch-size=2", "--split-tokens=63"], "less than one batch of 64 tokens"),
     (["--eval=core", "--max-per-task=2"], "use at least 3 rows"),
+    (["--eval=core:2"], "use at least 3 rows"),
+    (["--eval=core", "--core-tasks=riddle"], "no task riddle"),
+    (["--eval=core", "--eval-bundle=/nowhere"], "holds no core.yaml"),
+    (["--eval=blimp"], "give --blimp=FILE or FOLDER"),
+    (["--eval=blimp", "--blimp=/nowhere"], "no file or folder /nowhere"),
+    (["--eval=text"], "give --text=FILE"),
+    (["--eval=text", "--text=/nowhere"], "no file /nowhere"),
 ])
 def test_what_cannot_be_evaluated_ends_with_one_line(trained, flags, message, capsys):
     assert run(*flags) == 2
@@ -97,12 +108,14 @@ def test_what_cannot_be_evaluated_ends_with_one_line(trained, flags, message, ca
 
 
 def test_a_further_evaluation_is_a_line_in_the_registry(trained, capsys, monkeypatch):
-    monkeypatch.setitem(evaluations.EVALUATIONS, "layers", evaluations.Evaluation(lambda subject: ({"layers": subject.model.config.n_layer}, []), default=False))
-    assert run("--eval=layers,bpb", "--device-batch-size=2", "--split-tokens=640") == 0
+    count = evaluations.Evaluation(lambda subject, limit: ({"": Row(subject.model.config.n_layer, limit or 1, label="layers")}, []))
+    monkeypatch.setitem(evaluations.EVALUATIONS, "layers", count)
+    assert run("--eval=layers:5,bpb", "--device-batch-size=2", "--split-tokens=640") == 0
     report = (trained / "report" / "base-model-evaluation.md").read_text()
     assert "- layers: 2\n" in report and report.index("val bpb") < report.index("layers: 2")
-    assert [evaluation.run for evaluation in evaluations.choose(None, build_model(CONFIG, seed=3))] \
-        == [evaluations.EVALUATIONS[name].run for name in ("sample", "bpb", "core")]
+    rows = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")["rows"]
+    assert set(rows) == {"bpb/train", "bpb/val", "layers:5"} and rows["layers:5"]["n"] == 5
+    assert [one.name for one in evaluations.choose(None, build_model(CONFIG, seed=3))] == ["sample", "bpb", "core"]
 
 
 @pytest.mark.parametrize("names", ["pll", "bpb,pll"])
@@ -116,6 +129,52 @@ def test_bad_core_data_shows_before_anything_is_evaluated(trained, capsys):
     assert run("--max-per-task=6") == 2
     captured = capsys.readouterr()
     assert "cloze.jsonl, line 1" in captured.err and "[sample" not in captured.out
+
+
+def test_bad_rows_are_left_out_and_counted(trained, capsys):
+    path = trained / "eval_bundle" / "eval_data" / "b" / "cloze.jsonl"
+    path.write_text(path.read_text() + '{"context": "a"}\n' * 5)
+    assert run("--eval=core") == 0
+    out = capsys.readouterr().out
+    assert out.count("toy_cloze: left out: ") == 3 and "toy_cloze: 5 rows are left out in all, 20 are used" in out
+    row = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")["rows"]["core/toy_cloze"]
+    assert row["n"] == 20 and row["counts"]["not usable"] == 5
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+
+def test_results_with_standard_errors_lie_beside_the_checkpoint(trained):
+    assert run("--eval=core:6") == 0
+    assert run("--eval=core", "--core-tasks=toy_schema") == 0
+    content = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")
+    rows = content["rows"]
+    assert content["step"] == 7 and {"core:6", "core:6/toy_schema", "core:6/toy_cloze", "core", "core/toy_schema"} <= rows.keys()
+    assert "core/toy_cloze" not in rows and rows["core:6/toy_schema"]["n"] == 6 and rows["core/toy_schema"]["n"] == 20
+    p = rows["core/toy_schema"]["value"]
+    assert rows["core/toy_schema"]["se"] == pytest.approx((p * (1 - p) / 19) ** 0.5)
+    assert rows["core/toy_schema"]["baseline"] == pytest.approx(0.5)
+    assert rows["core"]["value"] == pytest.approx((p - 0.5) / 0.5) and rows["core"]["se"] == pytest.approx(rows["core/toy_schema"]["se"] / 0.5)
+
+
+def test_all_checkpoints_of_all_models(trained, capsys):
+    for tag, step in ("d2", 9), ("other", 3):
+        save_checkpoint(trained / "base_checkpoints" / tag, step, build_model(CONFIG, seed=4).state_dict(), None, {"step": step, "model_config": CONFIG})
+    assert run("--eval=core:6", "--model-tag=d2", "--step=all") == 0
+    assert sorted(results.all_results(trained / "base_checkpoints" / "d2")) == [7, 9]
+    assert not results.all_results(trained / "base_checkpoints" / "other")
+    assert run("--eval=core:6", "--model-tag=all") == 0
+    assert sorted(results.all_results(trained / "base_checkpoints" / "other")) == [3]
+    report = (trained / "report" / "base-model-evaluation.md").read_text()
+    assert "d2 (step 9)" in report and "other (step 3)" in report
+
+
+def test_a_broken_file_of_results_shows_before_anything_is_evaluated(trained, capsys):
+    (trained / "base_checkpoints" / "d2" / "eval_000007.json").write_text('{"rows": {"core": 3}}')
+    assert run("--eval=core") == 2
+    captured = capsys.readouterr()
+    assert "eval_000007.json is not a file of results" in captured.err and "Evaluating" not in captured.out
 
 
 # -----------------------------------------------------------------------------

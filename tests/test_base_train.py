@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import train_loop
+from nanochat import evaluations, train_loop
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import HERE
 
@@ -103,7 +102,7 @@ def test_without_the_core_data_training_goes_on(base, monkeypatch, capsys):
     def offline():
         raise UsageError("cannot download")
 
-    monkeypatch.setattr(base_train, "find_eval_bundle", offline)
+    monkeypatch.setattr(evaluations, "find_eval_bundle", offline)
     assert tiny.train("--core-metric-every=4", "--num-iterations=2") == 0
     assert "No CORE metric in this run: cannot download" in capsys.readouterr().out
 
@@ -140,7 +139,7 @@ def test_the_weights_come_before_the_evaluations(base, monkeypatch, what):
     """Whatever an evaluation of the last model dies of, the model is there and a resumed run does what is missing."""
     shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
     flags = ("--save-every=-1", "--sample-every=8", "--core-metric-every=8", "--core-metric-max-per-task=3", "--eval-every=8")
-    module = train_loop if what == "evaluate_bpb" else base_train
+    module = train_loop if what == "evaluate_bpb" else evaluations
     function, calls = getattr(module, what), []
 
     def interrupted(*args, **kwargs):
@@ -159,7 +158,7 @@ def test_the_weights_come_before_the_evaluations(base, monkeypatch, what):
     assert tiny.train(*flags, "--resume") == 0
     meta = checkpoints.load_meta(folder, 8)
     assert meta["val_bpb"] == meta["loop_state"]["min_val_bpb"] == next(r["val_bpb"] for r in read_run_log(folder / "log.jsonl") if r["kind"] == "eval" and r["step"] == 8)
-    assert {record["kind"] for record in read_run_log(folder / "log.jsonl") if record["step"] == 8} == {"start", "eval", "core", "sample", "end"}
+    assert {record["kind"] for record in read_run_log(folder / "log.jsonl") if record["step"] == 8} == {"start", "eval", "core", "evals", "sample", "end"}
 
 
 def test_samples_on_a_narrow_terminal_and_a_closed_pipe(base):

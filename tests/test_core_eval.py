@@ -2,6 +2,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_eval
+from nanochat import core_eval, eval_bundle
 from nanochat.cli import UsageError
-from nanochat.core_eval import Example, evaluate_example, evaluate_task, load_bundle, prepare_example
+from nanochat.core_eval import evaluate_example, evaluate_task, prepare_example, score_task
+from nanochat.eval_bundle import load_bundle
+from nanochat.evals import scoring
+from nanochat.evals.scoring import Example
 from tests.golden.fixtures import HERE, build_model, tokenizer_512
 
 CPU = torch.device("cpu")
@@ -61,8 +65,8 @@ def rows(task_type, count=30):
 def test_batching_changes_no_result(task_type, budget, monkeypatch):
     data, meta = rows(task_type), META[task_type]
     one_by_one = [evaluate_example(i, model(), tokenizer(), data, CPU, meta) for i in range(len(data))]
-    monkeypatch.setitem(core_eval.TOKENS_PER_FORWARD, "cpu", budget)
-    monkeypatch.setattr(core_eval, "EXAMPLES_SORTED", 7)
+    monkeypatch.setitem(scoring.TOKENS_PER_FORWARD, "cpu", budget)
+    monkeypatch.setattr(scoring, "EXAMPLES_SORTED", 7)
     fractions = []
     assert evaluate_task(model(), tokenizer(), data, CPU, meta, fractions.append) == sum(one_by_one) / len(data)
     assert fractions == sorted(fractions) and fractions[-1] == 1
@@ -81,7 +85,7 @@ def test_language_models_can_be_right():
 
 def test_forward_passes_stay_within_the_budget_and_lose_nothing():
     examples = [Example([[0] * width] * choices, [1] * choices, [width] * choices, 0) for width in (3, 50, 7, 9, 50, 200) for choices in (1, 4)]
-    batches = list(core_eval._forward_batches(examples, 256))
+    batches = list(scoring.batches_by_length(examples, 256))
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
     for batch in batches:
         padded = sum(len(example.sequences) for example in batch) * max(example.width for example in batch)
@@ -94,7 +98,7 @@ def test_logits_only_where_asked():
     rows, columns = torch.tensor([0, 0, 2]), torch.tensor([4, 19, 7])
     seen = []
     hook = model().lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
-    got = core_eval.logits_at(model(), ids, rows, columns)
+    got = scoring.logits_at(model(), ids, rows, columns)
     want = model()(ids)[rows, columns]
     hook.remove()
     assert torch.allclose(got, want, atol=1e-5)
@@ -148,6 +152,19 @@ def test_a_prompt_beyond_the_rotary_table_is_cut_too():
     assert 0 <= evaluate_task(short, tokenizer(), data, CPU, meta) <= 1
 
 
+def test_what_a_reader_should_know_is_counted():
+    short = build_model(dict(sequence_len=8, vocab_size=512, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L"), seed=5)
+    data = [dict(query="ka", choices=["ro", "ro mi"], gold=0), dict(query="ka", choices=["ro", "mi"], gold=0), dict(query="ka " * 200, choices=["ro", "mi"], gold=0)]
+    scores, counts = score_task(short, tokenizer(), data, CPU, dict(META["multiple_choice"], num_fewshot=0))
+    assert len(scores) == 3 and not scores.isnan().any()
+    assert counts["with a choice that is the beginning of all others"] == 1 and counts["cut to what the model takes"] == 1
+    assert counts["longer than the training context"] >= 1
+
+    merged = [dict(context="1", continuation="2"), *rows("language_modeling", 3)]
+    scores, _ = score_task(short, tokenizer(), merged, CPU, dict(META["language_modeling"], num_fewshot=0, continuation_delimiter=""))
+    assert scores[0].isnan() and not scores[1:].isnan().all()
+
+
 def test_unknown_task_type():
     with pytest.raises(ValueError, match="riddle"):
         evaluate_example(0, model(), tokenizer(), rows("schema"), CPU, dict(META["schema"], task_type="riddle"))
@@ -179,7 +196,7 @@ def test_rows_are_shuffled_alike_before_they_are_cut(bundle):
 
 def test_work_grows_with_shots():
     data = rows("multiple_choice")
-    one, three = (core_eval.CoreTask("", dict(META["multiple_choice"], num_fewshot=shots), 0, data).work for shots in (0, 2))
+    one, three = (core_eval._work(core_eval.CoreTask("", dict(META["multiple_choice"], num_fewshot=shots), 0, data)) for shots in (0, 2))
     assert three == 3 * one > 0
 
 
@@ -201,15 +218,32 @@ def test_tasks_without_data_are_left_out(bundle):
     ("b/schema.jsonl", '{"context_options": [], "continuation": "a", "gold": 0}', "'context_options' is not"),
     ("b/cloze.jsonl", '{"context": "a", "continuation": ""}', "'continuation' is empty"),
     ("b/cloze.jsonl", '{"context": 3, "continuation": "a"}', "'context' is missing or is not text"),
-    ("b/cloze.jsonl", '{"context": "a", ', "is not JSON"),
+    ("b/cloze.jsonl", '{"context": "a", ', "not JSON"),
     ("b/cloze.jsonl", '["a"]', "not a JSON object"),
 ])
-def test_bad_rows_are_named_by_file_and_line(bundle, file, line, message):
+def test_bad_rows_are_left_out_and_named_by_file_and_line(bundle, file, line, message, capsys):
     path = bundle / "eval_data" / file
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], "", line, *lines[4:]]))
-    with pytest.raises(UsageError, match=f"{file}, line 6.*{message}"):
+    tasks, _ = load_bundle(bundle)
+    assert [len(task.data) for task in tasks] == [20] * 4
+    for task in tasks:
+        assert [bool(re.search(f"{file}, line 6.*{re.escape(message)}", bad)) for bad in task.bad] == [True] * len(task.bad)
+    assert sum(bool(task.bad) for task in tasks) == (2 if file == "a/choices.jsonl" else 1)
+    eval_bundle.tell_left_out(tasks)
+    assert capsys.readouterr().out.count("left out: ") == 1
+
+
+def test_a_file_without_a_row_that_can_be_used(bundle):
+    (bundle / "eval_data" / "b" / "cloze.jsonl").write_text('["a"]\n{"context": "a"}\n')
+    with pytest.raises(UsageError, match="cloze.jsonl, line 1: not a JSON object; no row of that file can be used"):
         load_bundle(bundle)
+
+
+def test_tasks_by_label(bundle):
+    assert [task.label for task in load_bundle(bundle, labels=["toy_cloze", "toy_choices"])[0]] == ["toy_choices", "toy_cloze"]
+    with pytest.raises(UsageError, match="no task toy_riddle in .*; there is toy_choices, "):
+        load_bundle(bundle, labels=["toy_riddle"])
 
 
 @pytest.mark.parametrize("file, old, new, message", [

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nanochat.core_eval import evaluate_task
+from nanochat.evals.blimp import score_pairs
 from nanochat.loss_eval import evaluate_bpb
+from tests.test_blimp import pairs
 from tests.test_core_eval import META, model, rows, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +80,10 @@ from pathlib import Path
 import torch
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.core_eval import evaluate_task
+from nanochat.evals.blimp import score_pairs
+from nanochat.evals.classification import share_jobs
 from nanochat.loss_eval import evaluate_bpb
+from tests.test_blimp import pairs
 from tests.test_core_eval import META, model, rows, tokenizer
 from tests.test_loss_eval import TOKEN_BYTES, Constant, batch
 
@@ -86,7 +91,9 @@ model()  # what PyTorch imports on first use keeps a process group alive that ex
 _, rank, _, _, device = compute_init("cpu")
 bpb = evaluate_bpb(Constant(float(rank)), [batch(0, 1, 2)] * (rank + 1), 2, TOKEN_BYTES)
 accuracies = [evaluate_task(model(), tokenizer(), rows(task_type, 11), device, meta) for task_type, meta in META.items()]
-Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps([bpb, *accuracies]))
+better, ties = score_pairs(model(), tokenizer(), [*pairs("any", 9), dict(sentence_good="ka", sentence_bad="ka")], device)
+jobs = share_jobs([lambda i=i: {f"job {i}": rank} for i in range(3)])
+Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps([better.tolist(), ties, jobs, bpb, *accuracies]))
 compute_cleanup()
 """
 
@@ -101,6 +108,8 @@ def test_two_ranks_agree_on_what_both_saw(tmp_path):
     assert run.returncode == 0, run.stderr
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
-    bpb, *accuracies = results[0]
+    better, ties, jobs, bpb, *accuracies = results[0]
+    assert better == score_pairs(model(), tokenizer(), [*pairs("any", 9), dict(sentence_good="ka", sentence_bad="ka")], "cpu")[0].tolist() and ties == [9]
+    assert jobs == {"job 0": 0, "job 1": 1, "job 2": 0}
     assert bpb == pytest.approx(6 / 18 / math.log(2))  # rank 0: 3 targets free of cost; rank 1: 6 targets of 1 nat
     assert accuracies == [evaluate_task(model(), tokenizer(), rows(task_type, 11), "cpu", meta) for task_type, meta in META.items()]

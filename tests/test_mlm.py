@@ -94,7 +94,7 @@ def test_evaluation_and_refusals(base, capsys):
     """Its bits per byte of next tokens would be a lie, since it sees them."""
     assert tiny.train(*MLM, "--sample-every=4") == 0
     assert "No samples and no CORE metric in this run" in capsys.readouterr().out
-    assert base_eval.main(["--pll-tokens=64", "--device-type=cpu"]) == 0
+    assert base_eval.main(["--eval=pll:64", "--device-type=cpu"]) == 0
     perplexity = float(capsys.readouterr().out.split("val pseudo-perplexity: ")[1].split(",")[0])
     assert 1 < perplexity < 2 * get_tokenizer().get_vocab_size() and math.isfinite(perplexity)
     for flags in (["--eval=bpb", "--split-tokens=4096"], ["--eval=sample"]):
