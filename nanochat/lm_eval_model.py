@@ -23,9 +23,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from nanochat.checkpoint_manager import SOURCES, load_model
 from nanochat.cli import UsageError
 from nanochat.common import autodetect_device_type, with_progress
-from nanochat.core_eval import stack_sequences
 from nanochat.engine import Engine, TextStream, check_causal
-from nanochat.evals.scoring import logits_at
+from nanochat.evals.scoring import logits_at, stack_sequences
 
 MAX_GENERATED = 256  # tokens, where a task does not say how many (the harness's own default)
 Pair = tuple[list[int], list[int]]  # what is given, at least a token, and what is scored behind it
