@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 
-from analysis.mixing import LARGE, SMALL, steps
+from analysis.mixing import FLOPS_SHARE, LARGE, SMALL, steps
 from analysis.trials import Trial, cost_with, nats_per_bpb, run_trials, study_parser
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.common import get_base_dir
@@ -17,7 +17,6 @@ from nanochat.files import write_text_atomic
 
 WARMDOWNS = (0.65, 0.15)
 MOMENTS = (0.5, 0.8)
-SHARE_OF_FLOPS = 0.31  # of a token of 4x64 and one of 4x128
 
 
 def plan(units: float, seed: int) -> dict[str, Trial]:
@@ -27,7 +26,7 @@ def plan(units: float, seed: int) -> dict[str, Trial]:
         found[f"scratch, {warmdown}"] = Trial(flags)
         found[f"scratch, half of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps(units / 2)})
         for moment in MOMENTS:
-            budget = round(SHARE_OF_FLOPS * moment + 1 - moment, 4)
+            budget = round(FLOPS_SHARE * moment + 1 - moment, 4)
             found[f"grown at {moment}, {warmdown}"] = Trial({**flags, "grow-path": "4x64,4x128", "grow-at-tokens": moment, "grow-budget": budget,
                                                              "matrix-lr": SMALL["4x64"]["matrix-lr"] if moment > 0.5 else LARGE["matrix-lr"]})
     return found

@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.mixing import LARGE, UNIT, steps
+from analysis.mixing import FLOPS_SHARE, LARGE, UNIT, steps
 from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_trials, study_parser
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.common import get_base_dir
@@ -55,7 +55,7 @@ def plan(units: float, seed: int) -> dict[str, Trial]:
         more = round(share * length)
         fall = round(DECAY * more)
         found[f"4x64 -> 4x128, {share:g} more"] = small.branch(length, grow_to="4x128", steady_rate=1.0, steady_steps=more - fall, warmdown_steps=fall, matrix_lr=LARGE["matrix-lr"])
-        longer = round(more / 0.31)
+        longer = round(more / FLOPS_SHARE)
         found[f"4x64, continued for the FLOPs of {share:g}"] = small.branch(length, steady_rate=1.0, steady_steps=longer - round(DECAY * longer), warmdown_steps=round(DECAY * longer))
     return found
 

@@ -22,13 +22,13 @@ from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, ru
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
-from nanochat.growth.kappa import fit_power_law
 
 UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
 LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,
          "eval-every": UNIT, "eval-tokens": 262144, "warmdown-ratio": 0.0, "weight-decay": 0.0,
          "unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.12}
 SMALL = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128}}
+FLOPS_SHARE = 0.375  # of a token of 4x64 and one of 4x128
 DECAY = 0.15  # share of the steps in which a branch decays
 HORIZON, SHARE = 20, 0.8  # tokens per parameter; share of them that a small model sees
 TRUNK, MIXED = 30, 10  # tokens per parameter of the trunk; after a growth at a constant rate
@@ -70,21 +70,27 @@ def plan(seed: int) -> dict[str, Trial]:
     return found
 
 
-def worth(losses, law) -> np.ndarray:
-    """The tokens per parameter after which the trunk has these losses, by the power law through its own; infinite below its asymptote."""
-    reducible = np.asarray(losses, dtype=float) - law.p
-    return np.where(reducible > 0, (np.maximum(reducible, 1e-9) / law.a) ** (-1 / law.b) - law.t0, np.inf)
+class Curve:
+    """A trunk's losses at a constant rate, smoothed: a cubic in the logarithm of its tokens per parameter."""
+
+    def __init__(self, units, losses):
+        self.units = np.geomspace(units[0], units[-1], 2001)
+        self.losses = np.minimum.accumulate(np.polyval(np.polyfit(np.log(units), losses, 3), np.log(self.units)))
+
+    @classmethod
+    def of(cls, result: Result) -> "Curve":
+        kept = [(step / UNIT, loss) for step, loss in zip(result.steps, result.bpb) if step >= 2 * UNIT]  # before, the loss falls too fast for it
+        return cls(*zip(*kept))
+
+    def worth(self, losses) -> np.ndarray:
+        """The tokens per parameter after which the trunk has these losses; no more than it was trained on."""
+        return np.interp(-np.asarray(losses, dtype=float), -self.losses, self.units)
 
 
-def rho_of(result: Result, law, small: float) -> tuple[np.ndarray, np.ndarray]:
+def rho_of(result: Result, curve: Curve, small: float) -> tuple[np.ndarray, np.ndarray]:
     """(tokens per parameter since the growth, rho there) at each validation of a model that grew after `small` tokens per parameter."""
     since = np.array(result.steps) / UNIT - small
-    return since, (worth(result.bpb, law) - since) / small
-
-
-def curve_of(result: Result, begin: int = 2):
-    """The power law through a trunk's validations, in tokens per parameter; the first ones, on which no power law holds, are left out."""
-    return fit_power_law(np.array(result.steps[begin:]) / UNIT, result.bpb[begin:])
+    return since, (curve.worth(result.bpb) - since) / small
 
 
 def draw(runs: dict[str, list[Result]], path: Path) -> None:
@@ -96,14 +102,14 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
             color = "black" if i == 0 else f"C{(i - 1) % 10}"
             losses.plot(x[2:], y[2:], color=color, label=name, linewidth=1.2, linestyle="-" if "->" in name or i == 0 else ":")
             if "->" in name:
-                pairs = [rho_of(seed, curve_of(scratch), SHARE * HORIZON) for seed, scratch in zip(seeds, runs["4x128"])]
+                pairs = [rho_of(seed, Curve.of(scratch), SHARE * HORIZON) for seed, scratch in zip(seeds, runs["4x128"])]
                 rhos.plot(pairs[0][0], np.mean([rho for _, rho in pairs], axis=0), color=color, marker=".", label=name)
         losses.set_xlabel("tokens per parameter of 4x128")
         losses.set_ylabel("validation bits per byte, constant rate")
         losses.set_ylim(top=runs["4x128"][0].bpb[3])
         rhos.set_xlabel("tokens per parameter since the growth")
         rhos.set_ylabel("rho: what a token of the small model is worth")
-        rhos.axhline(0.31, color="grey", linewidth=0.8, linestyle="--")
+        rhos.axhline(FLOPS_SHARE, color="grey", linewidth=0.8, linestyle="--")
         for panel in (losses, rhos):
             panel.legend(frameon=False, fontsize=8)
 
@@ -117,14 +123,14 @@ def main(argv=None) -> None:
     results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
     by_seed = [{name: next(results) for name in found} for found in plans]
     runs = {name: [seed[name] for seed in by_seed] for name in plans[0]}
-    laws = [curve_of(result) for result in runs["4x128"]]
+    curves = [Curve.of(result) for result in runs["4x128"]]
     small = SHARE * HORIZON
     print(f"Growth after {small:g} tokens per parameter of 4x128, at a constant rate. rho after so many more:\n")
     after = [0, 1, 2, 3, 6, 10]
     print("| growth | " + " | ".join(map(str, after)) + " |\n|---|" + "---:|" * len(after))
     for name, seeds in runs.items():
         if "->" in name and "decayed" not in name:
-            found = [dict(zip(*(np.round(x, 3) for x in rho_of(seed, law, small)))) for seed, law in zip(seeds, laws)]
+            found = [dict(zip(*(np.round(x, 3) for x in rho_of(seed, curve, small)))) for seed, curve in zip(seeds, curves)]
             print(f"| {name} | " + " | ".join(f"{statistics.mean(f[t] for f in found):.2f}" if all(t in f for f in found) else "" for t in map(float, after)) + " |")
     scratch = [name for name in runs if name.startswith("4x128, decayed")]
     nats = nats_per_bpb()

@@ -1,5 +1,6 @@
 """The studies of analysis/, with trials that need no training."""
 import json
+import math
 
 import pytest
 import torch
@@ -7,7 +8,6 @@ import torch
 from analysis import growth, growth_bound, low_rank, mixing, normalized, trials, width_transfer
 from analysis.trials import Result, Trial, cost_with
 from nanochat.files import locked
-from nanochat.growth.kappa import fit_power_law
 from scripts import base_train
 from tests import tiny
 
@@ -94,9 +94,11 @@ def test_branches_begin_where_their_parents_stand(base_dir, monkeypatch):
 
 def test_what_a_small_models_token_is_worth():
     """Read off the trunk's own curve: 1 if the grown model has the trunk's loss of all tokens, 0 if that of the large ones alone."""
-    law = fit_power_law(range(1, 31), [1 + 2 * (t + 1) ** -0.5 for t in range(1, 31)])
-    grown = lambda tokens: Result({}, [mixing.UNIT * 16 + mixing.UNIT * t for t in tokens], [1 + 2 * (16 * share + t + 1) ** -0.5 for t, share in tokens.items()], [], 1.0, 1)
-    since, rho = mixing.rho_of(grown({0: 1.0, 4: 0.5, 10: 0.0}), law, 16)
+    loss = lambda units: 1 - 0.2 * math.log(units)
+    curve = mixing.Curve(range(2, 31), [loss(units) for units in range(2, 31)])
+    shares = {0: 1.0, 4: 0.5, 10: 0.0}  # by tokens per parameter since the growth
+    grown = Result({}, [mixing.UNIT * (16 + units) for units in shares], [loss(16 * share + units) for units, share in shares.items()], [], 1.0, 1)
+    since, rho = mixing.rho_of(grown, curve, 16)
     assert list(since) == [0, 4, 10] and list(rho) == pytest.approx([1, 0.5, 0], abs=0.02)
     plans = mixing.plan(42)
     assert all(trial.parent is None or trial.step % mixing.UNIT == 0 for trial in plans.values()), "there are checkpoints at whole units only"
