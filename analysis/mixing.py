@@ -100,7 +100,8 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
             x = np.array(seeds[0].steps) / UNIT
             y = np.mean([seed.bpb for seed in seeds], axis=0)
             color = "black" if i == 0 else f"C{(i - 1) % 10}"
-            losses.plot(x[2:], y[2:], color=color, label=name, linewidth=1.2, linestyle="-" if "->" in name or i == 0 else ":")
+            first = 0 if "->" in name else 2
+            losses.plot(x[first:], y[first:], color=color, label=name, linewidth=1.2, linestyle="-" if "->" in name or i == 0 else ":")
             if "->" in name:
                 pairs = [rho_of(seed, Curve.of(scratch), SHARE * HORIZON) for seed, scratch in zip(seeds, runs["4x128"])]
                 rhos.plot(pairs[0][0], np.mean([rho for _, rho in pairs], axis=0), color=color, marker=".", label=name)
@@ -109,7 +110,7 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
         losses.set_ylim(top=runs["4x128"][0].bpb[3])
         rhos.set_xlabel("tokens per parameter since the growth")
         rhos.set_ylabel("rho: what a token of the small model is worth")
-        rhos.axhline(FLOPS_SHARE, color="grey", linewidth=0.8, linestyle="--")
+        rhos.axhline(FLOPS_SHARE, color="grey", linewidth=0.8, linestyle="--", label="its share of the FLOPs: growth pays above")
         for panel in (losses, rhos):
             panel.legend(frameon=False, fontsize=8)
 

@@ -28,6 +28,10 @@ from nanochat.compiler import why_not_compile
 from nanochat.fused_attention import empty, fused_backward, fused_forward, has_fused
 from nanochat.kernel_choice import chosen, chosen_backward
 
+if torch.backends.cpu.get_cpu_capability() == "AVX2" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+    # ATEN_CPU_CAPABILITY=avx2 on a CPU with AMX: PyTorch's kernel asks the CPU what it can, and then lacks the code for it ("pack_vnni2 is only supported ...")
+    torch.backends.cuda.enable_flash_sdp(False)  # the switch of CPUs too
+
 
 def _load_fa3():
     """FlashAttention-3's interface from the `kernels` package, or None where there is none for this machine; and why not."""

@@ -218,7 +218,7 @@ def measure() -> dict[str, str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():  # wherever it is first asked for
             attention, backward = attention_trials(rows=4, length=512, heads=4, dim=64, window=-1)
             window, _ = attention_trials(rows=2, length=1024, heads=4, dim=64, window=256)
             _, long_backward = attention_trials(rows=1, length=LONG, heads=4, dim=64, window=-1)

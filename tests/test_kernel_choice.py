@@ -115,6 +115,12 @@ def test_no_choice_on_a_gpu(fresh):
     assert kernel_choice.state() is None and not fresh
 
 
+def test_measured_where_nothing_is_differentiated(fresh):
+    """A model may be asked first inside of torch.inference_mode, and backward passes are measured all the same."""
+    with torch.inference_mode():
+        assert kernel_choice.measure().keys() == kernel_choice.KERNELS.keys()
+
+
 def test_the_faster_one_wins_and_the_default_a_draw():
     assert kernel_choice._faster("decode", {"torch": [2.0, 9.0], "float32": [1.0, 99.0]}) == "float32"
     assert kernel_choice._faster("decode", {"torch": [1.02, 1.5], "float32": [1.0, 1.0]}) == "torch"
