@@ -4,8 +4,9 @@
 * The pretraining run comes from its own log (see run_log.py), so that a run that is still going on has a report too.
 * What a model wrote is shown as text: the page runs no scripts and loads nothing.
 
-    python -m nanochat.report reset       before a run: forgets old sections and notes the environment and the time
-    python -m nanochat.report generate    at any time: writes the report, here and in base_dir/report
+    python -m nanochat.report reset            before a run: forgets old sections and notes the environment and the time
+    python -m nanochat.report generate         at any time: writes the report, here and in base_dir/report
+    python -m nanochat.report compare d6 d12   runs side by side: what they cost, what they can do, and whether one is really better (compare.py)
 """
 import base64
 import datetime
@@ -27,6 +28,7 @@ import psutil
 import torch
 from markdown_it import MarkdownIt
 
+from nanochat import compare as comparison
 from nanochat.cli import UsageError, command, flag, parse_settings
 from nanochat.common import get_base_dir, get_dist_info, print0
 from nanochat.eval_report import EvalReport
@@ -269,6 +271,17 @@ class Report:
         if evals:
             run_text += "\n" + evals.markdown(_embedded(measured, "Evaluations") + "\n" if measured else "")
         files["report.html"] = _page("\n".join([title, run_text, *sections.values(), summary, f"## Environment{environment}"]))
+        return self._write(files)
+
+    def compare(self, tags: Sequence[str]) -> str:
+        """Writes compare.md, its picture compare.png and compare.html, here and in the current folder. Returns the path of compare.md. Raises UsageError for unknown tags."""
+        contestants = [comparison.Contestant(self.dir.parent, tag) for tag in tags]
+        picture = comparison.draw(contestants)
+        return self._write({"compare.png": picture, "compare.md": comparison.compare(contestants, "![Losses and accuracies](compare.png)\n"),
+                            "compare.html": _page(comparison.compare(contestants, _embedded(picture, "Losses and accuracies") + "\n"))})
+
+    def _write(self, files: dict[str, str | bytes]) -> str:
+        """Into the folder of the report and, if that can be, the current one. Returns the path of the Markdown file."""
         for folder in dict.fromkeys((self.dir.resolve(), Path.cwd())):  # here first
             try:
                 for name, content in files.items():
@@ -278,7 +291,7 @@ class Report:
                 if folder == self.dir.resolve():
                     raise
                 print0(f"No copy of the report in the current folder ({error.strerror})")
-        return str(self.dir / "report.md")
+        return str(self.dir / next(name for name in files if name.endswith(".md")))
 
     def reset(self) -> None:
         """Deletes all sections and the report, and notes environment and time for the run that starts now."""
@@ -297,6 +310,9 @@ class DummyReport:
         pass
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def compare(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
@@ -390,7 +406,8 @@ def _page(markdown: str) -> str:
 
 @dataclass
 class Settings:
-    command: str = flag("generate", "What to do: write the report, or restart it", choices=("generate", "reset"), positional=True, nargs="?")
+    command: str = flag("generate", "What to do: write the report, restart it, or compare runs", choices=("generate", "reset", "compare"), positional=True, nargs="?")
+    tags: list[str] | None = flag(None, "Runs to compare, by the names of their checkpoint folders", positional=True, nargs="*")
     model_tag: str | None = flag(None, "Pretraining run to show (default: the newest)")
 
 
@@ -398,7 +415,13 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, "Write or restart the report of a training pipeline")
     report = get_report()
-    if settings.command == "reset":
+    if settings.tags and settings.command != "compare":
+        raise UsageError(f"{settings.command} takes no runs; python -m nanochat.report compare {' '.join(settings.tags)}")
+    if settings.command == "compare":
+        if len(settings.tags or ()) < 2:
+            raise UsageError("it takes two runs to compare; give their names, such as d6 d12")
+        print0(f"Comparison: {report.compare(settings.tags or ())}, copied with compare.html to the current folder")
+    elif settings.command == "reset":
         report.reset()
         print0(f"Report restarted in {get_base_dir()}/report")
     else:

@@ -149,6 +149,10 @@ class TrainingRun:
                 parts += [f"### {title}\n", bullets(items)]
         return "\n".join(parts)
 
+    def shape(self) -> str:
+        """Of the model that it ended with, or that it trains now."""
+        return _shape(self.latest("model_config", "start", "grow"))
+
     def stages_table(self) -> str:
         """A line for each size of a run that grew: what it cost, how far it came, and why it ended. A branch counts what its trunk spent as its own."""
         start, grows = self.last("start"), self.of("grow")
@@ -191,9 +195,9 @@ class TrainingRun:
         """A line for each branch; its tokens, FLOPs and time hold those of the trunk up to where it begins."""
         rows = []
         for run in self.branches():
-            config, counts = run.latest("model_config", "start", "grow"), run.latest("counts", "start", "grow") or {}
+            counts = run.latest("counts", "start", "grow") or {}
             own = (run.latest("flops", "train", "eval") or 0) - (run.of("train")[0]["flops"] - self._flops_of_a_step(run) if run.of("train") else 0)
-            rows.append([run.tag, _shape(config), count(counts.get("total", 0)), f"{run.branched_off()[1]:,}",
+            rows.append([run.tag, run.shape(), count(counts.get("total", 0)), f"{run.branched_off()[1]:,}",
                          count(run.latest("tokens", "train", "eval") or 0), f"{run.latest('flops', 'train', 'eval') or 0:.2e}", f"{own:.1e}",
                          duration(run.latest("time", "train", "eval") or 0), decimals(run.latest("val_bpb", "eval"))])
         return table(["Branch", "Shape", "Parameters", "from step", "Tokens", "FLOPs", "of them its own", "Time", "Validation bpb"], rows)
