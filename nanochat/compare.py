@@ -92,7 +92,7 @@ def verdicts(first: Contestant, other: Contestant) -> list[str]:
 def compare(contestants: list[Contestant], picture: str) -> str:
     """As Markdown; `picture` is the Markdown that shows it."""
     facts = [contestant.facts() for contestant in contestants]
-    rows = [[name, *(fact[name] for fact in facts)] for name in facts[0]]
+    rows = [[name, *(fact[name] for fact in facts)] for name in facts[0] if any(fact[name] for fact in facts)]
     labelled = dict.fromkeys(key for contestant in contestants for key, row in contestant.rows.items() if row.get("label"))
     rows += [[key, *(shown(contestant.rows.get(key)) for contestant in contestants)] for key in labelled]
     parts = [f"# {' against '.join(contestant.tag for contestant in contestants)}\n", table(["", *(contestant.tag for contestant in contestants)], rows), picture]

@@ -306,6 +306,30 @@ def test_packed_files_and_what_is_left_out(folder, tmp_path_factory, capsys):
     assert said.endswith(": d.md, e.json, elsewhere, f.parquet.gz, g")
 
 
+def test_files_that_a_pattern_matches(folder, tmp_path_factory, capsys):
+    """Any text, in hidden folders too; equal files once, what is no text left out with a count, and the same shards each time."""
+    source = tmp_path_factory.mktemp("tree")
+    (source / ".hidden" / "deep").mkdir(parents=True)
+    for i in range(40):
+        (source / f"module{i}.py").write_text(f"value = {i}\n")
+    (source / ".hidden" / "deep" / "one.py").write_text("value = 'hidden'\n")
+    (source / "copy.py").write_text("value = 7\n")
+    (source / "notes.md").write_text("not asked for\n")
+    (source / "binary.py").write_bytes(b"\xff\xfe\x00")
+    pattern = f"--source={source}/**/*.py"
+    assert main([pattern]) == 0
+    out = capsys.readouterr().out
+    assert "Left out, as unreadable or not UTF-8: 1 of 43 files" in out and "41 documents" in out
+    texts = read("train") + read("val")
+    assert sorted(texts) == sorted([f"value = {i}\n" for i in range(40)] + ["value = 'hidden'\n"])
+    assert read("train") != sorted(read("train")), "in random order"
+    before = read("train")
+    assert main([pattern]) == 0 and "already in" in capsys.readouterr().out
+    assert main([pattern, "--force"]) == 0 and read("train") == before
+    assert main([f"--source={source}/**/*.rs", "--force"]) == 2
+    assert "no file matches" in capsys.readouterr().err and read("train") == before
+
+
 def test_null_in_json_is_left_out(base_dir, tmp_path_factory, caplog):
     path = tmp_path_factory.mktemp("null") / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
