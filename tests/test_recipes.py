@@ -19,7 +19,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
-MODULE_OF = {"huggingface-hub": "huggingface_hub", "langchain-core": "langchain_core", "langchain-openai": "langchain_openai", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
+MODULE_OF = {"huggingface-hub": "huggingface_hub", "langchain-core": "langchain_core", "langchain-openai": "langchain_openai", "lm-eval": "lm_eval", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
 
 
 # -----------------------------------------------------------------------------
@@ -29,7 +29,7 @@ MODULE_OF = {"huggingface-hub": "huggingface_hub", "langchain-core": "langchain_
 def metadata_list(name):
     """The distributions in one list of pyproject.toml (tomllib is not in Python 3.10)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (content,) = re.findall(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    (content,) = re.findall(rf"^{name} = \[(.*?)\] *(?:#.*)?$", text, re.MULTILINE | re.DOTALL)
     return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in re.findall(r'"(.+?)"', content)}
 
 
