@@ -10,9 +10,8 @@ import statistics
 import sys
 
 from analysis.mixing import FLOPS_SHARE, LARGE, SMALL, steps
-from analysis.trials import Trial, cost_with, nats_per_bpb, run_trials, study_parser
+from analysis.trials import Trial, cost_with, nats_per_bpb, picture, run_by_seed, study_parser
 from nanochat.cli import command, positive_float, positive_int
-from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
 
 WARMDOWNS = (0.65, 0.15)
@@ -38,12 +37,10 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
     args = parser.parse_args(argv)
-    plans = [plan(args.units, seed) for seed in range(42, 42 + args.seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
-    by_seed = [{name: next(results) for name in found} for found in plans]
+    by_seed = run_by_seed(lambda seed: plan(args.units, seed), args.seeds, args.jobs)
     nats = nats_per_bpb()
     print("| run, share of the warm-down | FLOPs, of scratch's | bits per byte | nats per token above scratch | FLOPs, of those that scratch needs for this loss |\n|---|---:|---:|---:|---:|")
-    for name in plans[0]:
+    for name in by_seed[0]:
         warmdown = name.rsplit(", ", 1)[1]
         rows = []
         for runs in by_seed:
@@ -54,6 +51,16 @@ def main(argv=None) -> None:
         print(f"| {name} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {cost:.2f} |")
     if args.out:
         write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+    if args.plot:
+        with picture(args.plot, 7, 5) as axes:
+            for i, warmdown in enumerate(WARMDOWNS):
+                for kind, marker in (("scratch", "o-"), ("grown", "x")):
+                    names = sorted((name for name in by_seed[0] if name.startswith(kind) and name.endswith(f", {warmdown}")), key=lambda name: by_seed[0][name].flops[-1])
+                    axes.plot([by_seed[0][name].flops[-1] for name in names], [statistics.mean(runs[name].final for runs in by_seed) for name in names], marker,
+                              color=f"C{i}", label=f"{kind}, warm-down over {warmdown}")
+            axes.set_xlabel("training FLOPs, all stages")
+            axes.set_ylabel("final validation bits per byte")
+            axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 from analysis.mixing import FLOPS_SHARE, LARGE, UNIT, steps
-from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_trials, study_parser
+from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_float, positive_int
-from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
 
 SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
@@ -66,9 +65,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
     args = parser.parse_args(argv)
-    plans = [plan(args.units, seed) for seed in range(42, 42 + args.seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
-    by_seed: list[dict[str, Result]] = [{name: next(results) for name in found} for found in plans]
+    by_seed = run_by_seed(lambda seed: plan(args.units, seed), args.seeds, args.jobs)
     nats, mean = nats_per_bpb(), lambda function: statistics.mean(map(function, by_seed))
     print("| size | bits per byte, of the family | alone | difference in nats per token | by seed |\n|---|---:|---:|---:|---|")
     for size in SIZES:
@@ -78,11 +75,11 @@ def main(argv=None) -> None:
     print(f"\nFLOPs of the family, of those of the runs alone: {family_share(by_seed[0]):.2f}\n")
     scratch = "4x128, alone"
     print("| from the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
-    for name in plans[0]:
+    for name in by_seed[0]:
         if "more" in name or "continued" in name:
             share = mean(lambda runs: (runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1])
             print(f"| {name} | {share:.2f} | {mean(lambda runs: runs[name].final):.4f} | {mean(lambda runs: (runs[name].final - runs[scratch].final) * nats):+.4f} |")
-    grown = [name for name in plans[0] if name.endswith("more")]
+    grown = [name for name in by_seed[0] if name.endswith("more")]
     needed = [cost_with(runs[scratch].final, [(runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1] for name in grown],
                         [runs[name].final for name in grown]) for runs in by_seed]
     print(f"\nFLOPs from there to the loss of 4x128 from scratch: {statistics.mean(needed):.2f} of its own ({', '.join(f'{x:.2f}' for x in needed)})")

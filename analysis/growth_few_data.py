@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from analysis.mixing import DECAY, LARGE, SMALL
-from analysis.trials import Result, Trial, nats_per_bpb, picture, run_trials, study_parser
+from analysis.trials import Result, Trial, nats_per_bpb, picture, run_by_seed, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
 from nanochat.files import write_text_atomic
 from nanochat.tokenizer import get_tokenizer
@@ -54,14 +53,12 @@ def main(argv=None) -> None:
     parser.add_argument("--epochs", type=positive_int, nargs="+", default=[5, 10, 20, 40])
     args = parser.parse_args(argv)
     epoch = steps_of_an_epoch()
-    plans = [plan(epoch, args.epochs, seed) for seed in range(42, 42 + args.seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
-    by_seed = [{name: next(results) for name in found} for found in plans]
+    by_seed = run_by_seed(lambda seed: plan(epoch, args.epochs, seed), args.seeds, args.jobs)
     nats = nats_per_bpb()
-    best = min((name for name in plans[0] if "->" not in name), key=lambda name: statistics.mean(runs[name].final for runs in by_seed))
+    best = min((name for name in by_seed[0] if "->" not in name), key=lambda name: statistics.mean(runs[name].final for runs in by_seed))
     print(f"One epoch is {epoch:,.0f} steps. The best run that does not grow: {best}\n")
     print("| run | FLOPs | bits per byte | nats per token above the best that does not grow | by seed |\n|---|---:|---:|---:|---|")
-    for name in plans[0]:
+    for name in by_seed[0]:
         gaps = [(runs[name].final - runs[best].final) * nats for runs in by_seed]
         print(f"| {name} | {by_seed[0][name].flops[-1]:.2e} | {statistics.mean(runs[name].final for runs in by_seed):.4f} | {statistics.mean(gaps):+.4f} | "
               f"{', '.join(f'{gap:+.4f}' for gap in gaps)} |")

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_trials, study_parser
+from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
 
 UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
@@ -120,10 +119,8 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=1)
     args = parser.parse_args(argv)
-    plans = [plan(seed) for seed in range(42, 42 + args.seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], args.jobs))
-    by_seed = [{name: next(results) for name in found} for found in plans]
-    runs = {name: [seed[name] for seed in by_seed] for name in plans[0]}
+    by_seed = run_by_seed(plan, args.seeds, args.jobs)
+    runs = {name: [seed[name] for seed in by_seed] for name in by_seed[0]}
     curves = [Curve.of(result) for result in runs["4x128"]]
     small = SHARE * HORIZON
     print(f"Growth after {small:g} tokens per parameter of 4x128, at a constant rate. rho after so many more:\n")

@@ -12,11 +12,12 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.cli import ArgumentParser, positive_int
+from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
 from nanochat.files import atomic_path, locked, write_text_atomic
 from nanochat.run_log import read_run_log
@@ -166,6 +167,13 @@ def _run_one(entry: tuple) -> None:
 
 # -----------------------------------------------------------------------------
 # Studies
+
+
+def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int) -> list[dict[str, Result]]:
+    """For each of `seeds` seeds, from 42 on, the results of the trials that `plan` makes of it, by their names there."""
+    plans = [plan(seed) for seed in range(42, 42 + seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], jobs))
+    return [{name: next(results) for name in found} for found in plans]
 
 
 def study_parser(doc: str) -> ArgumentParser:

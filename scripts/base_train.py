@@ -291,9 +291,10 @@ class Pretraining(TrainLoop):
     def conditions(self) -> dict[str, Any]:
         """What another run must share, besides the shape of its model, to end with about the same loss; `flops` is the horizon."""
         settings = self.settings
-        shared = ("objective", "warmup_steps", "warmdown_ratio", "warmdown_shape", "final_lr_frac", "embedding_lr", "unembedding_lr", "matrix_lr", "matrix_optimizer")
-        return dict(data=data_source(), origin=str(settings.branch_from or settings.init_from or ""), tokenizer=self.tokenizer.checksum(), flops=self.budget, total_batch_size=self.total_batch_size,
-                    **{name: getattr(settings, name) for name in shared})
+        shared = ("objective", "warmup_steps", "warmdown_ratio", "warmdown_shape", "final_lr_frac", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
+                  "weight_decay", "matrix_optimizer")
+        return dict(data=data_source(), origin=str(settings.branch_from or settings.init_from or ""), tokenizer=self.tokenizer.checksum(), flops=self.budget,
+                    total_batch_size=self.total_batch_size, **{name: getattr(settings, name) for name in shared})
 
     def tell_step(self, losses: list[torch.Tensor], *args) -> None:
         super().tell_step(losses, *args)

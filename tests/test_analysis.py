@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from analysis import growth, growth_bound, low_rank, mixing, normalized, trials, width_transfer
+from analysis import (
+    growth,
+    growth_bound,
+    growth_cause,
+    growth_family,
+    growth_few_data,
+    low_rank,
+    mixing,
+    normalized,
+    trials,
+    width_transfer,
+)
 from analysis.trials import Result, Trial, cost_with
 from nanochat.files import locked
 from scripts import base_train
@@ -31,6 +42,29 @@ def test_table_numbers_and_picture(study, flags, runs, tmp_path, base_dir, monke
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert list(dict.fromkeys(line.split(" | ")[0].removeprefix("| ") for line in table[1:])) == list(rows)
     assert "bpb" in json.dumps(rows) and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("study", [mixing, growth_family, growth_cause, growth_few_data], ids=lambda study: study.__name__)
+def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
+    """From their plans to their tables and pictures, with losses that fall as those of a trunk do."""
+    def run_trials(directory, wanted, jobs):
+        def result(trial):
+            last = trial.step + sum(trial.flags.get(name, 0) for name in ("num-iterations", "steady-steps", "warmdown-steps"))
+            steps = list(range(trial.step or 256, last, 256)) + [last]
+            losses = [3 - 0.2 * math.log(step) - 0.001 * len(trial.name.strip("0123456789")) for step in steps]
+            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step)
+        return [result(trial) for trial in wanted]
+
+    monkeypatch.setattr(trials, "run_trials", run_trials)
+    for name in ("nats_per_bpb", "steps_of_an_epoch"):
+        monkeypatch.setattr(study, name, lambda: 100.0, raising=False)
+    flags = [f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}", "--seeds=2"]
+    assert study.main(flags) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5 and len({line.count(" | ") for line in rows}) <= 3 and "nan" not in out
+    assert "bpb" in (tmp_path / "numbers.json").read_text()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_cost_with_a_loss_is_interpolated_over_its_logarithm():
