@@ -40,6 +40,7 @@ class Result:
     seconds: float  # of training
     params: int  # all parameters
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
+    grown: tuple[float, float] = (math.nan, math.nan)  # the loss right before and right after the last growth
 
     @property
     def final(self) -> float:
@@ -66,7 +67,7 @@ class Trial:
 
     def arguments(self) -> list[str]:
         begin = {**DEFAULTS} if self.parent is None else {**DEFAULTS, "branch-from": f"{self.parent.name}@{self.step}"}
-        return [*(f"--{key}={value}" for key, value in {**begin, **self.flags}.items()), f"--model-tag={self.name}"]
+        return [*(f"--{key}" if value is True else f"--{key}={value}" for key, value in {**begin, **self.flags}.items()), f"--model-tag={self.name}"]
 
 
 def folder_of(base_dir: str, trial: Trial) -> Path:
@@ -81,8 +82,9 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     records = list(read_run_log(folder / "log.jsonl")) if json.loads((folder / "done.json").read_text(encoding="utf-8"))["status"] == 0 else []
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
+    grown = next(((r["loss_before"], r["loss_after"]) for r in reversed(records) if r["kind"] == "grow"), (math.nan, math.nan))
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]))
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown)
 
 
 def _begin(trains: list[dict]) -> float:

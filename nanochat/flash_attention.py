@@ -28,8 +28,19 @@ from nanochat.compiler import why_not_compile
 from nanochat.fused_attention import empty, fused_backward, fused_forward, has_fused
 from nanochat.kernel_choice import chosen, chosen_backward
 
-if torch.backends.cpu.get_cpu_capability() == "AVX2" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-    # ATEN_CPU_CAPABILITY=avx2 on a CPU with AMX: PyTorch's kernel asks the CPU what it can, and then lacks the code for it ("pack_vnni2 is only supported ...")
+
+def _builtin_takes_bf16() -> bool:
+    """PyTorch's CPU kernel asks the CPU what it can do; where ATEN_CPU_CAPABILITY holds PyTorch below that, it lacks the code and raises ("pack_vnni2 is only supported ...")."""
+    x = torch.zeros(1, 1, 64, 8, dtype=torch.bfloat16)  # it happens from 64 queries on
+    try:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)
+        return True
+    except RuntimeError:
+        return False
+
+
+BUILTIN_BF16 = _builtin_takes_bf16()
+if not BUILTIN_BF16:
     torch.backends.cuda.enable_flash_sdp(False)  # the switch of CPUs too
 
 
@@ -189,7 +200,11 @@ def _flat(x):
 
 def _builtin(q, k, v, causal: bool, mask=None):
     """PyTorch's CPU kernel, the mask is added: (B, H, T, D), laid out as by `empty`, and (B, H, T), the logarithm of the sum of each query's exponentials."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    dtype = q.dtype
+    if dtype == torch.bfloat16 and not BUILTIN_BF16:
+        q, k, v, mask = (x if x is None else x.float() for x in (q, k, v, mask))
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    return out.to(dtype), log_sum
 
 
 @torch.library.custom_op("nanochat::attention", mutates_args=())

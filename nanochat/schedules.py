@@ -23,10 +23,10 @@ def lr_multiplier(step: float, num_iterations: int, warmup_steps: int, warmdown_
     """Of pretraining: linear warm-up over steps, constant, warm-down over the last share of the run to `final_lr_frac`."""
     warmdown = round(warmdown_ratio * num_iterations)
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if step <= num_iterations - warmdown:
+        return min(1.0, (step + 1) / warmup_steps)  # a growing run has steps between the whole ones
+    if not warmdown or step <= num_iterations - warmdown:
         return 1.0
-    left = (num_iterations - step) / warmdown
+    left = max(0.0, (num_iterations - step) / warmdown)  # a growing run's last step may lie beyond its budget
     if shape != "linear":
         left = WARMDOWN_SHAPES[shape](min(1.0, 1 - left))
     return left + (1 - left) * final_lr_frac
@@ -38,13 +38,13 @@ def muon_momentum(step: float, num_iterations: int, warmdown_ratio: float) -> fl
     if step < 400:
         return 0.85 + (0.97 - 0.85) * step / 400
     if warmdown and step >= num_iterations - warmdown:
-        return 0.97 + (0.90 - 0.97) * (step - (num_iterations - warmdown)) / warmdown
+        return 0.97 + (0.90 - 0.97) * min(1.0, (step - (num_iterations - warmdown)) / warmdown)
     return 0.97
 
 
 def muon_weight_decay(step: float, num_iterations: int, weight_decay: float) -> float:
     """Of pretraining: half a cosine from `weight_decay` to 0."""
-    return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))
+    return weight_decay * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_iterations)))
 
 
 class Now(NamedTuple):

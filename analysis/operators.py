@@ -1,0 +1,130 @@
+"""Which operator loses least when a model grows, and gets most out of what it adds? The benchmark of dev/LEADERBOARD.md, track *growth*.
+
+    python -m nanochat.dataset --source='/usr/**/*.py' && python -m scripts.tok_train --vocab-size=2048
+    python -m analysis.operators --seeds=3 --out=operators.json --plot=dev/operators.png
+
+A trunk of each start trains at a constant rate; every operator grows it to 4x128 at the same step and sees the same batches from there on, at a constant rate, and is
+finished by a decay after one and after `--follow` tokens per parameter. Beside them 4x128 from scratch and the start that simply goes on, for as many FLOPs each as the
+grown runs had in the end. An operator is a line in OPERATORS: a name and base_train's flags.
+"""
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from analysis.mixing import LARGE, UNIT, steps
+from analysis.trials import Result, Trial, nats_per_bpb, pictures, run_by_seed, study_parser
+from nanochat.cli import command, positive_int
+from nanochat.files import write_text_atomic
+
+TRUNK = 4  # tokens per parameter before the growth
+DECAY = UNIT // 2  # steps
+STARTS = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128},
+          "0x128": {"grow-path": "0x128,4x128", "grow-at": 0.9, "num-iterations": UNIT}}  # nobody trains that alone; its own growth comes after the one here
+GOES_ON = ("4x64", "1x128")
+SHARES = {"4x64": 0.375, "1x128": 0.389, "0x128": 0.185}  # of the FLOPs of a token of 4x128
+OPERATORS: dict[str, dict[str, dict]] = {
+    "4x64": {
+        "lossless": {},
+        "clones": {"grow-mode": "hyperclone"},
+        "fresh": {"grow-theta": 0, "grow-spread": 1},
+        "sparkling": {"grow-mode": "sparkling", "grow-optimizer": "reset-new", "grow-rewarm": 64, "grow-rewarm-new": True},
+        "masks that open": {"grow-mode": "masked", "grow-open": 128},
+        "bus": {"grow-mode": "bus"},
+        "in an identity": {"grow-mode": "identity"},
+        "random": {"grow-mode": "random"},
+        "lossless, state reset": {"grow-optimizer": "reset"},
+    },
+    "1x128": {
+        "identity": {},
+        "stack": {"grow-depth-mode": "stack"},
+        "interleave": {"grow-depth-mode": "interleave"},
+        "fresh": {"grow-depth-mode": "fresh"},
+        "random": {"grow-depth-mode": "random"},
+        "random, masks that open": {"grow-depth-mode": "random", "grow-open": 128},
+    },
+    "0x128": {"identity": {}, "fresh": {"grow-depth-mode": "fresh"}},
+}
+
+
+def plan(seed: int, follow: int) -> dict[str, Trial]:
+    """`follow`: tokens per parameter after the growth."""
+    found = {}
+    finished = lambda trial, at: trial.branch(at, warmdown_steps=DECAY)
+    spent = {start: TRUNK * share + follow for start, share in SHARES.items()}  # tokens of 4x128 per parameter
+    scratch = Trial({**LARGE, "num-iterations": steps(math.ceil(max(spent.values()))), "save-every": UNIT // 4, "seed": seed})
+    for start, flags in STARTS.items():
+        alone = int(spent[start] / SHARES[start]) if start in GOES_ON else TRUNK
+        trunk = Trial({**LARGE, "num-iterations": steps(alone), "save-every": UNIT, "seed": seed, **flags})
+        for operator, how in OPERATORS[start].items():
+            grown = trunk.branch(steps(TRUNK), grow_to="4x128", matrix_lr=LARGE["matrix-lr"], steady_steps=steps(follow), save_every=UNIT, **{k.replace("-", "_"): v for k, v in how.items()})
+            found[f"{start}, {operator}"] = grown
+            for units in sorted({1, follow}):
+                found[f"{start}, {operator}, decayed after {units}"] = finished(grown, steps(TRUNK + units))
+        if start in GOES_ON:
+            found[f"{start}, goes on"] = finished(trunk, steps(alone))
+        found[f"{start}, 4x128 from scratch"] = finished(scratch, steps(round(spent[start] * 4) / 4))
+    return found
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--follow", type=positive_int, default=2, help="tokens per parameter of 4x128 after the growth")
+    args = parser.parse_args(argv)
+    by_seed = run_by_seed(lambda seed: plan(seed, args.follow), args.seeds, args.jobs)
+    nats = nats_per_bpb()
+    print(f"Grown to 4x128 after {TRUNK} tokens per parameter. Bits per byte, mean of {args.seeds} seeds; N = {args.follow}\n")
+    print("| start | operator | before | right after | after 1 | after N | finished after 1 | finished after N | nats per token above the first operator, finished after N | FLOPs, of 4x128's |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    mean = lambda function: statistics.mean(map(function, by_seed))
+    ends = {start: f"{start}, {next(iter(operators))}, decayed after {args.follow}" for start, operators in OPERATORS.items()}
+    for start, operators in OPERATORS.items():
+        cost = lambda runs, name: runs[name].flops[-1] / runs[f"{start}, 4x128 from scratch"].flops[-1]
+        gaps = lambda name: [(runs[name].final - runs[ends[start]].final) * nats for runs in by_seed]
+        for operator in operators:
+            name = f"{start}, {operator}"
+            losses = [mean(lambda runs: runs[name].grown[0]), mean(lambda runs: runs[name].grown[1]), mean(lambda runs: at(runs[name], TRUNK + 1)), mean(lambda runs: runs[name].final),
+                      *(mean(lambda runs: runs[f"{name}, decayed after {units}"].final) for units in (1, args.follow))]
+            last = f"{name}, decayed after {args.follow}"
+            print(f"| {start} | {operator} | " + " | ".join(f"{loss:.4f}" for loss in losses) + f" | {told(gaps(last))} | {mean(lambda runs: cost(runs, last)):.2f} |")
+        for other in ("goes on", "4x128 from scratch"):
+            if (name := f"{start}, {other}") in by_seed[0]:
+                print(f"| {start} | *{other}* | | | | | | {mean(lambda runs: runs[name].final):.4f} | {told(gaps(name))} | {mean(lambda runs: cost(runs, name)):.2f} |")
+    if args.out:
+        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+    if args.plot:
+        draw(by_seed, args.plot)
+
+
+def at(result: Result, units: int) -> float:
+    """The loss after so many tokens per parameter."""
+    return result.bpb[result.steps.index(steps(units))]
+
+
+def told(gaps: list[float]) -> str:
+    """Mean and standard error."""
+    return f"{statistics.mean(gaps):+.4f}" + (f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}" if len(gaps) > 1 else "")
+
+
+def draw(by_seed: list[dict[str, Result]], path: Path) -> None:
+    """Losses at a constant rate after the growth, less those of the first operator of each start. Mean of the seeds."""
+    since = lambda run: [run.grown[1], *run.bpb]
+    with pictures(path, 15, 4.5, len(OPERATORS)) as panels:
+        for axes, (start, operators) in zip(panels, OPERATORS.items()):
+            first = [runs[f"{start}, {next(iter(operators))}"] for runs in by_seed]
+            for operator in operators:
+                runs = [found[f"{start}, {operator}"] for found in by_seed]
+                x = [0, *(step / UNIT - TRUNK for step in runs[0].steps)]
+                y = [statistics.mean(a - b for a, b in zip(here, base)) for here, base in zip(zip(*map(since, runs)), zip(*map(since, first)))]
+                axes.plot(x, y, "o-", label=operator, markersize=3)
+            axes.set_title(f"{start} → 4x128")
+            axes.set_xlabel("tokens per parameter since the growth")
+            axes.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("validation bits per byte above the first operator")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
