@@ -31,11 +31,6 @@ FLOPS_SHARE = 0.375  # of a token of 4x64 and one of 4x128
 DECAY = 0.15  # share of the steps in which a branch decays
 HORIZON, SHARE = 20, 0.8  # tokens per parameter; share of them that a small model sees
 TRUNK, MIXED = 30, 10  # tokens per parameter of the trunk; after a growth at a constant rate
-OPERATORS: dict[str, dict[str, dict]] = {
-    "4x64": {"lossless": {}, "clones": {"grow-mode": "hyperclone"}, "fresh": {"grow-theta": 0, "grow-spread": 1}, "state reset": {"grow-optimizer": "reset"}},
-    "1x128": {"identity": {}, "stack": {"grow-depth-mode": "stack"}, "state reset": {"grow-optimizer": "reset"}},
-}
-OPERATORS_FOR = 3  # tokens per parameter that all but the first are followed for
 
 
 def steps(units: float) -> int:
@@ -59,11 +54,9 @@ def plan(seed: int) -> dict[str, Trial]:
     for shape, flags in SMALL.items():
         small = trunk(seed, int(SHARE * HORIZON), **flags)
         found[shape] = small
-        for i, (name, how) in enumerate(OPERATORS[shape].items()):
-            grown = Trial({"grow-to": "4x128", "steady-steps": steps(OPERATORS_FOR if i else MIXED), "matrix-lr": LARGE["matrix-lr"], "save-every": UNIT, **how}, small, begin)
-            found[f"{shape} -> 4x128, {name}"] = grown
-            if i == 0:  # what it comes to at the horizon: as many tokens as scratch
-                found[f"{shape} -> 4x128, {name}, decayed at {HORIZON}"] = decayed(grown, steps(HORIZON * (1 - DECAY)), steps(HORIZON))
+        grown = small.branch(begin, grow_to="4x128", steady_steps=steps(MIXED), matrix_lr=LARGE["matrix-lr"], save_every=UNIT)
+        found[f"{shape} -> 4x128"] = grown
+        found[f"{shape} -> 4x128, decayed at {HORIZON}"] = decayed(grown, steps(HORIZON * (1 - DECAY)), steps(HORIZON))  # as many tokens as scratch
     for units in (5, 10, HORIZON):
         found[f"4x128, decayed at {units}"] = decayed(large, steps(units * (1 - DECAY)) // UNIT * UNIT, steps(units))
     return found

@@ -14,6 +14,7 @@ from analysis import (
     low_rank,
     mixing,
     normalized,
+    operators,
     trials,
     width_transfer,
 )
@@ -44,7 +45,7 @@ def test_table_numbers_and_picture(study, flags, runs, tmp_path, base_dir, monke
     assert "bpb" in json.dumps(rows) and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("study", [mixing, growth_family, growth_cause, growth_few_data], ids=lambda study: study.__name__)
+@pytest.mark.parametrize("study", [mixing, growth_family, growth_cause, growth_few_data, operators], ids=lambda study: study.__name__)
 def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
     """From their plans to their tables and pictures, with losses that fall as those of a trunk do."""
     def run_trials(directory, wanted, jobs):
@@ -52,7 +53,7 @@ def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
             last = trial.step + sum(trial.flags.get(name, 0) for name in ("num-iterations", "steady-steps", "warmdown-steps"))
             steps = list(range(trial.step or 256, last, 256)) + [last]
             losses = [3 - 0.2 * math.log(step) - 0.001 * len(trial.name.strip("0123456789")) for step in steps]
-            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step)
+            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step, grown=(2.0, 2.1))
         return [result(trial) for trial in wanted]
 
     monkeypatch.setattr(trials, "run_trials", run_trials)
