@@ -1,4 +1,6 @@
 """Every attention path against the definition: softmax over exactly the keys that the window allows."""
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -103,6 +105,27 @@ def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backwar
     expected = torch.autograd.grad(want, (q, k, v), upstream.double())
     for a, b in zip((y, *got), (want, *expected)):
         assert (a.double() - b.double()).norm() <= 0.012 * b.double().norm() + 1e-4  # with a window of 0 scores have no gradient at all
+
+
+HELD = """
+import torch
+from nanochat import flash_attention as fa
+q, k, v = (torch.randn(1, 2, 200, 32, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_() for seed in range(3))
+want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+for backward in ("torch", "blocked"):
+    y = fa.band_attention(q, k, v, -1, 0, "torch", backward)
+    for got, expected in zip((y, *torch.autograd.grad(y.float().sum(), (q, k, v))), (want, *torch.autograd.grad(want.sum(), (q, k, v), retain_graph=True))):
+        assert (got.double() - expected.double()).norm() <= 0.02 * expected.double().norm() + 1e-3
+print("attends")
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_pytorch_held_below_what_the_cpu_can(capability):
+    """Its kernel asks the CPU and not the limit, and on some raises."""
+    env = {name: value for name, value in os.environ.items() if name not in ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR")} | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", HELD], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "attends", done.stderr
 
 
 def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
