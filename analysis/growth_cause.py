@@ -3,7 +3,7 @@
     python -m analysis.growth_cause
 
 4x64 grows to 4x128 after 0.5 and 0.8 of the tokens, under a warm-down over 0.65 of the run (nanochat's) and over 0.15. Scratch has each of the two as well, and the same tokens
-in the same order. The FLOPs that scratch needs for a loss are read off its own runs of half and all of the tokens.
+in the same order. The FLOPs that scratch needs for a loss are read off its own runs of 0.5, 0.75 and all of the tokens. Beside them 4x64 alone, for as many FLOPs as the grown runs.
 """
 import json
 import statistics
@@ -16,6 +16,7 @@ from nanochat.files import write_text_atomic
 
 WARMDOWNS = (0.65, 0.15)
 MOMENTS = (0.5, 0.8)
+SHORTER = (0.5, 0.75)  # shares of the tokens
 
 
 def plan(units: float, seed: int) -> dict[str, Trial]:
@@ -23,11 +24,13 @@ def plan(units: float, seed: int) -> dict[str, Trial]:
     for warmdown in WARMDOWNS:
         flags = {**LARGE, "num-iterations": steps(units), "warmdown-ratio": warmdown, "seed": seed}
         found[f"scratch, {warmdown}"] = Trial(flags)
-        found[f"scratch, half of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps(units / 2)})
+        for share in SHORTER:
+            found[f"scratch, {share} of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps(units * share)})
         for moment in MOMENTS:
             budget = round(FLOPS_SHARE * moment + 1 - moment, 4)
             found[f"grown at {moment}, {warmdown}"] = Trial({**flags, "grow-path": "4x64,4x128", "grow-at-tokens": moment, "grow-budget": budget,
                                                              "matrix-lr": SMALL["4x64"]["matrix-lr"] if moment > 0.5 else LARGE["matrix-lr"]})
+            found[f"4x64 alone, for the FLOPs of {moment}, {warmdown}"] = Trial({**flags, **SMALL["4x64"], "num-iterations": steps(units * budget / FLOPS_SHARE)})
     return found
 
 
@@ -44,8 +47,9 @@ def main(argv=None) -> None:
         warmdown = name.rsplit(", ", 1)[1]
         rows = []
         for runs in by_seed:
-            run, full, half = runs[name], runs[f"scratch, {warmdown}"], runs[f"scratch, half of the tokens, {warmdown}"]
-            needed = cost_with(run.final, [half.flops[-1], full.flops[-1]], [half.final, full.final])
+            run, full = runs[name], runs[f"scratch, {warmdown}"]
+            scratch = [full, *(runs[f"scratch, {share} of the tokens, {warmdown}"] for share in SHORTER)]
+            needed = cost_with(run.final, [other.flops[-1] for other in scratch], [other.final for other in scratch])
             rows.append((run.flops[-1] / full.flops[-1], run.final, (run.final - full.final) * nats, run.flops[-1] / needed))
         share, loss, gap, cost = (statistics.mean(row[i] for row in rows) for i in range(4))
         print(f"| {name} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {cost:.2f} |")
@@ -54,10 +58,10 @@ def main(argv=None) -> None:
     if args.plot:
         with picture(args.plot, 7, 5) as axes:
             for i, warmdown in enumerate(WARMDOWNS):
-                for kind, marker in (("scratch", "o-"), ("grown", "x")):
+                for kind, label, marker in (("scratch", "scratch", "o-"), ("grown", "grown", "x"), ("4x64", "4x64 alone", "s:")):
                     names = sorted((name for name in by_seed[0] if name.startswith(kind) and name.endswith(f", {warmdown}")), key=lambda name: by_seed[0][name].flops[-1])
                     axes.plot([by_seed[0][name].flops[-1] for name in names], [statistics.mean(runs[name].final for runs in by_seed) for name in names], marker,
-                              color=f"C{i}", label=f"{kind}, warm-down over {warmdown}")
+                              color=f"C{i}", label=f"{label}, warm-down over {warmdown}", markersize=5)
             axes.set_xlabel("training FLOPs, all stages")
             axes.set_ylabel("final validation bits per byte")
             axes.legend(frameon=False)
