@@ -111,13 +111,13 @@ def told(gaps: list[float]) -> str:
 
 def draw(by_seed: list[dict[str, Result]], path: Path) -> None:
     """Losses at a constant rate after the growth, less those of the first operator of each start. Mean of the seeds."""
-    since = lambda run: [run.grown[1], *run.bpb]
+    since = lambda run: [run.grown[1], *(loss for step, loss in zip(run.steps, run.bpb) if step > steps(TRUNK))]
     with pictures(path, 15, 4.5, len(OPERATORS)) as panels:
         for axes, (start, operators) in zip(panels, OPERATORS.items()):
             first = [runs[f"{start}, {next(iter(operators))}"] for runs in by_seed]
             for operator in operators:
                 runs = [found[f"{start}, {operator}"] for found in by_seed]
-                x = [0, *(step / UNIT - TRUNK for step in runs[0].steps)]
+                x = [0, *(step / UNIT - TRUNK for step in runs[0].steps if step > steps(TRUNK))]
                 y = [statistics.mean(a - b for a, b in zip(here, base)) for here, base in zip(zip(*map(since, runs)), zip(*map(since, first)))]
                 axes.plot(x, y, "o-", label=operator, markersize=3)
             axes.set_title(f"{start} → 4x128")
