@@ -92,7 +92,7 @@ def train_and_die() -> None:
 
 
 def test_kill_9_during_a_save_and_resume(tuned, trained_run):
-    process = multiprocessing.get_context("fork").Process(target=train_and_die)
+    process = multiprocessing.get_context("spawn").Process(target=train_and_die)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and checkpoints.list_steps(folder(tuned, "chatrl")) == [1]

@@ -98,7 +98,7 @@ def train_and_die(rename: int) -> None:
     (5, []), (9, [4]), *(pytest.param(*case, marks=pytest.mark.slow)
                          for case in ((1, []), (2, []), (3, []), (4, []), (6, [4]), (7, [4]), (8, [4]), (10, [4]), (11, [4, 8])))])
 def test_kill_9_during_a_save(base, finished_run, rename, steps):
-    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(rename,))
+    process = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(rename,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -172,7 +172,7 @@ def test_a_new_run_over_an_old_one(finished, finished_run, capsys):
 
 def test_a_checkpoint_is_never_of_two_runs(finished):
     """Killed while it replaces an older run's checkpoint: incomplete rather than mixed."""
-    process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(4,))
+    process = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(4,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
