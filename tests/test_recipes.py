@@ -42,6 +42,7 @@ def imports(*folders):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
     return found - set(sys.stdlib_module_names) - {"functorch",  # comes with torch
+                                                   "tomllib",  # from Python 3.11 on
                                                    "nanochat", "scripts", "tasks", "tests", "dev", "analysis"}
 
 
@@ -50,14 +51,14 @@ def modules(distributions):
 
 
 def test_every_import_is_declared():
-    extras = metadata_list("gpu") | metadata_list("eval") | metadata_list("export")  # for parts that say so where they are missing
+    extras = metadata_list("gpu") | metadata_list("eval") | metadata_list("export") | metadata_list("sweep")  # for parts that say so where they are missing
     declared = modules(metadata_list("dependencies") | extras)
-    assert imports("nanochat", "scripts", "tasks") <= declared
+    assert imports("nanochat", "scripts", "tasks", "analysis") <= declared
     assert imports("tests") <= declared | modules(metadata_list("dev"))
 
 
 def test_every_dependency_is_imported():
-    assert modules(metadata_list("dependencies") | metadata_list("gpu")) <= imports("nanochat", "scripts", "tasks")
+    assert modules(metadata_list("dependencies") | metadata_list("gpu") | metadata_list("sweep")) <= imports("nanochat", "scripts", "tasks", "analysis")
 
 
 # -----------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def commands():
         variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
         variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
         for module, rest in re.findall(r"-m ((?:nanochat|scripts|analysis)\.\w+)(.*)", text):
-            rest = re.split(r"[`;)>]|\s[&|]|\s#|   ", rest)[0]
+            rest = re.split(r"[`;)<>]|\s[&|]|\s#|   ", rest)[0]
             rest = re.sub(r"(?<![\w\"=])\$([A-Z_]+)", lambda match: variables.get(match[1], match[0]), rest)
             yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
 
