@@ -51,18 +51,23 @@ def cuda_places(devices: Sequence[str], ranks: int = 1) -> list[Place]:
     return [Place({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(group)}, ranks) for group in groups]
 
 
-def train(base_dir: str, folder: Path, arguments: list[str], ranks: int) -> None:
+def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:
     """The child process of one run; its exit status is base_train's."""
     os.setsid()  # Ctrl-C is for the runner
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["NANOCHAT_BASE_DIR"] = base_dir
+    os.environ.update(place.environment, NANOCHAT_BASE_DIR=base_dir)
     out = os.open(folder / "out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(out, number)
         setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False))
-    if ranks > 1:
-        sys.exit(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "scripts.base_train", *arguments]).returncode)
+    if place.ranks > 1:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun gets it too, ends its ranks, and so this
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={place.ranks}"]
+        sys.exit(subprocess.run([*torchrun, "-m", "scripts.base_train", *arguments]).returncode)
+    import torch
+
     from scripts import base_train
+    torch.set_num_threads(int(place.environment["OMP_NUM_THREADS"]))  # what this is a copy of may have been told otherwise
     sys.exit(base_train.main(arguments))
 
 
@@ -97,16 +102,16 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminated_in_order() -> Iterator[None]:
-    """SIGTERM, from Slurm or a shutdown, ends this process as an exception does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def _caught() -> Iterator[list[int]]:
+    """The list of the SIGINTs (Ctrl-C) and SIGTERMs (Slurm, a shutdown) that have come meanwhile: they interrupt nothing, so that no child is lost in its start."""
+    caught: list[int] = []
+    ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in ours}
     try:
-        yield
+        yield caught
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
@@ -160,20 +165,24 @@ class Runner:
         return self.states.get(trial.name, "waiting")
 
     def run(self, tell: Callable[["Runner"], None]) -> None:
-        """Until nothing is left to do. `tell` is called twice a second and after every change."""
-        try:
-            with _terminated_in_order():
-                while True:
+        """Until nothing is left to do. `tell` is called twice a second and after every change. Raises KeyboardInterrupt or SystemExit after a signal."""
+        with _caught() as caught:
+            try:
+                while not caught:
                     self._reap()
                     self._start()
                     while self.free and self.work.more():
                         self._start()
                     tell(self)
-                    if not self.running and (not self.wait or all(self.state(trial) in ("done", "failed") for trial in self.work.trials)):
+                    states = {self.state(trial) for trial in self.work.trials}
+                    if not self.running and "waiting" not in states and not (self.wait and "elsewhere" in states):
                         return
                     multiprocessing.connection.wait([running.process.sentinel for running in self.running.values()], POLL)
-        finally:
-            self._stop()
+            finally:
+                self._stop()
+        if caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + caught[0])
 
     def _ended(self, trial: Trial) -> bool:
         """Sets its state if there is nothing to do about it."""
@@ -191,8 +200,8 @@ class Runner:
         for trial in self.work.trials:
             if self.state(trial) in ("running", "done", "failed"):
                 continue
-            now = time.monotonic()
-            if now - self._looked.get(trial.name, -LOOK) < LOOK:
+            now, new = time.monotonic(), self.free and self.state(trial) == "waiting"
+            if not new and now - self._looked.get(trial.name, -LOOK) < LOOK:
                 continue
             if trial.parent is not None and any(other.name == trial.parent.name for other in self.work.trials) and self.state(trial.parent) not in ("done", "failed"):
                 continue
@@ -221,7 +230,7 @@ class Runner:
             (folder / "done.json").unlink()
         place = self.free.pop(0)
         resume = ["--resume"] if weights(folder) else []
-        process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place.ranks))
+        process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))
         with _environment(place.environment):
             process.start()
         self.running[trial.name] = Running(trial, claim, process, place)

@@ -71,17 +71,31 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
     return row | ({"final_bpb": losses[-1], "min_bpb": min(losses)} if losses else {})
 
 
-def rows_of(base_dir: str, sweep: Sweep, trials: list[Trial]) -> list[dict[str, Any]]:
-    return [{"run": trial.name, **{flag: trial.flags.get(flag) for flag in sweep.swept}, **measures(base_dir, trial)} for trial in trials]
+class Table:
+    """One row a run: its name, the flags that vary, and MEASURES; what is not known is empty."""
 
+    def __init__(self, sweep: Sweep, base_dir: str, trials: list[Trial]):
+        """trials: there may come more."""
+        self.sweep, self.base_dir, self.trials = sweep, base_dir, trials
+        self.path = folder_of_sweep(base_dir, sweep) / "results.csv"
+        self._done: dict[str, dict[str, Any]] = {}  # by name; their logs are not read again
 
-def as_csv(sweep: Sweep, rows: list[dict[str, Any]]) -> str:
-    """One row a run; what is not known is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, ["run", *sweep.swept, *MEASURES], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    def rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for trial in self.trials:
+            row = self._done.get(trial.name) or {"run": trial.name, **{flag: trial.flags.get(flag) for flag in self.sweep.swept}, **measures(self.base_dir, trial)}
+            if row["status"] == "done":
+                self._done[trial.name] = row
+            rows.append(row)
+        return rows
+
+    def write(self) -> str:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ["run", *self.sweep.swept, *MEASURES], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        write_text_atomic(self.path, out.getvalue())
+        return out.getvalue()
 
 
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
@@ -130,8 +144,8 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> None:
-    """An array of runners; what they print goes into the folder `slurm` of the sweep."""
+def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:
+    """The jobs of an array of runners; what they print goes into the folder `slurm` of the sweep."""
     if "device-type" not in sweep.fixed | sweep.overrides:
         raise UsageError(f"{sweep.name}: give the flag device-type under [fixed]; the machine that submits may have another device than those that train")
     try:
@@ -149,6 +163,7 @@ def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> None:
     with executor.batch():
         jobs = [executor.submit(submitit.helpers.CommandFunction(task)) for _ in range(tasks)]
     print(f"Submitted: {', '.join(job.job_id for job in jobs)}; what they print is in {folder / 'slurm'}")
+    return jobs
 
 
 @command
@@ -172,6 +187,7 @@ def main(argv=None) -> int:
     folder = folder_of_sweep(base_dir, sweep)
     check_writable(folder)
     work = work_of(sweep, base_dir, folder)
+    table = Table(sweep, base_dir, work.trials)
     write_text_atomic(folder / "config.toml", text if re.match(r"\s*name\s*=", text, re.MULTILINE) else f'name = "{sweep.name}"\n{text}')
     if settings.submit:
         submit(settings, sweep, folder, settings.submit)
@@ -187,14 +203,12 @@ def main(argv=None) -> int:
             display.show(runner)
             if len(runner.seconds) != written:  # what is done is in the table, whatever happens next
                 written = len(runner.seconds)
-                write_text_atomic(folder / "results.csv", as_csv(sweep, rows_of(base_dir, sweep, work.trials)))
+                table.write()
 
         runner.run(tell)
-    rows = rows_of(base_dir, sweep, work.trials)
-    write_text_atomic(folder / "results.csv", as_csv(sweep, rows))
-    print(as_csv(sweep, rows) + f"\nWritten to {folder / 'results.csv'}")
+    print(f"{table.write()}\nWritten to {table.path}")
     if settings.plot:
-        draw(sweep, rows, settings.plot)
+        draw(sweep, table.rows(), settings.plot)
     failed = [(trial, status) for trial in work.trials if (status := status_of(base_dir, trial))]
     for trial, status in failed:
         print(f"failed: {sweep.label(trial)}: {why(base_dir, trial, status)}")

@@ -236,7 +236,7 @@ def read_sweep(name: str, text: str, flags: str = "") -> Sweep:
                 if flag in used:
                     raise UsageError(f"{key} is set in {used[flag]} already")
                 used[flag] = table
-                for one in value if isinstance(value, list) else value.ends() if isinstance(value, Values) else [value]:
+                for one in [value] if table == "[fixed]" else value.ends() if isinstance(value, Values) else value:
                     known.check(flag, one)
             except UsageError as error:
                 raise source.error(str(error), *path, key) from None
