@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from analysis.claims import holder
 from analysis.runner import Runner, Running
 from analysis.trial import Trial, folder_of, last_record, read, status_of
 from nanochat.files import parse_json
@@ -17,9 +18,12 @@ def share_done(log: Path, last: dict | None) -> float:
     """Of a run that goes on: from its FLOPs, and those that its first record promises."""
     if not last or "flops" not in last:
         return 0.0
-    with open(log, "rb") as f:
-        start = parse_json(f.readline())
-    return min(1.0, last["flops"] / start["conditions"]["flops"])
+    try:
+        with open(log, "rb") as f:
+            start = parse_json(f.readline())
+        return min(1.0, last["flops"] / start["conditions"]["flops"])
+    except (OSError, ValueError, KeyError):  # it is about to be replaced, or is of an earlier version
+        return 0.0
 
 
 def why(base_dir: str, trial: Trial, status: int) -> str:
@@ -69,6 +73,8 @@ class Display:
     def _change(self, runner: Runner, trial: Trial, state: str) -> str:
         if state == "failed":
             return f"{self.label(trial)}: failed, {why(runner.base_dir, trial, status_of(runner.base_dir, trial) or 0)}"
+        if state == "elsewhere" and (who := holder(folder_of(runner.base_dir, trial))):
+            return f"{self.label(trial)}: with {who}"
         if state == "done" and trial.name in runner.tried:
             result = read(runner.base_dir, trial)
             return f"{self.label(trial)}: done" + (f", {result.final:.4f} bits per byte" if result and result.bpb else "")

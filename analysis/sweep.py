@@ -62,7 +62,10 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
     row: dict[str, Any] = {"status": "unfinished" if status is None else "done" if status == 0 else f"signal {-status}" if status < 0 else f"exit {status}"}
     if not log.exists():
         return row | ({"status": "waiting"} if status is None else {})
-    records = read_run_log(log)
+    try:
+        records = read_run_log(log)
+    except UsageError:  # a broken log costs its numbers only
+        return row
     losses = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None]
     of = {record["kind"]: record for record in records}  # the last of each kind
     spent = of.get("train", {})
@@ -136,6 +139,8 @@ def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place
             raise UsageError(f"a run of {sweep.name} needs {sweep.ranks} GPUs, and {len(names)} are to be seen; lower `ranks`, or give the flag device-type")
         return cuda_places(names, sweep.ranks)[:jobs]
     threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+    if devices == {"mps"}:  # there is one
+        jobs = jobs or 1
     jobs = jobs or max(1, usable_cpus() // (sweep.ranks * max(1, threads)))
     return cpu_places(jobs, threads or max(1, usable_cpus() // (jobs * sweep.ranks)), sweep.ranks)
 

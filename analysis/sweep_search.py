@@ -91,6 +91,9 @@ class Search(Work):
                 state = states.FAIL if value is None else states.COMPLETE
             except LookupError:
                 value, state = None, states.RUNNING
-            study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=value))
+            try:
+                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=value))
+            except ValueError as error:
+                raise UsageError(f"point {number} in {self.folder} is not within [search.flags] ({error}); widen that, or give this sweep another name") from None
         drawn = study.ask(distributions).params
         return {flag: drawn[flag] if values.choices else values.rounded(drawn[flag]) for flag, values in self.sweep.search.items()}

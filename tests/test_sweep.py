@@ -85,12 +85,15 @@ def test_abandoned_claims_are_taken_over_by_exactly_one(tmp_path):
     folders = [tmp_path / str(number) for number in range(40)]
     for folder in folders[::2]:
         elsewhere(folder, EXPIRES + 10)
-    program = f"from pathlib import Path; from analysis.claims import take; input(); print(*[n for n in range(40) if take(Path({str(tmp_path)!r}, str(n)))])"
+    program = ("from pathlib import Path; from analysis.claims import take; input(); "
+               f"print(*[n for n in range(40) if take(Path({str(tmp_path)!r}, str(n)))], flush=True); input()")  # lives on: the claims of the dead are free
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    taken = [int(word) for process in processes for word in process.communicate()[0].split()]
+    taken = [int(word) for process in processes for word in process.stdout.readline().split()]
+    for process in processes:
+        process.communicate("\n")
     assert sorted(taken) == list(range(40))
     assert all(len(list(folder.glob("claim-*"))) == 2 - number % 2 and not list(folder.glob(".*")) for number, folder in enumerate(folders))
 
