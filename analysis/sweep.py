@@ -37,14 +37,13 @@ MEASURES = ["status", "final_bpb", "min_bpb", "flops", "tokens", "seconds", "par
 @dataclass
 class Settings:
     config: str = flag("", "The TOML file, - for standard input", positional=True)
-    file: str | None = flag(None, "Where --export writes to (default: the screen)", positional=True, nargs="?")
     flags: str = flag("", "More flags for all runs, which have the last word, as in --flags='--depth=4 --fp8'")
     jobs: int | None = flag(None, "Runs at a time; on CUDA one per device (or per group of `ranks` devices) at most (default: as many as there is room for)", type=positive_int)
     retry: bool = flag(False, "Run those again that failed")
     no_wait: bool = flag(False, "End when nothing is left to take, without waiting for what other runners have")
     list: bool = flag(False, "Say which runs there are and how they stand, and end")
     plot: Path | None = flag(None, "Draw the results over each flag that varies into this picture", type=Path)
-    export: str | None = flag(None, "Write the sweep as a file for another program, and end", choices=["wandb"])
+    export: tuple | None = flag(None, "Write the sweep to FILE as one of wandb, and end", nargs=2, metavar=("wandb", "FILE"))
     submit: int | None = flag(None, "Hand the sweep to Slurm as an array of so many runners, and end; needs nanochat[sweep]", type=positive_int)
 
 
@@ -173,18 +172,19 @@ def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:
 
 @command
 def main(argv=None) -> int:
-    settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
+    words = sys.argv[1:] if argv is None else argv
+    words = [part for word in words for part in (word.split("=") if word == "--export=wandb" else [word])]  # argparse takes no second value after a `=`
+    settings = parse_settings(Settings, words, __doc__.splitlines()[0])
     try:
         text = sys.stdin.read() if settings.config == "-" else Path(settings.config).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {settings.config} ({error}); give the TOML file of a sweep, see docs/sweeps.md") from error
     sweep = read_sweep(settings.config, text, settings.flags)
     if settings.export:
-        exported = yaml.safe_dump(as_wandb(sweep), sort_keys=False)
-        if settings.file:
-            write_text_atomic(settings.file, exported)
-        else:
-            print(exported, end="")
+        program, file = settings.export
+        if program != "wandb":
+            raise UsageError(f"--export={program} is unknown; there is --export=wandb FILE")
+        write_text_atomic(file, yaml.safe_dump(as_wandb(sweep), sort_keys=False))
         return 0
     if not sweep.tag and not settings.submit and "device-type" not in sweep.swept:
         sweep.fixed.setdefault("device-type", default_device())
