@@ -318,7 +318,7 @@ def test_what_is_said(fake, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     show()
     drawn = sys.stderr.getvalue()
-    assert "seed=9: done" in drawn and "  seed=4 | 25% | loss 2.5000 | " in drawn and "2 runs: 1 done, 1 running" in drawn and "\033[2A" in drawn
+    assert "seed=9: done" in drawn and "  seed=4 | 25% | loss 2.5000 | " in drawn and "2 runs: 1 done, 1 running" in drawn and "\033[3A" in drawn
     assert not (folder_of(fake, trials[1]) / "done.json").exists(), "as if it had never run"
 
 
