@@ -23,14 +23,17 @@ if [[ -z ${SKIP_SETUP-} ]]; then
     python -m nanochat.dataset $DATASET
     python -m scripts.tok_train $TOK_TRAIN
 fi
-for DEPTH in $DEPTHS; do
-    TAG="${SERIES_NAME}_miniseries_d$DEPTH"
-    if grep -qs '^{"kind": "end"' "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG/log.jsonl"; then continue; fi
-    BATCH=$((DEPTH >= 28 ? 8 : DEPTH >= 20 ? 16 : 32))
-    printf '\n=== depth %s\n' "$DEPTH"
-    torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m scripts.base_train --device-type="$DEVICE_TYPE" --depth="$DEPTH" --model-tag="$TAG" \
-        --device-batch-size="$BATCH" $BASE_TRAIN
-    python -m analysis.scaling miniseries "$SERIES_NAME" >/dev/null  # what is finished is in the table, whatever happens next
-done
-printf '\n=== results\n'
-python -m analysis.scaling miniseries "$SERIES_NAME"
+BATCHES=""
+for DEPTH in $DEPTHS; do BATCHES+="$((DEPTH >= 28 ? 8 : DEPTH >= 20 ? 16 : 32)), "; done
+results() { python -m analysis.scaling miniseries "$SERIES_NAME"; }
+trap results EXIT  # what is finished is in the table, whatever happens
+python -m analysis.sweep - --flags="$BASE_TRAIN" <<END
+name = "${SERIES_NAME}_miniseries"
+tag = "${SERIES_NAME}_miniseries_d{depth}"
+ranks = $NPROC_PER_NODE
+[fixed]
+device-type = "$DEVICE_TYPE"
+[[together]]
+depth = [$(printf "%s, " $DEPTHS)]
+device-batch-size = [$BATCHES]
+END

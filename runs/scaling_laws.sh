@@ -24,15 +24,16 @@ if [[ -z ${SKIP_SETUP-} ]]; then
     python -m nanochat.dataset $DATASET
     python -m scripts.tok_train $TOK_TRAIN
 fi
-for BUDGET in $FLOPS; do
-    for DEPTH in $DEPTHS; do
-        TAG="${LABEL}_scaling_${BUDGET}_d$DEPTH"
-        if grep -qs '^{"kind": "end"' "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG/log.jsonl"; then continue; fi
-        printf '\n=== %s FLOPs, depth %s\n' "$BUDGET" "$DEPTH"
-        torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m scripts.base_train --device-type="$DEVICE_TYPE" --depth="$DEPTH" --model-tag="$TAG" \
-            --target-flops="$BUDGET" --target-param-data-ratio=-1 $BASE_TRAIN
-        python -m analysis.scaling scaling_laws "$LABEL" >/dev/null  # what is finished is in the table, whatever happens next
-    done
-done
-printf '\n=== results\n'
-python -m analysis.scaling scaling_laws "$LABEL"
+results() { python -m analysis.scaling scaling_laws "$LABEL"; }
+trap results EXIT  # what is finished is in the table, whatever happens
+python -m analysis.sweep - --flags="$BASE_TRAIN" <<END
+name = "${LABEL}_scaling"
+tag = "${LABEL}_scaling_{target-flops}_d{depth}"
+ranks = $NPROC_PER_NODE
+[fixed]
+device-type = "$DEVICE_TYPE"
+target-param-data-ratio = -1
+[grid]
+target-flops = [$(printf '"%s", ' $FLOPS)]
+depth = [$(printf "%s, " $DEPTHS)]
+END

@@ -3,7 +3,6 @@ import json
 import math
 
 import pytest
-import torch
 
 from analysis import (
     growth,
@@ -15,13 +14,14 @@ from analysis import (
     mixing,
     normalized,
     operators,
+    runner,
     trials,
     width_transfer,
 )
-from analysis.trials import Result, Trial, cost_with
-from nanochat.files import locked
-from scripts import base_train
-from tests import tiny
+from analysis.trial import Result, Trial, folder_of
+from analysis.trials import cost_with
+from nanochat.cli import UsageError
+from tests import fake_runs, tiny
 
 
 @pytest.mark.parametrize("study, flags, runs", [
@@ -90,21 +90,18 @@ def test_growth_can_save_much_of_a_run_that_is_short_for_its_size_and_nothing_of
         growth_bound.main(["--params=0"])
 
 
-def test_a_trial_is_trained_once_whoever_asks(base_dir, monkeypatch):
-    """The second of two studies that share a trial waits, and finds it done; what the model writes needs no encoding."""
-    trained = []
-
-    def main(flags):
-        trained.append(flags)
-        print("\u4f60\ud800")
-        with locked(base_dir / "base_checkpoints" / Trial({"depth": 1}).name, wait=False):  # base_train holds the same folder
-            return 1
-
-    monkeypatch.setattr(base_train, "main", main)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+def test_a_trial_is_trained_once_and_one_that_died_again(base_dir, monkeypatch):
+    """What it writes needs no encoding. One that diverged has a result, infinite; one that was killed has none."""
+    monkeypatch.setattr(runner, "train", fake_runs.train)
+    fine, refused, killed = Trial({"seed": 9}), Trial({"seed": fake_runs.REFUSED}), Trial({"seed": fake_runs.KILLED})
     for _ in range(2):
-        trials._run(str(base_dir), Trial({"depth": 1}), set())
-    assert len(trained) == 1 and trials.read(str(base_dir), Trial({"depth": 1})).final == float("inf")
+        first, second = trials.run_trials(str(base_dir), [fine, refused])
+    assert first.bpb == [3.0, 2.0] and second.final == float("inf")
+    assert [fake_runs.times(base_dir, trial) for trial in (fine, refused)] == [1, 1]
+    for _ in range(2):
+        with pytest.raises(UsageError, match="1 of 1 trials died, see .*out.txt"):
+            trials.run_trials(str(base_dir), [killed])
+    assert fake_runs.times(base_dir, killed) == 2
 
 
 @pytest.mark.slow
@@ -118,9 +115,9 @@ def test_branches_begin_where_their_parents_stand(base_dir, monkeypatch):
     decayed = grown.branch(6, warmdown_steps=2)
     first, last = trials.run_trials(str(base_dir), [decayed, trunk], jobs=1)
     assert last.steps[-1] == 8 and first.steps[-1] == 8 and first.params > last.params and first.flops[-1] > last.flops[-1]
-    left = lambda trial: sorted(path.name for path in trials.folder_of(str(base_dir), trial).glob("model_*.pt"))
+    left = lambda trial: sorted(path.name for path in folder_of(str(base_dir), trial).glob("model_*.pt"))
     assert (left(trunk), left(grown), left(decayed)) == (["model_000004.pt"], ["model_000006.pt"], [])
-    times = lambda trial: (trials.folder_of(str(base_dir), trial) / "done.json").stat().st_mtime_ns
+    times = lambda trial: (folder_of(str(base_dir), trial) / "done.json").stat().st_mtime_ns
     before = times(trunk), times(grown)
     assert trials.run_trials(str(base_dir), [decayed], jobs=1)[0].bpb == first.bpb
     other = trials.run_trials(str(base_dir), [grown.branch(8, warmdown_steps=1)], jobs=1)[0]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+from analysis.sweep_config import check_runs, read_sweep
 from nanochat.cli import ArgumentParser
 from tests import tiny
 
@@ -42,6 +43,7 @@ def imports(*folders):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
     return found - set(sys.stdlib_module_names) - {"functorch",  # comes with torch
+                                                   "tomllib",  # from Python 3.11 on
                                                    "nanochat", "scripts", "tasks", "tests", "dev", "analysis"}
 
 
@@ -50,14 +52,14 @@ def modules(distributions):
 
 
 def test_every_import_is_declared():
-    extras = metadata_list("gpu") | metadata_list("eval") | metadata_list("export")  # for parts that say so where they are missing
+    extras = metadata_list("gpu") | metadata_list("eval") | metadata_list("export") | metadata_list("sweep")  # for parts that say so where they are missing
     declared = modules(metadata_list("dependencies") | extras)
-    assert imports("nanochat", "scripts", "tasks") <= declared
+    assert imports("nanochat", "scripts", "tasks", "analysis") <= declared
     assert imports("tests") <= declared | modules(metadata_list("dev"))
 
 
 def test_every_dependency_is_imported():
-    assert modules(metadata_list("dependencies") | metadata_list("gpu")) <= imports("nanochat", "scripts", "tasks")
+    assert modules(metadata_list("dependencies") | metadata_list("gpu") | metadata_list("sweep")) <= imports("nanochat", "scripts", "tasks", "analysis")
 
 
 # -----------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def commands():
         variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
         variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
         for module, rest in re.findall(r"-m ((?:nanochat|scripts|analysis)\.\w+)(.*)", text):
-            rest = re.split(r"[`;)>]|\s[&|]|\s#|   ", rest)[0]
+            rest = re.split(r"[`;)<>]|\s[&|]|\s#|   ", rest)[0]
             rest = re.sub(r"(?<![\w\"=])\$([A-Z_]+)", lambda match: variables.get(match[1], match[0]), rest)
             yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
 
@@ -276,6 +278,40 @@ def test_chat_goes_on_from_a_finished_quickstart(sandbox):
     (sandbox.bin / "repaired").touch()
     assert sandbox.run("chat.sh", **env)[:2] == (0, ["scripts.chat_eval", "nanochat.report", "scripts.chat_cli"])
     assert sandbox.run("chat.sh", **env)[:2] == (0, ["nanochat.report", "scripts.chat_cli"])
+
+
+# -----------------------------------------------------------------------------
+# miniseries.sh and scaling_laws.sh
+
+
+def series(sandbox, recipe, **env):
+    """The runs of the sweep that a recipe starts on a CPU, and what it calls."""
+    sandbox.tool("python", f"""
+        echo "$2" >> '{sandbox.calls_file}'
+        if [[ $2 == analysis.sweep ]]; then printf '%s' "${{@: -1}}" > '{sandbox.project}/flags'; cat > '{sandbox.project}/sweep.toml'; fi""")
+    (sandbox.project / "runs" / "setup.sh").write_text("")
+    status, calls, stderr = sandbox.run(recipe, DEVICE_TYPE="cpu", **env)
+    assert status == 0, stderr
+    sweep = read_sweep("sweep.toml", (sandbox.project / "sweep.toml").read_text(), (sandbox.project / "flags").read_text().removeprefix("--flags="))
+    check_runs(sweep, sweep.trials({}))
+    return sweep, calls
+
+
+def test_the_miniseries_trains_what_it_says(sandbox):
+    sweep, calls = series(sandbox, "miniseries.sh")
+    assert calls == ["nanochat.dataset", "scripts.tok_train", "analysis.sweep", "analysis.scaling"] and sweep.ranks == 8
+    arguments = [trial.arguments() for trial in sweep.trials({})]
+    assert [words[-1] for words in arguments] == [f"--model-tag=mini_miniseries_d{depth}" for depth in (12, 14, 16, 18, 20, 22, 24, 26)]
+    assert arguments[-1][:-1] == ["--device-type=cpu", "--depth=26", "--device-batch-size=16", "--core-metric-every=999999", "--core-metric-max-per-task=-1",
+                                  "--sample-every=-1", "--save-every=-1"]
+    assert "--device-batch-size=32" in arguments[0]
+
+
+def test_scaling_laws_train_what_they_say(sandbox):
+    sweep, calls = series(sandbox, "scaling_laws.sh", SKIP_SETUP="1", FLOPS="1e17  2.15e18", DEPTHS="6 8", LABEL="mine", BASE_TRAIN="--depth=7 --eval-every=9", NPROC_PER_NODE="1")
+    assert calls == ["analysis.sweep", "analysis.scaling"] and sweep.ranks == 1
+    assert [trial.name for trial in sweep.trials({})] == ["mine_scaling_1e17_d7", "mine_scaling_2.15e18_d7"], "BASE_TRAIN has the last word"
+    assert sweep.trials({})[1].arguments()[:-1] == ["--device-type=cpu", "--target-param-data-ratio=-1", "--target-flops=2.15e18", "--depth=7", "--eval-every=9"]
 
 
 # -----------------------------------------------------------------------------

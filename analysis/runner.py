@@ -1,0 +1,290 @@
+"""The one runner of trainings: many runs of base_train, each in a process of its own and each done once, whoever else works through the same list.
+
+* Runners of one or more machines share a base directory by claims (claims.py).
+* A run that dies, of an exception or a signal, is written down as such (`done.json`) and stops no other.
+* A run that was killed with its runner is taken up again, from its newest checkpoint if --save-every left one. No child outlives its runner.
+"""
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from analysis.claims import BEAT, Claim, take
+from analysis.trial import REFUSED, Trial, folder_of, status_of, weights
+from nanochat.cli import UsageError
+from nanochat.files import locked, write_text_atomic
+
+LOOK = 2.0  # seconds between two looks at a run that another runner has
+POLL = 0.5  # seconds between two looks at everything
+
+
+# -----------------------------------------------------------------------------
+# Where runs run
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one run at a time has to itself."""
+
+    environment: dict[str, str]
+    ranks: int = 1  # processes of a run; more than one are started by torchrun
+
+
+def cpu_places(jobs: int, threads: int = 1, ranks: int = 1) -> list[Place]:
+    return [Place({"OMP_NUM_THREADS": str(threads)}, ranks)] * jobs
+
+
+def cuda_places(devices: Sequence[str], ranks: int = 1) -> list[Place]:
+    """As many as there are groups of `ranks` devices."""
+    groups = zip(*[iter(devices)] * ranks)
+    return [Place({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(group)}, ranks) for group in groups]
+
+
+def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:
+    """The child process of one run; its exit status is base_train's."""
+    os.setsid()  # Ctrl-C is for the runner
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(place.environment, NANOCHAT_BASE_DIR=base_dir)
+    out = os.open(folder / "out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(out, number)
+        setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False))
+    if place.ranks > 1:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun gets it too, ends its ranks, and so this
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={place.ranks}"]
+        sys.exit(subprocess.run([*torchrun, "-m", "scripts.base_train", *arguments]).returncode)
+    import torch
+
+    from scripts import base_train
+    torch.set_num_threads(int(place.environment["OMP_NUM_THREADS"]))  # what this is a copy of may have been told otherwise
+    sys.exit(base_train.main(arguments))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.killpg(0, signal.SIGTERM)  # with torchrun, which ends its ranks
+
+
+def _processes(places: list[Place]) -> Any:
+    """How children start. On a CPU as copies of a process that has imported PyTorch once; a copy of one that has looked for GPUs could not use them."""
+    if any("CUDA_VISIBLE_DEVICES" in place.environment for place in places):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["analysis.runner", "scripts.base_train"])
+    return context
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[list[int]]:
+    """The list of the SIGINTs (Ctrl-C) and SIGTERMs (Slurm, a shutdown) that have come meanwhile: they interrupt nothing, so that no child is lost in its start."""
+    caught: list[int] = []
+    ours = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in ours}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -----------------------------------------------------------------------------
+# The runner
+
+
+class Work:
+    """What a runner has to do; more may come while it is at it."""
+
+    def __init__(self, trials: Sequence[Trial]):
+        self.trials = list(trials)
+
+    @property
+    def total(self) -> int:
+        """How many there will be."""
+        return len(self.trials)
+
+    def more(self) -> bool:
+        """Adds trials, when places are free and there is nothing to start. False if there are no more for now."""
+        return False
+
+
+@dataclass
+class Running:
+    trial: Trial
+    claim: Claim
+    process: Any
+    place: Place
+    started: float = field(default_factory=time.monotonic)
+    beat: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """kept: by a trial's name the steps whose checkpoints must stay.
+    again: whether a trial that ended with this status, other than 0, before this runner came to it is to be run again.
+    wait: also for the runs that others have, of which it takes over those that are abandoned; without it ends when there is nothing to take.
+    """
+
+    def __init__(self, base_dir: str, work: Work, places: list[Place], kept: dict[str, set[int]] | None = None,
+                 again: Callable[[int], bool] = lambda status: False, wait: bool = True):
+        self.base_dir, self.work, self.free, self.kept, self.again, self.wait = base_dir, work, list(places), kept or {}, again, wait
+        self.places = len(places)
+        self.states: dict[str, str] = {}  # by name: running, elsewhere, done or failed; all others wait
+        self.running: dict[str, Running] = {}
+        self.tried: set[str] = set()
+        self.seconds: list[float] = []  # that the runs of this runner took
+        self._looked: dict[str, float] = {}
+        self._processes = _processes(places)
+
+    def state(self, trial: Trial) -> str:
+        return self.states.get(trial.name, "waiting")
+
+    def run(self, tell: Callable[["Runner"], None]) -> None:
+        """Until nothing is left to do. `tell` is called twice a second and after every change. Raises KeyboardInterrupt or SystemExit after a signal."""
+        with _caught() as caught:
+            try:
+                while not caught:
+                    self._reap()
+                    self._start()
+                    while self.free and self.work.more():
+                        self._start()
+                    tell(self)
+                    states = {self.state(trial) for trial in self.work.trials}
+                    if not self.running and "waiting" not in states and not (self.wait and "elsewhere" in states):
+                        return
+                    multiprocessing.connection.wait([running.process.sentinel for running in self.running.values()], POLL)
+            finally:
+                self._stop()
+        if caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + caught[0])
+
+    def _ended(self, trial: Trial) -> bool:
+        """Sets its state if there is nothing to do about it."""
+        status = status_of(self.base_dir, trial)
+        if status is None:
+            return False
+        if trial.name not in self.tried:
+            complete = self.kept.get(trial.name, set()) <= weights(folder_of(self.base_dir, trial))
+            if not complete if status == 0 else self.again(status):
+                return False
+        self.states[trial.name] = "failed" if status else "done"
+        return True
+
+    def _start(self) -> None:
+        for trial in self.work.trials:
+            if self.state(trial) in ("running", "done", "failed"):
+                continue
+            now, new = time.monotonic(), self.free and self.state(trial) == "waiting"
+            if not new and now - self._looked.get(trial.name, -LOOK) < LOOK:
+                continue
+            if trial.parent is not None and any(other.name == trial.parent.name for other in self.work.trials) and self.state(trial.parent) not in ("done", "failed"):
+                continue
+            self._looked[trial.name] = now
+            if not self._ended(trial) and self.free:
+                self._try(trial)
+
+    def _try(self, trial: Trial) -> None:
+        folder = folder_of(self.base_dir, trial)
+        claim = take(folder)
+        if claim is None:
+            self.states[trial.name] = "elsewhere"
+            return
+        if self._ended(trial):  # while others had it
+            claim.release()
+            return
+        try:
+            with locked(folder, wait=False):  # by one that makes no claims: somebody's base_train
+                pass
+        except UsageError:
+            claim.release()
+            self.states[trial.name] = "elsewhere"
+            return
+        if (folder / "done.json").exists():
+            self.kept[trial.name] = self.kept.get(trial.name, set()) | weights(folder)  # of branches that are not asked for now
+            (folder / "done.json").unlink()
+        place = self.free.pop(0)
+        resume = ["--resume"] if weights(folder) else []
+        process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))
+        with _environment(place.environment):
+            process.start()
+        self.running[trial.name] = Running(trial, claim, process, place)
+        self.states[trial.name] = "running"
+        self.tried.add(trial.name)
+
+    def _reap(self) -> None:
+        for name, running in list(self.running.items()):
+            if (status := running.process.exitcode) is not None:
+                self._finish(running, status)
+            elif time.monotonic() - running.beat > BEAT:
+                running.beat = time.monotonic()
+                if running.claim.beat():
+                    continue
+                _signal(running, signal.SIGKILL)
+                running.process.join()
+                self.states[name] = "elsewhere"
+            else:
+                continue
+            del self.running[name]
+            self.free.append(running.place)
+
+    def _finish(self, running: Running, status: int) -> None:
+        trial, folder = running.trial, folder_of(self.base_dir, running.trial)
+        if not running.claim.beat():  # the result is another's to write
+            self.states[trial.name] = "elsewhere"
+            return
+        if not trial.tag and status in (0, REFUSED):  # else there may be something to go on from
+            for path in folder.glob("*.pt"):
+                if int(re.findall(r"\d+", path.stem)[0]) not in self.kept.get(trial.name, ()):
+                    path.unlink()
+        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
+        running.claim.release()
+        self.seconds.append(time.monotonic() - running.started)
+        self.states[trial.name] = "failed" if status else "done"
+
+    def _stop(self) -> None:
+        """Ends the children. Their runs are as if a power cut had ended them."""
+        for running in self.running.values():
+            _signal(running, signal.SIGTERM)
+        deadline = time.monotonic() + 15  # torchrun ends its ranks first
+        for running in self.running.values():
+            running.process.join(max(0.0, deadline - time.monotonic()))
+            _signal(running, signal.SIGKILL)
+            running.process.join()
+            running.claim.release()
+        self.running = {}
+
+
+def _signal(running: Running, number: int) -> None:
+    """To the child and those that it started."""
+    try:
+        os.killpg(running.process.pid, number)
+    except ProcessLookupError:  # it has ended, or is not yet far enough to have a group
+        with contextlib.suppress(ProcessLookupError):
+            if running.process.is_alive():
+                os.kill(running.process.pid, number)

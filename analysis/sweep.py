@@ -1,0 +1,234 @@
+"""Sweeps: many runs of base_train over grids, linked values, random or optuna's points, described by a TOML file (sweep_config.py, docs/sweeps.md).
+
+    python -m analysis.sweep analysis/sweeps/low_rank_rates.toml --jobs=2 --plot=rates.png
+    python -m analysis.sweep rates.toml --list                    what there is to do, and what is done
+    python -m analysis.sweep rates.toml --submit=8                as a Slurm array of 8 runners that share the work
+    python -m analysis.sweep rates.toml --export=wandb rates.yaml the same for `wandb sweep`
+
+The same command goes on where an earlier one was stopped; any number of them, on machines that share NANOCHAT_BASE_DIR, work through one sweep together.
+The results, a row a run, are in sweeps/<name>/results.csv there. Exit status 1: some runs failed (--retry tries them again).
+"""
+import csv
+import io
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from analysis.progress import Display, why
+from analysis.runner import Place, Runner, Work, cpu_places, cuda_places
+from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep
+from analysis.sweep_search import Search
+from analysis.trial import Trial, folder_of, status_of
+from analysis.trials import pictures
+from nanochat.cli import UsageError, command, flag, parse_settings, positive_int
+from nanochat.common import get_base_dir, usable_cpus
+from nanochat.files import check_writable, write_text_atomic
+from nanochat.run_log import FILENAME, read_run_log
+
+MEASURES = ["status", "final_bpb", "min_bpb", "flops", "tokens", "seconds", "params", "peak_memory_mib"]
+
+
+@dataclass
+class Settings:
+    config: str = flag("", "The TOML file, - for standard input", positional=True)
+    flags: str = flag("", "More flags for all runs, which have the last word, as in --flags='--depth=4 --fp8'")
+    jobs: int | None = flag(None, "Runs at a time; on CUDA one per device (or per group of `ranks` devices) at most (default: as many as there is room for)", type=positive_int)
+    retry: bool = flag(False, "Run those again that failed")
+    no_wait: bool = flag(False, "End when nothing is left to take, without waiting for what other runners have")
+    list: bool = flag(False, "Say which runs there are and how they stand, and end")
+    plot: Path | None = flag(None, "Draw the results over each flag that varies into this picture", type=Path)
+    export: tuple | None = flag(None, "Write the sweep to FILE as one of wandb, and end", nargs=2, metavar=("wandb", "FILE"))
+    submit: int | None = flag(None, "Hand the sweep to Slurm as an array of so many runners, and end; needs nanochat[sweep]", type=positive_int)
+
+
+def folder_of_sweep(base_dir: str, sweep: Sweep) -> Path:
+    return Path(base_dir, "sweeps", sweep.name)
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+
+def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
+    """The columns of MEASURES. Those of a run that has not ended are of where it stands."""
+    status, log = status_of(base_dir, trial), folder_of(base_dir, trial) / FILENAME
+    row: dict[str, Any] = {"status": "unfinished" if status is None else "done" if status == 0 else f"signal {-status}" if status < 0 else f"exit {status}"}
+    if not log.exists():
+        return row | ({"status": "waiting"} if status is None else {})
+    try:
+        records = read_run_log(log)
+    except UsageError:  # a broken log costs its numbers only
+        return row
+    losses = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None]
+    of = {record["kind"]: record for record in records}  # the last of each kind
+    spent = of.get("train", {})
+    row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
+            "params": of.get("start", {}).get("counts", {}).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}
+    return row | ({"final_bpb": losses[-1], "min_bpb": min(losses)} if losses else {})
+
+
+class Table:
+    """One row a run: its name, the flags that vary, and MEASURES; what is not known is empty."""
+
+    def __init__(self, sweep: Sweep, base_dir: str, trials: list[Trial]):
+        """trials: there may come more."""
+        self.sweep, self.base_dir, self.trials = sweep, base_dir, trials
+        self.path = folder_of_sweep(base_dir, sweep) / "results.csv"
+        self._done: dict[str, dict[str, Any]] = {}  # by name; their logs are not read again
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for trial in self.trials:
+            row = self._done.get(trial.name) or {"run": trial.name, **{flag: trial.flags.get(flag) for flag in self.sweep.swept}, **measures(self.base_dir, trial)}
+            if row["status"] == "done":
+                self._done[trial.name] = row
+            rows.append(row)
+        return rows
+
+    def write(self) -> str:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ["run", *self.sweep.swept, *MEASURES], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        write_text_atomic(self.path, out.getvalue())
+        return out.getvalue()
+
+
+def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value."""
+    done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
+    if not done:
+        raise UsageError("no run is done yet, so there is nothing to draw")
+    with pictures(path, 4.5 * len(sweep.swept), 4, len(sweep.swept)) as panels:
+        for axes, name in zip(panels, sweep.swept):
+            values = list(dict.fromkeys(row[name] for row in done))
+            numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+            if numbers:
+                values.sort()
+            place = {value: value if numbers else i for i, value in enumerate(values)}
+            best = [min(row["final_bpb"] for row in done if row[name] == value) for value in values]
+            axes.plot([place[row[name]] for row in done], [row["final_bpb"] for row in done], "o", color="#3b82f6", alpha=0.5)
+            axes.plot([place[value] for value in values], best, color="#e8853d")
+            if not numbers:
+                axes.set_xticks(range(len(values)), [str(value) for value in values])
+            elif values[0] > 0 and values[-1] >= 8 * values[0]:
+                axes.set_xscale("log")
+            axes.set_xlabel(name)
+        panels[0].set_ylabel("validation bits per byte")
+
+
+# -----------------------------------------------------------------------------
+# Running
+
+
+def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place]:
+    devices = {str(trial.flags.get("device-type", "")) or default_device() for trial in trials}
+    if len(devices) > 1:
+        raise UsageError(f"{sweep.name} is for several device types ({', '.join(sorted(devices))}); make a sweep of each")
+    if devices == {"cuda"}:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
+        if len(names) < sweep.ranks:
+            raise UsageError(f"a run of {sweep.name} needs {sweep.ranks} GPUs, and {len(names)} are to be seen; lower `ranks`, or give the flag device-type")
+        return cuda_places(names, sweep.ranks)[:jobs]
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+    if devices == {"mps"}:  # there is one
+        jobs = jobs or 1
+    jobs = jobs or max(1, usable_cpus() // (sweep.ranks * max(1, threads)))
+    return cpu_places(jobs, threads or max(1, usable_cpus() // (jobs * sweep.ranks)), sweep.ranks)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:
+    """The jobs of an array of runners; what they print goes into the folder `slurm` of the sweep."""
+    if "device-type" not in sweep.fixed | sweep.overrides:
+        raise UsageError(f"{sweep.name}: give the flag device-type under [fixed]; the machine that submits may have another device than those that train")
+    try:
+        import submitit
+    except ImportError as error:
+        raise UsageError(f"--submit needs a package that is not installed ({error.name}): pip install 'nanochat[sweep]'") from error
+    options = {"name": sweep.name, "timeout_min": 24 * 60, **sweep.slurm}
+    try:
+        executor = submitit.AutoExecutor(folder / "slurm", cluster=options.pop("cluster", "slurm"))
+        executor.update_parameters(**options)
+    except (NameError, RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(f"[slurm] or --submit: {str(error).splitlines()[0]}") from error
+    task = [sys.executable, "-m", "analysis.sweep", str(folder / "config.toml"), "--no-wait"]
+    task += [f"--flags={settings.flags}"] * bool(settings.flags) + [f"--jobs={settings.jobs}"] * bool(settings.jobs) + ["--retry"] * settings.retry
+    with executor.batch():
+        jobs = [executor.submit(submitit.helpers.CommandFunction(task)) for _ in range(tasks)]
+    print(f"Submitted: {', '.join(job.job_id for job in jobs)}; what they print is in {folder / 'slurm'}")
+    return jobs
+
+
+@command
+def main(argv=None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    words = [part for word in words for part in (word.split("=") if word == "--export=wandb" else [word])]  # argparse takes no second value after a `=`
+    settings = parse_settings(Settings, words, __doc__.splitlines()[0])
+    try:
+        text = sys.stdin.read() if settings.config == "-" else Path(settings.config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {settings.config} ({error}); give the TOML file of a sweep, see docs/sweeps.md") from error
+    sweep = read_sweep(settings.config, text, settings.flags)
+    if settings.export:
+        program, file = settings.export
+        if program != "wandb":
+            raise UsageError(f"--export={program} is unknown; there is --export=wandb FILE")
+        write_text_atomic(file, yaml.safe_dump(as_wandb(sweep), sort_keys=False))
+        return 0
+    if not sweep.tag and not settings.submit and "device-type" not in sweep.swept:
+        sweep.fixed.setdefault("device-type", default_device())
+    base_dir = get_base_dir()
+    folder = folder_of_sweep(base_dir, sweep)
+    check_writable(folder)
+    work = work_of(sweep, base_dir, folder)
+    table = Table(sweep, base_dir, work.trials)
+    write_text_atomic(folder / "config.toml", text if re.match(r"\s*name\s*=", text, re.MULTILINE) else f'name = "{sweep.name}"\n{text}')
+    if settings.submit:
+        submit(settings, sweep, folder, settings.submit)
+        return 0
+    if not settings.list:
+        places = places_of(sweep, sweep.trials({}), settings.jobs)
+        display = Display("runs", sweep.label)
+        runner = Runner(base_dir, work, places, again=lambda status: settings.retry, wait=not settings.no_wait)
+        written = -1
+
+        def tell(runner: Runner) -> None:
+            nonlocal written
+            display.show(runner)
+            if len(runner.seconds) != written:  # what is done is in the table, whatever happens next
+                written = len(runner.seconds)
+                table.write()
+
+        runner.run(tell)
+    print(f"{table.write()}\nWritten to {table.path}")
+    if settings.plot:
+        draw(sweep, table.rows(), settings.plot)
+    failed = [(trial, status) for trial in work.trials if (status := status_of(base_dir, trial))]
+    for trial, status in failed:
+        print(f"failed: {sweep.label(trial)}: {why(base_dir, trial, status)}")
+    return int(bool(failed) and not settings.list)
+
+
+def work_of(sweep: Sweep, base_dir: str, folder: Path) -> Work:
+    """Raises UsageError for runs that cannot be, before any of them begins."""
+    if sweep.method == "optuna":
+        check_runs(sweep, sweep.trials(*({flag: values.ends()[at] for flag, values in sweep.search.items()} for at in (0, -1))))
+        return Search(sweep, base_dir, folder)
+    trials = sweep.trials(*([sweep.random_point(number) for number in range(sweep.runs)] or [{}]))
+    check_runs(sweep, trials)
+    return Work(trials)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

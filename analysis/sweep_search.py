@@ -1,0 +1,99 @@
+"""Sweeps whose points depend on what earlier ones reached: optuna proposes, and a ledger of files lets any number of runners share its proposals.
+
+Point N is the file `points/N.json` of the sweep's folder. A runner with a free place and nothing to start asks optuna for the next one, given the results so far, and
+creates its file; where another was faster, that one's counts (claims.create_once). So the files alone say which runs there are, and a sweep that was stopped, or
+whose `runs` were raised, goes on from them. Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
+"""
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from analysis.claims import create_once
+from analysis.runner import Work
+from analysis.sweep_config import Sweep, check_runs
+from analysis.trial import read, status_of
+from nanochat.cli import UsageError
+
+
+def import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError(f'method = "optuna" needs a package that is not installed ({error.name}): pip install \'nanochat[sweep]\'') from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+class Search(Work):
+    def __init__(self, sweep: Sweep, base_dir: str, folder: Path):
+        super().__init__([])
+        self.sweep, self.base_dir, self.folder = sweep, base_dir, folder / "points"
+        self.points: list[dict[str, Any]] = []
+        self.optuna = import_optuna()
+        self._values: dict[int, float | None] = {}  # by number, of points that are done; None: it failed
+        while self._read():
+            pass
+
+    @property
+    def total(self) -> int:
+        return self.sweep.runs * len(self.sweep.trials({}))
+
+    def _path(self) -> Path:
+        """Of the next point."""
+        return self.folder / f"{len(self.points):05d}.json"
+
+    def _read(self) -> bool:
+        """Takes up the next point. False if it is not there, or not wanted."""
+        if len(self.points) == self.sweep.runs or not self._path().exists():
+            return False
+        point = json.loads(self._path().read_text(encoding="utf-8"))
+        trials = self.sweep.trials(point)
+        if point.keys() != self.sweep.search.keys():
+            raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
+        check_runs(self.sweep, trials)
+        self.points.append(point)
+        self.trials += trials
+        return True
+
+    def more(self) -> bool:
+        if len(self.points) == self.sweep.runs:
+            return False
+        if not self._path().exists():
+            create_once(self._path(), json.dumps(self._propose()))
+        return self._read()
+
+    def _value(self, number: int) -> float | None:
+        """The mean of the point's runs in bits per byte, None if one of them failed. Raises LookupError while they are not done."""
+        if number not in self._values:
+            trials = self.sweep.trials(self.points[number])
+            statuses = [status_of(self.base_dir, trial) for trial in trials]
+            if None in statuses:
+                raise LookupError
+            results = [read(self.base_dir, trial) for trial in trials]
+            self._values[number] = None if any(statuses) else statistics.mean(result.final for result in results if result)
+        return self._values[number]
+
+    def _propose(self) -> dict[str, Any]:
+        optuna = self.optuna
+        # of points that still run the sampler thinks badly, so that two places get two different ones
+        sampler = optuna.samplers.TPESampler(seed=self.sweep.seed + len(self.points), constant_liar=True)
+        study = optuna.create_study(direction="minimize", sampler=sampler)
+        distributions = {}
+        for flag, values in self.sweep.search.items():
+            kind = optuna.distributions.IntDistribution if values.whole else optuna.distributions.FloatDistribution
+            distributions[flag] = optuna.distributions.CategoricalDistribution(values.choices) if values.choices else kind(
+                values.low, values.high, log=values.log, step=values.step or (1 if values.whole else None))
+        states = optuna.trial.TrialState
+        for number, point in enumerate(self.points):
+            try:
+                value = self._value(number)
+                state = states.FAIL if value is None else states.COMPLETE
+            except LookupError:
+                value, state = None, states.RUNNING
+            try:
+                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=value))
+            except ValueError as error:
+                raise UsageError(f"point {number} in {self.folder} is not within [search.flags] ({error}); widen that, or give this sweep another name") from None
+        drawn = study.ask(distributions).params
+        return {flag: drawn[flag] if values.choices else values.rounded(drawn[flag]) for flag, values in self.sweep.search.items()}

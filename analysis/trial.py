@@ -1,0 +1,113 @@
+"""A trial: one run of base_train, as studies and sweeps want it, and what it left on disk.
+
+It is a set of flags, and perhaps a checkpoint of another trial that it branches off. Its log stays in its checkpoint folder below the base directory, named by a hash
+of the flags, so what was interrupted, or is wanted by two studies, is not trained again. Its weights are deleted, but for those that branches begin with. A
+trial with a `tag` is a run like any other: named by it, and its weights are kept.
+"""
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.files import parse_json
+from nanochat.run_log import FILENAME, read_run_log
+
+DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
+REFUSED = 2  # exit status of what a user's flags lead to, divergence among it: it would be the same again
+
+
+@dataclass
+class Result:
+    flags: dict
+    steps: list[int]  # of the validations
+    bpb: list[float]  # validation bits per byte there
+    flops: list[float]  # spent until there
+    seconds: float  # of training
+    params: int  # all parameters
+    begin: float = 0.0  # FLOPs of the trunk that a branch begins with
+    grown: tuple[float, float] = (math.nan, math.nan)  # the loss right before and right after the last growth
+
+    @property
+    def final(self) -> float:
+        """Last validation bits per byte, infinite if the training diverged."""
+        return self.bpb[-1] if self.bpb else float("inf")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training. A branch begins where its parent stands after `step` steps (base_train's --branch-from), and takes over its flags."""
+
+    flags: dict  # True: a switch
+    parent: "Trial | None" = None
+    step: int = 0
+    tag: str = ""  # of its folder, instead of a hash
+
+    def branch(self, step: int, **flags) -> "Trial":
+        return Trial({name.replace("_", "-"): value for name, value in flags.items()}, self, step)
+
+    @property
+    def begin(self) -> dict:
+        """The flags that its own come on top of."""
+        if self.tag:
+            return {}
+        return DEFAULTS if self.parent is None else {**DEFAULTS, "branch-from": f"{self.parent.name}@{self.step}"}
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        identity = {**DEFAULTS, **self.flags} if self.parent is None else {"": f"{self.parent.name}@{self.step}", **self.flags}
+        return self.tag or "trial-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    def arguments(self) -> list[str]:
+        flags = {**self.begin, **self.flags}
+        return [*(f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items() if value is not False), f"--model-tag={self.name}"]
+
+
+def folder_of(base_dir: str, trial: Trial) -> Path:
+    return Path(base_dir, "base_checkpoints", trial.name)
+
+
+def status_of(base_dir: str, trial: Trial) -> int | None:
+    """The exit status of a trial that has ended, below 0 the signal that killed it; None if it has not."""
+    folder = folder_of(base_dir, trial)
+    if (done := folder / "done.json").exists():
+        return json.loads(done.read_text(encoding="utf-8"))["status"]
+    if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":
+        return 0  # without a runner
+    return None
+
+
+def last_record(log: Path) -> dict | None:
+    """Of a run's log, of which only the end is read; None while there is none."""
+    try:
+        with open(log, "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 65536))
+            lines = f.read().split(b"\n")[:-1]
+        return parse_json(lines[-1])
+    except (FileNotFoundError, IndexError, ValueError):
+        return None
+
+
+def read(base_dir: str, trial: Trial) -> Result | None:
+    """A finished trial's result, or None. One that did not finish because of what its flags say, by diverging for one, has no validations."""
+    status = status_of(base_dir, trial)
+    if status not in (0, REFUSED):
+        return None
+    records = list(read_run_log(folder_of(base_dir, trial) / FILENAME)) if status == 0 else []
+    evals = [record for record in records if record["kind"] == "eval"]
+    start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
+    grown = next(((r["loss_before"], r["loss_after"]) for r in reversed(records) if r["kind"] == "grow"), (math.nan, math.nan))
+    return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown)
+
+
+def _begin(trains: list[dict]) -> float:
+    """FLOPs before the first of these steps."""
+    return max(0.0, 2 * trains[0]["flops"] - trains[1]["flops"]) if len(trains) > 1 else 0.0
+
+
+def weights(folder: Path) -> set[int]:
+    """The steps of its checkpoints."""
+    return {int(path.stem[6:]) for path in folder.glob("model_*.pt")}

@@ -1,0 +1,471 @@
+"""Sweeps: what a file describes, claims, and runners that die, share and go on."""
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from analysis import claims, runner, sweep
+from analysis.claims import EXPIRES, take
+from analysis.progress import Display, why
+from analysis.runner import Runner, Work, cpu_places, cuda_places
+from analysis.sweep_config import as_wandb, check_runs, read_sweep
+from analysis.trial import Trial, folder_of, status_of
+from nanochat.cli import UsageError
+from scripts import base_train
+from tests import fake_runs, tiny
+
+TINY = """
+[fixed]
+depth = 1
+aspect-ratio = 32
+head-dim = 32
+max-seq-len = 64
+window-pattern = "L"
+device-type = "cpu"
+device-batch-size = 2
+total-batch-size = 128
+num-iterations = 12
+eval-every = 6
+eval-tokens = 256
+"""
+
+
+# -----------------------------------------------------------------------------
+# Claims
+
+
+def test_one_has_a_claim_until_it_is_released(tmp_path):
+    first = take(tmp_path)
+    assert first and take(tmp_path) is None and first.beat()
+    first.release()
+    second = take(tmp_path)
+    assert second and second.beat() and not first.beat()
+    first.release()  # that of somebody who comes back late
+    assert take(tmp_path) is None and claims.holder(tmp_path).endswith(f":{os.getpid()}")
+
+
+def elsewhere(folder: Path, age: float) -> None:
+    """Somebody on another machine has the claim, whose last beat is so many seconds ago."""
+    claim = take(folder)
+    claim.path.write_text(json.dumps({"host": "other", "pid": os.getpid(), "machine": "another kernel"}))
+    now = claims._now(folder)
+    os.utime(claim.path, (now - age, now - age))
+
+
+def test_a_claim_without_beats_expires_by_the_clock_of_its_folder(tmp_path, monkeypatch):
+    elsewhere(tmp_path, EXPIRES - 60)
+    assert take(tmp_path) is None
+    now = claims._now(tmp_path)
+    monkeypatch.setattr(claims, "_now", lambda folder: now + 61)
+    assert take(tmp_path)
+
+
+def test_the_claim_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
+    program = f"from pathlib import Path; from analysis.claims import take; take(Path({str(tmp_path)!r})); print('taken', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "taken\n" and take(tmp_path) is None
+        process.kill()
+        process.wait()
+        assert take(tmp_path)
+
+
+def test_abandoned_claims_are_taken_over_by_exactly_one(tmp_path):
+    """Four processes at once, in many folders; half of the claims are new ones."""
+    folders = [tmp_path / str(number) for number in range(40)]
+    for folder in folders[::2]:
+        elsewhere(folder, EXPIRES + 10)
+    program = ("from pathlib import Path; from analysis.claims import take; input(); "
+               f"print(*[n for n in range(40) if take(Path({str(tmp_path)!r}, str(n)))], flush=True); input()")  # lives on: the claims of the dead are free
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    taken = [int(word) for process in processes for word in process.stdout.readline().split()]
+    for process in processes:
+        process.communicate("\n")
+    assert sorted(taken) == list(range(40))
+    assert all(len(list(folder.glob("claim-*"))) == 2 - number % 2 and not list(folder.glob(".*")) for number, folder in enumerate(folders))
+
+
+def test_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UsageError, match="hard link .*choose another NANOCHAT_BASE_DIR"):
+        take(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def test_what_a_file_describes():
+    found = read_sweep("rates.toml", """
+        tag = "mine_{depth}_{seed}"
+        [fixed]
+        num_iterations = 10
+        [grid]
+        seed = [1, 2]
+        [[together]]
+        depth = [2, 4]
+        matrix-lr = [0.2, 0.1]
+        """, "--num-iterations=20 --grow-freeze --save-every 5")
+    trials = found.trials({})
+    assert (found.name, found.swept) == ("rates", ["seed", "depth", "matrix-lr"])
+    assert [trial.name for trial in trials] == ["mine_2_1", "mine_4_1", "mine_2_2", "mine_4_2"]
+    assert trials[1].arguments() == ["--num-iterations=20", "--seed=1", "--depth=4", "--matrix-lr=0.1", "--grow-freeze", "--save-every=5", "--model-tag=mine_4_1"]
+    assert found.label(trials[1]) == "seed=1 depth=4 matrix-lr=0.1"
+
+
+def test_runs_are_those_of_studies_with_the_same_flags():
+    (trial,) = read_sweep("x.toml", "[grid]\ndepth = [4]\n").trials({})
+    assert trial.name == Trial({"depth": 4}).name
+    assert "--save-every=-1" in trial.arguments() and trial.name != Trial({"depth": 5}).name
+
+
+def test_drawn_values():
+    text = """
+        [search]
+        method = "random"
+        runs = {}
+        [search.flags]
+        matrix-lr = {{min = 0.01, max = 1, log = true}}
+        rank = {{min = 16, max = 64, step = 16}}
+        depth = {{min = 2, max = 5}}
+        block = ["prenorm", "ngpt"]
+        """
+    found = read_sweep("x.toml", text.format(200))
+    points = [found.random_point(number) for number in range(found.runs)]
+    assert {point["rank"] for point in points} == {16, 32, 48, 64} and {point["depth"] for point in points} == {2, 3, 4, 5}
+    assert {point["block"] for point in points} == {"prenorm", "ngpt"}
+    rates = sorted(point["matrix-lr"] for point in points)
+    assert 0.01 <= rates[0] < rates[-1] <= 1 and math.isclose(rates[100], 0.1, rel_tol=0.5)
+    more = read_sweep("x.toml", text.format(300))
+    assert [more.random_point(number) for number in range(200)] == points
+
+
+GOOD = "[grid]\ndepth = [2, 4]\n"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[grid\n", "sweep.toml is not TOML: .*line 1"),
+    ("", "nothing varies; give a .grid."),
+    ("[grids]\ndepth = [1]\n", "line 1: 'grids' means nothing here; did you mean grid?"),
+    ("[fixed]\nseed = 1\n\n[grid]\ndepht = [1]\n", "line 5: base_train has no flag --depht; did you mean depth?"),
+    ("[grid]\ndepth = 4\n", r"line 2: depth needs a list of values here, as in depth = \[1, 2\]"),
+    ("[grid]\ndepth = []\n", "line 2: depth needs a list"),
+    ("[grid]\ndepth = [2, 'x']\n", "line 2: argument --depth: 'x' is not a whole number above 0"),
+    ("[grid]\nblock = ['prenorm', 'post']\n", "line 2: argument --block: invalid choice: 'post'"),
+    ("[grid]\nfp8 = [true, 1]\n", "line 2: --fp8 is a switch: give true or false"),
+    ("[fixed]\ndepth = true\n" + GOOD.replace("depth", "seed"), "line 2: --depth is no switch"),
+    ("[fixed]\ndepth = [1]\n" + GOOD.replace("depth", "seed"), r"line 2: --depth takes a text or a number, not \[1\]"),
+    ("[fixed]\ndepth = 1\n" + GOOD, r"line 4: depth is set in \[fixed\] already"),
+    ("[grid]\nmodel-tag = ['a', 'b']\n", "line 2: model-tag is not for sweeps: give a `tag`"),
+    ("[[together]]\ndepth = [1]\n[[together]]\nseed = [1, 2]\nrank = [1]\n", "line 3: lists of one .*equally long, not seed: 2, rank: 1"),
+    ("together = 4\n", "line 1: together must be a list of tables"),
+    ("ranks = 0\n" + GOOD, "line 1: ranks = 0 must be 1 or more"),
+    ("ranks = true\n" + GOOD, "line 1: ranks must be a whole number"),
+    ("name = 'a/b'\n" + GOOD, "line 1: name: 'a/b' is not a plain name"),
+    ("tag = 'mine'\n" + GOOD, "several runs have the tag 'mine'"),
+    (GOOD + "[fixed]\nblock = 'ngpt'\nweight-decay = 0.1\n", "the run with depth=2: --weight-decay=0.1 means nothing"),
+    ("[search]\nmethod = 'best'\n", "line 2: method must be"),
+    ("[search]\nmethod = 'random'\n[search.flags]\ndepth = [1]\n", "line 1: runs must say how many"),
+    ("[search]\nmethod = 'random'\nruns = 3\n", "line 1: .search.flags. must say"),
+    ("[search]\nmethod = 'random'\nruns = 3\nflags.depth = {min = 4, max = 2}\n", "line 4: depth: min must be below max"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\nmatrix-lr = {min = 0, max = 2, log = true}\n", "line 5: matrix-lr: with log = true min must be above 0"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {min = 1, max = 4, step = 0}\n", "line 5: depth: step must be above 0"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {from = 1, to = 4}\n", "line 5: depth must be a list of values, or"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {min = 1.5, max = 4}\n", "line 5: argument --depth: '1.5'"),
+])
+def test_bad_files(text, message, tmp_path, base_dir, capsys):
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    assert sweep.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (base_dir / "base_checkpoints").exists(), "nothing has run"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere.toml"], "cannot read nowhere.toml"), (["SWEEP", "--flags=depth 4"], "'depth' belongs to no flag"), (["SWEEP", "--flags=--depht=4"], "no flag --depht; did you mean depth?"),
+    (["SWEEP", "--flags=--depth=x"], "'x' is not a whole number"), (["SWEEP", "--export", "ray", "x.yaml"], "--export=ray is unknown"), (["SWEEP", "--submit=2"], "give the flag device-type under .fixed."),
+])
+def test_bad_commands(arguments, message, tmp_path, base_dir, capsys):
+    path = tmp_path / "sweep.toml"
+    path.write_text(GOOD)
+    assert sweep.main([str(path) if word == "SWEEP" else word for word in arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "analysis" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_files_that_come_along(path):
+    found = read_sweep(path.name, path.read_text())
+    check_runs(found, found.trials({flag: values.ends()[0] for flag, values in found.search.items()}))
+
+
+def test_wandb_does_the_same_runs(tmp_path, capsys):
+    """Its agents get a command that base_train understands."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    path, out = tmp_path / "rates.toml", tmp_path / "rates.yaml"
+    path.write_text("[fixed]\nnum-iterations = 10\ngrow-freeze = true\n[grid]\nseed = [1, 2]\n[search]\nmethod = 'optuna'\nruns = 7\n[search.flags]\n"
+                    "matrix-lr = {min = 0.1, max = 1, log = true}\ndepth = {min = 2, max = 4}\nrank = {min = 8, max = 32, step = 8}\nblock = ['prenorm', 'ngpt']\n")
+    assert sweep.main([str(path), "--export=wandb", str(out)]) == 0
+    written = yaml.safe_load(out.read_text())
+    assert (written["method"], written["run_cap"], written["metric"]) == ("bayes", 7, {"name": "val/bpb", "goal": "minimize"})
+    assert written["parameters"]["seed"] == {"values": [1, 2]} and written["parameters"]["matrix-lr"] == {"distribution": "log_uniform_values", "min": 0.1, "max": 1}
+    assert written["parameters"]["depth"]["distribution"] == "int_uniform" and written["parameters"]["rank"]["q"] == 8
+    drawn = {flag: {"value": entry["value"] if "value" in entry else entry["values"][0] if "values" in entry else entry["min"]} for flag, entry in written["parameters"].items()}
+    words = utils.create_sweep_command_args({"args": drawn})["args_no_boolean_flags"]
+    settings = base_train.parse(words)
+    assert (settings.num_iterations, settings.grow_freeze, settings.seed, settings.depth, settings.run) == (10, True, 1, 2, "rates")
+    with pytest.raises(UsageError, match="wandb's sweeps know no values that change together"):
+        as_wandb(read_sweep("x.toml", "[[together]]\ndepth = [1]\nseed = [2]\n"))
+
+
+# -----------------------------------------------------------------------------
+# A runner, with runs that take no time
+
+
+@pytest.fixture
+def fake(monkeypatch, base_dir):
+    monkeypatch.setattr(runner, "train", fake_runs.train)
+    return str(base_dir)
+
+
+def states(base_dir, trials, **options) -> list[str]:
+    found = Runner(base_dir, Work(trials), cpu_places(2), **options)
+    found.run(lambda _: None)
+    return [found.state(trial) for trial in trials]
+
+
+def test_runs_that_die_stop_no_others_and_are_tried_again_only_when_asked(fake):
+    trials = [Trial({"seed": seed}) for seed in (fake_runs.RAISES, fake_runs.KILLED, fake_runs.REFUSED, 9)]
+    assert states(fake, trials) == states(fake, trials) == ["failed", "failed", "failed", "done"]
+    assert [status_of(fake, trial) for trial in trials] == [1, -9, 2, 0]
+    assert [fake_runs.times(fake, trial) for trial in trials] == [1, 1, 1, 1]
+    reasons = [why(fake, trial, status_of(fake, trial)) for trial in trials[:3]]
+    assert "exit status 1, RuntimeError: what it died of" in reasons[0] and "signal 9, begun" in reasons[1] and "error: the loss of step 1 is nan" in reasons[2]
+    assert states(fake, trials, again=lambda status: status != 2) == ["failed", "failed", "failed", "done"]
+    assert [fake_runs.times(fake, trial) for trial in trials] == [2, 2, 1, 1]
+
+
+def test_a_run_whose_claim_was_taken_over_is_ended(fake, monkeypatch):
+    monkeypatch.setattr(runner, "BEAT", 0.0)
+    trial = Trial({"seed": fake_runs.FOR_EVER})
+    folder = folder_of(fake, trial)
+
+    def tell(found):
+        if found.running and (folder / "log.jsonl").exists():
+            (folder / "claim-1").rename(folder / "claim-2")
+
+    found = Runner(fake, Work([trial]), cpu_places(1), wait=False)
+    found.run(tell)
+    assert found.state(trial) == "elsewhere" and not (folder / "done.json").exists() and not found.running
+
+
+def test_what_others_have_is_left_to_them(fake):
+    trials = [Trial({"seed": 8}), Trial({"seed": 9})]
+    elsewhere(folder_of(fake, trials[0]), 0)
+    assert states(fake, trials, wait=False) == ["elsewhere", "done"]
+    assert not (folder_of(fake, trials[0]) / "out.txt").exists()
+
+
+def test_a_run_with_a_name_of_its_own_may_have_been_done_by_hand(fake):
+    trial = Trial({"seed": 9}, tag="mine")
+    folder_of(fake, trial).mkdir(parents=True)
+    (folder_of(fake, trial) / "log.jsonl").write_text('{"kind": "start", "step": 0}\n{"kind": "end", "step": 1}\n')
+    assert states(fake, [trial]) == ["done"] and not (folder_of(fake, trial) / "out.txt").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_said(fake, monkeypatch, capsys):
+    """A line for a run that ended, and on a terminal how far the others are."""
+    trials = [Trial({"seed": 9}), Trial({"seed": fake_runs.FOR_EVER})]
+
+    def show():
+        display = Display("runs", lambda trial: f"seed={trial.flags['seed']}")
+
+        def tell(found):
+            display.show(found)
+            if found.state(trials[0]) == "done" and (folder_of(fake, trials[1]) / "log.jsonl").exists() and display.eta(found):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            Runner(fake, Work(trials), cpu_places(2)).run(tell)
+
+    show()
+    lines = capsys.readouterr().err.splitlines()
+    assert "seed=9: done, 2.0000 bits per byte" in lines and not any("\033" in line for line in lines)
+    shutil.rmtree(folder_of(fake, trials[0]))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    show()
+    drawn = sys.stderr.getvalue()
+    assert "seed=9: done" in drawn and "  seed=4 | 25% | loss 2.5000 | " in drawn and "2 runs: 1 done, 1 running" in drawn and "\033[3A" in drawn
+    assert not (folder_of(fake, trials[1]) / "done.json").exists(), "as if it had never run"
+
+
+def test_gpus_are_dealt_out(monkeypatch):
+    devices = lambda places: [place.environment["CUDA_VISIBLE_DEVICES"] for place in places]
+    assert devices(cuda_places(["0", "1", "GPU-a"])) == ["0", "1", "GPU-a"]
+    assert devices(cuda_places(["0", "1", "2", "3", "4"], ranks=2)) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    found = read_sweep("x.toml", "ranks = 1\n[fixed]\ndevice-type = 'cuda'\n[grid]\ndepth = [1]\n")
+    assert devices(sweep.places_of(found, found.trials({}), 2)) == ["3", "5"]
+    found.ranks = 4
+    with pytest.raises(UsageError, match="needs 4 GPUs, and 3 are to be seen"):
+        sweep.places_of(found, found.trials({}), None)
+
+
+def test_table_and_picture(fake, tmp_path, capsys):
+    path = tmp_path / "seeds.toml"
+    path.write_text(f"[grid]\nseed = [{fake_runs.KILLED}, 9]\nmatrix-lr = [2, 4]\n")
+    assert sweep.main([str(path), "--list"]) == 0
+    assert [row["status"] for row in rows(fake, "seeds")] == ["waiting"] * 4
+    assert sweep.main([str(path), f"--plot={tmp_path / 'seeds.png'}"]) == 1
+    found = rows(fake, "seeds")
+    assert [(row["seed"], row["matrix-lr"], row["status"], row["final_bpb"], row["min_bpb"]) for row in found] == [
+        ("2", "2", "signal 9", "3.0", "3.0"), ("2", "4", "signal 9", "3.0", "3.0"), ("9", "2", "done", "2.0", "2.0"), ("9", "4", "done", "4.0", "3.0")]
+    assert [found[2][name] for name in ("flops", "tokens", "seconds", "params", "peak_memory_mib")] == ["25", "10", "1.0", "7", "5.0"]
+    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert out.count("failed: seed=2") == 2 and "signal 9" in out
+    assert sweep.main([str(path), "--retry"]) == 1
+    assert [fake_runs.times(fake, Trial({"device-type": "cpu", "seed": seed, "matrix-lr": 2})) for seed in (fake_runs.KILLED, 9)] == [2, 1]
+
+
+def rows(base_dir, name: str) -> list[dict]:
+    return list(csv.DictReader(open(Path(base_dir, "sweeps", name, "results.csv"))))
+
+
+def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
+    pytest.importorskip("optuna")
+    text = """
+        [grid]
+        seed = [8, 9]
+        [search]
+        method = "optuna"
+        runs = {}
+        [search.flags]
+        matrix-lr = {{min = 1.0, max = 3.0}}
+        depth = {{min = 2, max = 8}}
+        block = ["prenorm"]
+        """
+    path = tmp_path / "best.toml"
+    path.write_text(text.format(12))
+    found = read_sweep("best.toml", text.format(12))
+    found.fixed["device-type"] = "cpu"
+    first, second = (sweep.Search(found, fake, sweep.folder_of_sweep(fake, found)) for _ in range(2))
+    assert first.more() and second.more() and first.points == second.points and len(first.trials) == 2, "the second takes up what the first proposed"
+    assert sweep.main([str(path)]) == 0
+    before = rows(fake, "best")
+    assert len(before) == 24 and all(row["status"] == "done" for row in before)
+    assert min(float(row["final_bpb"]) for row in before[20:]) < 2, "it has learned where it is best"
+    path.write_text(text.format(13))
+    assert sweep.main([str(path)]) == 0
+    assert rows(fake, "best")[:24] == before and len(rows(fake, "best")) == 26
+
+
+# -----------------------------------------------------------------------------
+# Real runs, in processes of their own
+
+
+def start(base_dir, config: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "analysis.sweep", str(config), *arguments], cwd=tiny.ROOT, text=True, start_new_session=True,
+                            env={**os.environ, **tiny.ENV, "NANOCHAT_BASE_DIR": str(base_dir)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(process: subprocess.Popen, word: str, times: int) -> None:
+    """Until so many lines with this word have come."""
+    for line in process.stderr:
+        times -= word in line
+        if times == 0:
+            return
+    raise AssertionError(f"the runner has ended with status {process.wait()}")
+
+
+@pytest.fixture
+def twelve(base_dir):
+    tiny.prepare(base_dir)
+    config = base_dir / "twelve.toml"
+    config.write_text(TINY + "[grid]\nseed = [1, 2, 3, 4]\nmatrix-lr = [0.01, 0.02, 0.04]\n")
+    return config
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_finished_ones_are_not_repeated(twelve, base_dir):
+    process = start(base_dir, twelve, "--jobs=2")
+    wait_for(process, ": done", 3)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(family) >= 3
+    done = {path: path.stat().st_mtime_ns for path in base_dir.glob("base_checkpoints/*/done.json")}
+    assert 3 <= len(done) < 12
+    process = start(base_dir, twelve, "--jobs=2")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count(": done") == 12 - len(done) and all(path.stat().st_mtime_ns == before for path, before in done.items())
+    found = rows(base_dir, "twelve")
+    assert len(found) == 12 and all(row["status"] == "done" and float(row["final_bpb"]) > 0 for row in found)
+    assert not list(base_dir.glob("base_checkpoints/*/*.pt"))
+
+
+@pytest.mark.slow
+def test_two_runners_share_the_work(twelve, base_dir):
+    processes = [start(base_dir, twelve, "--jobs=1") for _ in range(2)]
+    told = [line for process in processes for line in process.communicate(timeout=300)[1].splitlines() if ": done" in line]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(told) == len(set(told)) == 12
+    for folder in base_dir.glob("base_checkpoints/trial-*"):
+        assert (folder / "claim-1").exists() and not (folder / "claim-2").exists()
+        assert [json.loads(line)["kind"] for line in open(folder / "log.jsonl")].count("start") == 1
+    assert len(rows(base_dir, "twelve")) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_children(twelve, base_dir, number, status):
+    process = start(base_dir, twelve, "--jobs=2", "--flags=--num-iterations=100000")
+    wait_for(process, "2 running", 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == status and not psutil.wait_procs(children, timeout=30)[1]
+    assert not list(base_dir.glob("base_checkpoints/*/done.json"))
+
+
+@pytest.mark.slow
+def test_a_slurm_array_of_runners(twelve, base_dir, capsys):
+    """With submitit's executor of this machine, in the place of Slurm's."""
+    pytest.importorskip("submitit")
+    text = twelve.read_text() + "[slurm]\ncluster = 'local'\ntimeout_min = 5\n"
+    found = read_sweep("twelve.toml", text)
+    folder = sweep.folder_of_sweep(str(base_dir), found)
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(f'name = "twelve"\n{text}')
+    jobs = sweep.submit(sweep.Settings(jobs=1), found, folder, 2)
+    told = "".join(job.result() for job in jobs)
+    assert all(row["status"] == "done" for row in rows(base_dir, "twelve")) and "twelve/results.csv" in told
+    with pytest.raises(UsageError, match="slurm"):
+        found.slurm["no_such_option"] = 1
+        sweep.submit(sweep.Settings(), found, folder, 2)
