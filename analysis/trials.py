@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.cli import ArgumentParser, positive_int
@@ -40,6 +40,7 @@ class Result:
     seconds: float  # of training
     params: int  # all parameters
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
+    rows: dict = field(default_factory=dict)  # of the last evaluations (--eval-tasks), by key
 
     @property
     def final(self) -> float:
@@ -82,7 +83,8 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]))
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]),
+                  next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}))
 
 
 def _begin(trains: list[dict]) -> float:

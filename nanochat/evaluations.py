@@ -186,11 +186,11 @@ def blimp_sets(subject: Subject) -> list[Path]:
     return paths
 
 
-def measure_blimp(subject: Subject, limit: int | None) -> Findings:
+def measure_blimp(subject: Subject, limit: int | None, hidden: bool = False) -> Findings:
     found: Results = {}
     for path in blimp_sets(subject):
         name = blimp.plain_name(path)
-        rows = blimp.evaluate_set(subject.model, subject.tokenizer, path, subject.device, limit)
+        rows = blimp.evaluate_set(subject.model, subject.tokenizer, path, subject.device, limit, hidden)
         print0(f"BLiMP {name}: {rows['']} over {rows[''].n:,} pairs, {rows[''].counts.get('ties', 0)} ties"
                + "".join(f" | {key}: {row}" for key, row in rows.items() if key.startswith("field/")))
         found |= {f"{name}/{key}".rstrip("/"): row for key, row in rows.items()}
@@ -293,6 +293,7 @@ EVALUATIONS = {
     "pll": Evaluation(measure_pll, counts="tokens", causal=False, masked=True, default=True),
     "text": Evaluation(measure_text, check_text, "tokens of each file"),
     "blimp": Evaluation(measure_blimp, lambda subject, limit: blimp.check_sets(blimp_sets(subject)), "pairs of each paradigm", masked=True),
+    "blimp-pll": Evaluation(partial(measure_blimp, hidden=True), lambda subject, limit: blimp.check_sets(blimp_sets(subject)), "pairs of each paradigm"),
     "nli-prompt": Evaluation(nli_by("prompt"), lambda subject, limit: nli.read_sets(nli_folder(subject), trained=False), "rows of each test set"),
     "nli-probe": Evaluation(nli_by("probe"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),
     "nli-finetune": Evaluation(nli_by("finetune"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),

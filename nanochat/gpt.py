@@ -317,10 +317,10 @@ class GPT(Counting):
         """The stream (B, T, C) of tokens (B, T) before the smear, which looks at the previous token's."""
         return self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean", both_ways: bool = False):
         """idx int (B, T). Without targets: float32 logits (B, T, V). With targets (B, T), -1 to leave out: the loss,
         a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position
-        (and with its `last_logits_only` the logits are (B, 1, V))."""
+        (and with its `last_logits_only` the logits are (B, 1, V)). both_ways: attention of a causal model sees as far ahead as back."""
         B, T = idx.shape
         start = kv_cache.get_pos() if kv_cache is not None else 0
         assert not isinstance(start, int) or start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
@@ -329,6 +329,7 @@ class GPT(Counting):
 
         if T == 1 and self.decode_step is not None and targets is None and kv_cache is not None:
             return self.decode_step(self, idx, kv_cache)
+        windows = [(back, back) for back, _ in self.window_sizes] if both_ways else self.window_sizes
         x = self._smear(self.embed(idx), kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
@@ -337,7 +338,7 @@ class GPT(Counting):
             for use in range(self.loops):
                 if kv_cache is not None:
                     kv_cache.first_slot = use * len(self.transformer.h)
-                x = self.run_layer(block, x, x0, *mix, ve, cos_sin, self.window_sizes[i], kv_cache)
+                x = self.run_layer(block, x, x0, *mix, ve, cos_sin, windows[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x
         if kv_cache is not None:
