@@ -18,7 +18,7 @@ from nanochat.core_eval import core_csv, evaluate_core
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
 from nanochat.engine import Engine, check_causal
 from nanochat.eval_bundle import find_eval_bundle, load_bundle
-from nanochat.evals import blimp, nli, superglue, text
+from nanochat.evals import blimp, decode, nli, superglue, text
 from nanochat.evals.classification import FineTuning, share_jobs
 from nanochat.evals.results import Results, Row
 from nanochat.files import check_writable, write_text_atomic
@@ -113,6 +113,15 @@ def write_samples(subject: Subject, limit: int | None) -> Findings:
             print0(f"[{name} {i}] {one}")
         details.append({f"{name} {i}": one for i, one in enumerate(texts)})
     return {}, details
+
+
+def measure_decoding(subject: Subject, limit: int | None) -> Findings:
+    if get_dist_info()[1] != 0:
+        return {}, []
+    rows = decode.evaluate_decoding(subject.model, subject.tokenizer, min(limit or 128, subject.model.config.sequence_len))
+    for name, row in rows.items():
+        print0(f"decoding: {row} tokens/s ({name})")
+    return rows, []
 
 
 # -----------------------------------------------------------------------------
@@ -289,6 +298,7 @@ class Evaluation(NamedTuple):
 # In the order in which they run: the longest last
 EVALUATIONS = {
     "sample": Evaluation(write_samples, counts="texts from nothing", default=True),
+    "decode": Evaluation(measure_decoding, counts="tokens of a text"),
     "bpb": Evaluation(measure_bpb, check_bpb, "tokens of each split", default=True),
     "pll": Evaluation(measure_pll, counts="tokens", causal=False, masked=True, default=True),
     "text": Evaluation(measure_text, check_text, "tokens of each file"),
@@ -304,8 +314,12 @@ EVALUATIONS = {
 
 def requests(text: str) -> list[str]:
     """The type of a flag: evaluations joined by commas, each with or without a number, such as blimp:10,core."""
-    for request in (found := names(text)):
+    found = names(text)
+    asked = [request.partition(":")[0] for request in found]
+    for request in found:
         name, colon, limit = request.partition(":")
+        if asked.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} asks for {name} {asked.count(name)} times; give each evaluation once")
         if name not in EVALUATIONS:
             raise argparse.ArgumentTypeError(f"unknown evaluation {name!r}: use any of {', '.join(EVALUATIONS)}, joined by commas")
         if colon:
