@@ -28,6 +28,7 @@ SHAPE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 256, "wi
          "eval-every": 125, "eval-tokens": 65536}
 TUNED = {"unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.48}
 STEPS = 250
+INTERRUPTED = 130  # base_train's exit status after Ctrl-C
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
 
 
@@ -112,6 +113,8 @@ def _run(base_dir: str, trial: Trial, kept: set[int]) -> None:
         resume = ["--resume"] if weights() else []
         with open(folder / "out.txt", "a", encoding="utf-8", errors="backslashreplace") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             status = base_train.main([*trial.arguments(), *resume])
+        if status == INTERRUPTED:  # it is not done, and goes on next time
+            raise KeyboardInterrupt
         for path in folder.glob("*.pt"):
             if int(path.stem.split("_")[1]) not in kept:
                 path.unlink()

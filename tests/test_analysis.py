@@ -108,6 +108,14 @@ def test_a_trial_is_trained_once_whoever_asks(base_dir, monkeypatch):
     assert len(trained) == 1 and trials.read(str(base_dir), Trial({"depth": 1})).final == float("inf")
 
 
+def test_an_interrupted_trial_is_not_done(base_dir, monkeypatch):
+    monkeypatch.setattr(base_train, "main", lambda flags: trials.INTERRUPTED)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(KeyboardInterrupt):
+        trials._run(str(base_dir), Trial({"depth": 1}), set())
+    assert trials.read(str(base_dir), Trial({"depth": 1})) is None
+
+
 @pytest.mark.slow
 def test_branches_begin_where_their_parents_stand(base_dir, monkeypatch):
     """Parents come first, whatever the order, keep what branches begin with and nothing else, and are trained again when it is missing."""
