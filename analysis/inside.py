@@ -51,7 +51,7 @@ def recorded(model: GPT) -> Iterator[Recording]:
         attend = block.attn.attend
 
         def watched(q, k, v, window_size, kv_cache):
-            recording.attention[layer] = probabilities(q, k, window_size, block.attn.causal)
+            recording.attention[layer] = probabilities(q, k, window_size)
             return attend(q, k, v, window_size, kv_cache)
 
         block.attn.attend = watched  # of this object alone, in front of its class's
@@ -69,12 +69,12 @@ def recorded(model: GPT) -> Iterator[Recording]:
             hook.remove()
 
 
-def probabilities(q, k, window_size: tuple[int, int], causal: bool) -> torch.Tensor:
+def probabilities(q, k, window_size: tuple[int, int]) -> torch.Tensor:
     """Queries (B, T, H, D) and keys (B, T, Hkv, D), sharpened -> (B, H, T, T), what the kernels never write down."""
     q, k = q.detach().float().transpose(1, 2), k.detach().float().transpose(1, 2)
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     back = torch.arange(q.size(2), device=q.device)[:, None] - torch.arange(q.size(2), device=q.device)  # how far behind the query a key is
-    left, right = window_size[0], 0 if causal else window_size[1]
+    left, right = window_size
     hidden = torch.zeros_like(back, dtype=torch.bool)
     if left >= 0:
         hidden |= back > left

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.files import parse_json
@@ -28,6 +28,7 @@ class Result:
     params: int  # all parameters
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
     grown: tuple[float, float] = (math.nan, math.nan)  # the loss right before and right after the last growth
+    rows: dict = field(default_factory=dict)  # of the last evaluations (--eval-tasks), by key
 
     @property
     def final(self) -> float:
@@ -100,7 +101,8 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     grown = next(((r["loss_before"], r["loss_after"]) for r in reversed(records) if r["kind"] == "grow"), (math.nan, math.nan))
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown)
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown,
+                  next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}))
 
 
 def _begin(trains: list[dict]) -> float:

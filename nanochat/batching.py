@@ -81,7 +81,7 @@ class _Rows:
 
     def __init__(self, batch: "BatchedEngine", first: int, last: int, last_logits_only: bool = True):
         self.batch, self.rows, self.last_logits_only = batch, slice(first, last), last_logits_only
-        self.n_layers = batch.cache.n_layers
+        self.first_slot = 0
         self.cache_seqlens = batch.cache.cache_seqlens[self.rows]
 
     def get_pos(self) -> int | torch.Tensor:
@@ -89,7 +89,7 @@ class _Rows:
         return positions[0] if len(set(positions)) == 1 else torch.tensor(positions, device=self.batch.model.get_device())
 
     def get_layer_cache(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.batch.cache.get_layer_cache(layer_idx)
+        keys, values = self.batch.cache.get_layer_cache(self.first_slot + layer_idx)
         return keys[self.rows], values[self.rows]
 
     def advance(self, num_tokens: int) -> None:

@@ -68,7 +68,7 @@ def pairs_of(one: dict, other: dict) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for key in one.keys() & other.keys():
         evaluation, _, rest = key.partition("/")
-        fine = "/paradigm/" in key if evaluation.partition(":")[0] == "blimp" else bool(rest)
+        fine = "/paradigm/" in key if evaluation.startswith("blimp") else bool(rest)
         if fine and one[key].get("metric", "accuracy") == "accuracy":
             name = key.partition("/paradigm/")[0] if "/paradigm/" in key else evaluation
             found.setdefault(name, []).append((one[key]["value"], other[key]["value"]))

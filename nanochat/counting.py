@@ -6,6 +6,10 @@ from torch import nn
 from nanochat.common import COMPUTE_DTYPE
 
 
+def _matmul_weights(part: nn.Module) -> int:
+    return sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+
+
 class Counting(nn.Module):
     """The counts of a GPT, which inherits them."""
 
@@ -15,10 +19,15 @@ class Counting(nn.Module):
     lm_head: Any
     smear_gate: Any
     window_sizes: list[tuple[int, int]]
+    loops: int
 
     def num_matmul_params(self) -> int:
         """Weights that are multiplied with activations, the padded head included."""
-        return sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        return _matmul_weights(self)
+
+    def _matmul_macs(self) -> int:
+        """Multiply-adds of a token with weights: with those of the layers once in each loop."""
+        return self.num_matmul_params() + (self.loops - 1) * _matmul_weights(self.transformer.h)
 
     def attention_shapes(self) -> list[tuple[int, int, int, int]]:
         """Per layer: query heads, key heads, width of a query or key head, width of a value head."""
@@ -29,27 +38,27 @@ class Counting(nn.Module):
 
     def _attention_macs(self, pairs: list[int]) -> int:
         """Multiply-adds of attention where a layer looks at that many (query, key) pairs."""
-        return sum(block.attn.macs(n) for block, n in zip(self.transformer.h, pairs))
+        return self.loops * sum(block.attn.macs(n) for block, n in zip(self.transformer.h, pairs))
 
     def estimate_flops(self) -> int:
-        """Training FLOPs per token: 6 per matmul weight and per multiply-add of attention (PaLM, appendix B)."""
-        return 6 * self.num_matmul_params() + 6 * self._attention_macs(self._layer_windows(self.config.sequence_len))
+        """Training FLOPs per token: 6 per multiply-add with a weight and of attention (PaLM, appendix B)."""
+        return 6 * self._matmul_macs() + 6 * self._attention_macs(self._layer_windows(self.config.sequence_len))
 
     def estimate_decode_flops(self, context_len: int) -> int:
         """FLOPs of one decoded token behind `context_len` others."""
-        return 2 * self.num_matmul_params() + 2 * self._attention_macs(self._layer_windows(context_len))
+        return 2 * self._matmul_macs() + 2 * self._attention_macs(self._layer_windows(context_len))
 
     def estimate_prefill_flops(self, num_tokens: int) -> int:
         """FLOPs of a prompt; causal attention counted exactly."""
         pairs = [m * (m + 1) // 2 + (num_tokens - m) * m for m in self._layer_windows(num_tokens)]
-        return 2 * self.num_matmul_params() * num_tokens + 2 * self._attention_macs(pairs)
+        return 2 * self._matmul_macs() * num_tokens + 2 * self._attention_macs(pairs)
 
     def kv_bytes_per_token(self) -> int:
         return self.kv_read_bytes(1)
 
     def kv_read_bytes(self, context_len: int) -> int:
-        """Bytes of keys and values that decoding one token reads."""
-        return COMPUTE_DTYPE.itemsize * sum(
+        """Bytes of keys and values that decoding one token reads; each use of a layer has its own."""
+        return COMPUTE_DTYPE.itemsize * self.loops * sum(
             kv_heads * (qk_dim + v_dim) * window
             for (_, kv_heads, qk_dim, v_dim), window in zip(self.attention_shapes(), self._layer_windows(context_len)))
 

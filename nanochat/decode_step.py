@@ -103,7 +103,8 @@ class DecodeStep:
     def suits(model: GPT) -> bool:
         return type(model) in (GPT, LayeredGPT) and all(
             type(block) in (Block, LayeredBlock) and getattr(block, "order", "attn-mlp") == "attn-mlp"
-            and type(block.attn) in (CausalSelfAttention, LayeredAttention) and block.attn.causal for block in model.transformer.h)
+            and type(block.attn) in (CausalSelfAttention, LayeredAttention) for block in model.transformer.h) and all(
+                ahead == 0 for _, ahead in model.window_sizes)
 
     @torch.no_grad()
     def __init__(self, model: GPT):
@@ -128,9 +129,11 @@ class DecodeStep:
         from_x0 = (self.x0_lambdas * x).to(x.dtype).unbind()
         for i, (attend, mlp) in enumerate(self.layers):
             ve = model.value_embeds[str(i)](idx) if str(i) in model.value_embeds else None
-            x = torch.add(from_x0[i], x, alpha=self.resid_lambdas[i])
-            x = attend(x, norm(x), ve, rotary[id(tables[i][0])], model.window_sizes[i], kv_cache)
-            x = mlp(x, norm(x))
+            for use in range(model.loops):
+                kv_cache.first_slot = use * len(self.layers)
+                x = torch.add(from_x0[i], x, alpha=self.resid_lambdas[i])
+                x = attend(x, norm(x), ve, rotary[id(tables[i][0])], model.window_sizes[i], kv_cache)
+                x = mlp(x, norm(x))
             if i == model.backout_layer:
                 x_mid = x
         kv_cache.advance(1)

@@ -93,7 +93,8 @@ class KVCache:
 
     Layers that differ come as `layer_shapes`, (heads, width of a key, width of a value) each; then the caches are lists.
 
-    The attention writes new positions through the views of `get_layer_cache`; the last layer then calls `advance`.
+    The attention writes new positions through the views of `get_layer_cache`; the model then calls `advance`. A model that loops over its layers has slots
+    for each use of them, and puts the first one of the present use into `first_slot`.
     """
 
     def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype: torch.dtype,
@@ -111,6 +112,7 @@ class KVCache:
         # FlashAttention-3 reads it on the device; the fallback reads it here, and would wait for the device in every layer
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device if flash_attention.USE_FA3 else "cpu")
         self._pos = 0  # the same number, known without asking the device
+        self.first_slot = 0
         self.prev_embedding: torch.Tensor | None = None  # (B, 1, C) of the last token, for the model's smear
         self.last_logits_only = False  # asks the model for the logits of the last position alone
 
@@ -124,7 +126,7 @@ class KVCache:
 
     def get_layer_cache(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of one layer's keys and values, (B, seq_len, heads, head_dim) each."""
-        return self.k_cache[layer_idx], self.v_cache[layer_idx]
+        return self.k_cache[self.first_slot + layer_idx], self.v_cache[self.first_slot + layer_idx]
 
     def advance(self, num_tokens: int) -> None:
         if self._pos + num_tokens > self.max_seq_len:
@@ -184,10 +186,10 @@ class Engine:
     def _new_cache(self, batch_size: int, seq_len: int) -> KVCache:
         config = self.model.config
         layered = hasattr(config, "layers")
-        shapes = [(kv_heads, qk_dim, v_dim) for _, kv_heads, qk_dim, v_dim in self.model.attention_shapes()] if layered else None
+        shapes = [(kv_heads, qk_dim, v_dim) for _, kv_heads, qk_dim, v_dim in self.model.attention_shapes()] * config.loops if layered else None
         device = self.model.get_device()
         wide = device.type == "cpu" and chosen("decode") == "float32"
-        cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, config.n_layer,
+        cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, len(shapes) if shapes else config.n_layer,
                         device=device, dtype=torch.float32 if wide else COMPUTE_DTYPE, layer_shapes=shapes)
         cache.last_logits_only = True
         return cache

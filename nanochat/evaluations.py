@@ -18,7 +18,7 @@ from nanochat.core_eval import core_csv, evaluate_core
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
 from nanochat.engine import Engine, check_causal
 from nanochat.eval_bundle import find_eval_bundle, load_bundle
-from nanochat.evals import blimp, nli, superglue, text
+from nanochat.evals import blimp, decode, nli, superglue, text
 from nanochat.evals.classification import FineTuning, share_jobs
 from nanochat.evals.results import Results, Row
 from nanochat.files import check_writable, write_text_atomic
@@ -115,6 +115,15 @@ def write_samples(subject: Subject, limit: int | None) -> Findings:
     return {}, details
 
 
+def measure_decoding(subject: Subject, limit: int | None) -> Findings:
+    if get_dist_info()[1] != 0:
+        return {}, []
+    rows = decode.evaluate_decoding(subject.model, subject.tokenizer, min(limit or 128, subject.model.config.sequence_len))
+    for name, row in rows.items():
+        print0(f"decoding: {row} tokens/s ({name})")
+    return rows, []
+
+
 # -----------------------------------------------------------------------------
 # Likelihoods
 
@@ -186,11 +195,11 @@ def blimp_sets(subject: Subject) -> list[Path]:
     return paths
 
 
-def measure_blimp(subject: Subject, limit: int | None) -> Findings:
+def measure_blimp(subject: Subject, limit: int | None, hidden: bool = False) -> Findings:
     found: Results = {}
     for path in blimp_sets(subject):
         name = blimp.plain_name(path)
-        rows = blimp.evaluate_set(subject.model, subject.tokenizer, path, subject.device, limit)
+        rows = blimp.evaluate_set(subject.model, subject.tokenizer, path, subject.device, limit, hidden)
         print0(f"BLiMP {name}: {rows['']} over {rows[''].n:,} pairs, {rows[''].counts.get('ties', 0)} ties"
                + "".join(f" | {key}: {row}" for key, row in rows.items() if key.startswith("field/")))
         found |= {f"{name}/{key}".rstrip("/"): row for key, row in rows.items()}
@@ -289,10 +298,12 @@ class Evaluation(NamedTuple):
 # In the order in which they run: the longest last
 EVALUATIONS = {
     "sample": Evaluation(write_samples, counts="texts from nothing", default=True),
+    "decode": Evaluation(measure_decoding, counts="tokens of a text"),
     "bpb": Evaluation(measure_bpb, check_bpb, "tokens of each split", default=True),
     "pll": Evaluation(measure_pll, counts="tokens", causal=False, masked=True, default=True),
     "text": Evaluation(measure_text, check_text, "tokens of each file"),
     "blimp": Evaluation(measure_blimp, lambda subject, limit: blimp.check_sets(blimp_sets(subject)), "pairs of each paradigm", masked=True),
+    "blimp-pll": Evaluation(partial(measure_blimp, hidden=True), lambda subject, limit: blimp.check_sets(blimp_sets(subject)), "pairs of each paradigm"),
     "nli-prompt": Evaluation(nli_by("prompt"), lambda subject, limit: nli.read_sets(nli_folder(subject), trained=False), "rows of each test set"),
     "nli-probe": Evaluation(nli_by("probe"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),
     "nli-finetune": Evaluation(nli_by("finetune"), lambda subject, limit: nli.read_sets(nli_folder(subject)), "rows of each test set", masked=True),
@@ -303,8 +314,12 @@ EVALUATIONS = {
 
 def requests(text: str) -> list[str]:
     """The type of a flag: evaluations joined by commas, each with or without a number, such as blimp:10,core."""
-    for request in (found := names(text)):
+    found = names(text)
+    asked = [request.partition(":")[0] for request in found]
+    for request in found:
         name, colon, limit = request.partition(":")
+        if asked.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} asks for {name} {asked.count(name)} times; give each evaluation once")
         if name not in EVALUATIONS:
             raise argparse.ArgumentTypeError(f"unknown evaluation {name!r}: use any of {', '.join(EVALUATIONS)}, joined by commas")
         if colon:

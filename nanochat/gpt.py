@@ -107,8 +107,6 @@ def rotary_rows(table: torch.Tensor, start: int | torch.Tensor, length: int) -> 
 
 
 class CausalSelfAttention(nn.Module):
-    causal = True  # False: each position also sees those behind it
-
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -141,18 +139,15 @@ class CausalSelfAttention(nn.Module):
         return norm(q_BTHD) * 1.2, norm(k_BTKD) * 1.2
 
     def attend(self, q_BTHD, k_BTKD, v_BTKD, window_size, kv_cache):
-        """The values that each query sees, mixed: (B, T, H, D). With a cache it sees what that holds too, and the new keys and values are appended.
+        """The values that each query sees, mixed: (B, T, H, D). With a cache it sees what that holds too, and the new keys and values are written there.
         Raises UsageError for a cache where attention is not causal: what it holds would change with every token."""
-        attention = dict(causal=self.causal, window_size=window_size)
+        attention = dict(causal=window_size[1] == 0, window_size=window_size)
         if kv_cache is None:
             return flash_attn.flash_attn_func(q_BTHD, k_BTKD, v_BTKD, **attention)
-        if not self.causal:
+        if not attention["causal"]:
             raise UsageError("a model that looks both ways cannot decode with a cache of keys and values: use one that was trained to predict the next token")
         k_cache, v_cache = kv_cache.get_layer_cache(self.layer_idx)
-        y_BTHD = flash_attn.flash_attn_with_kvcache(q_BTHD, k_cache, v_cache, k=k_BTKD, v=v_BTKD, cache_seqlens=kv_cache.cache_seqlens, **attention)
-        if self.layer_idx == kv_cache.n_layers - 1:
-            kv_cache.advance(q_BTHD.size(1))
-        return y_BTHD
+        return flash_attn.flash_attn_with_kvcache(q_BTHD, k_cache, v_cache, k=k_BTKD, v=v_BTKD, cache_seqlens=kv_cache.cache_seqlens, **attention)
 
     def init_weights(self) -> None:
         for projection in (self.c_q, self.c_k, self.c_v):
@@ -222,6 +217,7 @@ class GPT(Counting):
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
         super().__init__()
         self.config = config
+        self.loops = getattr(config, "loops", 1)  # times that each layer is run, one after the other; a stock model's once
         self.window_sizes = self.make_window_sizes()
         self.backout_layer = config.n_layer // 2
         self.run_layer = run_layer  # compiler.py puts a compiled one in its place
@@ -321,10 +317,10 @@ class GPT(Counting):
         """The stream (B, T, C) of tokens (B, T) before the smear, which looks at the previous token's."""
         return self.norm(self.transformer.wte(idx).to(COMPUTE_DTYPE))
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean"):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction: str = "mean", both_ways: bool = False):
         """idx int (B, T). Without targets: float32 logits (B, T, V). With targets (B, T), -1 to leave out: the loss,
         a scalar for `mean` and `sum`, (B*T,) for `none`. With a cache the T tokens are appended at its position
-        (and with its `last_logits_only` the logits are (B, 1, V))."""
+        (and with its `last_logits_only` the logits are (B, 1, V)). both_ways: attention of a causal model sees as far ahead as back."""
         B, T = idx.shape
         start = kv_cache.get_pos() if kv_cache is not None else 0
         assert not isinstance(start, int) or start + T <= self.cos.size(1), f"{start + T} positions exceed the rotary table of {self.cos.size(1)}"
@@ -333,16 +329,20 @@ class GPT(Counting):
 
         if T == 1 and self.decode_step is not None and targets is None and kv_cache is not None:
             return self.decode_step(self, idx, kv_cache)
+        windows = [(back, back) for back, _ in self.window_sizes] if both_ways else self.window_sizes
         x = self._smear(self.embed(idx), kv_cache)
         x0 = x.view_as(x)  # another object than x, or the first layer would be compiled separately
         x_mid = x
         for i, (block, mix, cos_sin) in enumerate(zip(self.transformer.h, self._mixes(), self.cos_sin(start, T))):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = self.run_layer(block, x, x0, *mix, ve, cos_sin, self.window_sizes[i], kv_cache)
+            for use in range(self.loops):
+                if kv_cache is not None:
+                    kv_cache.first_slot = use * len(self.transformer.h)
+                x = self.run_layer(block, x, x0, *mix, ve, cos_sin, windows[i], kv_cache)
             if i == self.backout_layer:
                 x_mid = x
-        if kv_cache is not None and not len(self.transformer.h):
-            kv_cache.advance(T)  # there is no last layer that would
+        if kv_cache is not None:
+            kv_cache.advance(T)
         x = x - self._backout().to(x.dtype) * x_mid
         if getattr(kv_cache, "last_logits_only", False):
             x = x[:, -1:]  # of a prompt only the last position is sampled from

@@ -75,6 +75,7 @@ class LayeredGPTConfig(GPTConfig):
     backout_layer: int = 0  # the stream after this layer is subtracted before the head
     lm_head_rank: int = 0
     causal: bool = True  # False: attention sees what comes after, too; such a model does not decode
+    loops: int = 1  # times that each layer is run before the next one, with the same weights, scalars and value embedding (MobileLLM-LS, 2402.14905)
 
     def __post_init__(self):
         # a checkpoint's JSON holds the layers as plain dicts
@@ -83,6 +84,8 @@ class LayeredGPTConfig(GPTConfig):
             raise ValueError(f"n_layer is {self.n_layer}, but {len(self.layers)} layers are given")
         if not 0 <= self.backout_layer < max(self.n_layer, 1):
             raise ValueError(f"there is no layer {self.backout_layer} to back out")
+        if self.loops < 1:
+            raise ValueError(f"layers cannot be run {self.loops} times")
         if not 0 <= self.lm_head_rank <= self.n_embd:
             raise ValueError(f"a head rank of {self.lm_head_rank} exceeds the width of {self.n_embd}")
         for index, layer in enumerate(self.layers):
@@ -235,9 +238,7 @@ class LayeredGPT(GPT):
 
     def make_block(self, layer_idx: int) -> nn.Module:
         spec = self.config.layers[layer_idx]
-        block = spec.kind(self.config.n_embd, spec, layer_idx)
-        block.attn.causal = self.config.causal
-        return block
+        return spec.kind(self.config.n_embd, spec, layer_idx)
 
     def make_head(self, padded_vocab: int) -> nn.Module:
         return linear_or_low_rank(self.config.n_embd, padded_vocab, self.config.lm_head_rank)

@@ -22,10 +22,10 @@ class Masking:
         self.special = torch.tensor(sorted(tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()))
         self.vocab_size = tokenizer.get_vocab_size()
 
-    def __call__(self, tokens: torch.Tensor, following: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens (B, T) -> inputs and targets (B, T); the targets are the tokens where they are to be told, and -1. Special ones never are.
 
-        following: the tokens after each, which nobody asks about here. Dynamic masks come from PyTorch's global generator, whose state a checkpoint holds.
+        Dynamic masks come from PyTorch's global generator, whose state a checkpoint holds.
         """
         shape, device = tokens.shape, tokens.device
         if self.static:
@@ -43,20 +43,26 @@ class Masking:
                 torch.randint(self.vocab_size, shape, generator=generator))
 
 
+def told_before(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same (B, T), but each hidden token is told at the place before it, as a next token would be; nobody tells the first (GPT-BERT, 2410.24159)."""
+    return inputs, torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], -1)), dim=1)
+
+
 @torch.no_grad()
 def pseudo_log_likelihoods(model, tokens: list[int], mask: int, special: set[int], rows_at_once: int = 32) -> list[float]:
     """For each token that is not special the log-probability (nats) that it has given all others, when it alone is hidden (Salazar et al. 1910.14659).
 
-    Costs a forward pass for each token, `rows_at_once` of them together. The sum over a text compares it with another one.
+    A causal model is asked with attention to both sides, as it was trained by --objective=mixed, and at the place before (`told_before`); the first token
+    must be a special one. Costs a forward pass for each token, `rows_at_once` of them together. The sum over a text compares it with another one.
     """
-    ids = torch.tensor(tokens, device=model.get_device())
+    ids, causal = torch.tensor(tokens, device=model.get_device()), getattr(model.config, "causal", True)
     hidden = [i for i, token in enumerate(tokens) if token not in special]
     values: list[float] = []
     for places in torch.tensor(hidden, device=ids.device).split(rows_at_once):
         rows = torch.arange(len(places), device=ids.device)
         masked = ids.repeat(len(places), 1)
         masked[rows, places] = mask
-        logits = model(masked)[rows, places]
+        logits = model(masked, both_ways=True)[rows, places - 1] if causal else model(masked)[rows, places]
         values += F.log_softmax(logits.double(), dim=-1).gather(1, ids[places, None])[:, 0].tolist()
     return values
 

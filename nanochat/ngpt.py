@@ -152,7 +152,7 @@ class NormalizedGPT(LayeredGPT):
 
     def make_block(self, layer_idx: int) -> nn.Module:
         block: Any = super().make_block(layer_idx)
-        block.alpha_start = 1 / self.config.n_layer  # the paper's order
+        block.alpha_start = 1 / (self.config.n_layer * self.loops)  # the paper's order
         return block
 
     @torch.no_grad()
@@ -184,9 +184,9 @@ class NormalizedGPT(LayeredGPT):
         return [*super()._scalars(), self.s_z]
 
     def _mixes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Stream and first embedding are one vector before the first layer, which takes only its direction."""
+        """Stream and first embedding are one vector before the first layer, which takes only its direction; not so when it is run again."""
         first, *others = super()._mixes()
-        return [(inert(first[0]), inert(first[1])), *others]
+        return [(inert(first[0]), inert(first[1])) if self.loops == 1 else first, *others]
 
     def _cap(self, logits: torch.Tensor) -> torch.Tensor:
         return super()._cap(logits * self.s_z)

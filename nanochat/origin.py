@@ -8,7 +8,6 @@
 """
 import argparse
 import functools
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +98,7 @@ def as_json(value: Any) -> Any:
 
 def check_shape(config: GPTConfig, meta: dict) -> None:
     """Raises UsageError where a checkpoint is not of this configuration."""
-    then, mine = meta["model_config"], json.loads(json.dumps(asdict(config)))  # JSON knows no tuples
+    then, mine = asdict(checkpoints.model_from_config(meta["model_config"]).config), asdict(config)  # an older one lacks fields that have defaults
     if then != mine:
         differing = ", ".join(f"{key} {_short(then.get(key))} -> {_short(mine.get(key))}" for key in {**mine, **then} if then.get(key) != mine.get(key))
         raise UsageError(f"the checkpoint is of another shape than these flags ask for: {differing}; give the flags of then or another --model-tag, "
@@ -107,4 +106,4 @@ def check_shape(config: GPTConfig, meta: dict) -> None:
 
 
 def _short(value: Any) -> str:
-    return f"{len(value)} layers" if isinstance(value, list) else str(value)
+    return f"{len(value)} layers" if isinstance(value, tuple) else str(value)

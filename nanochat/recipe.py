@@ -51,6 +51,7 @@ class LayerChanges:
     activation: str = "relu2"
     order: str = "attn-mlp"
     causal: bool = True
+    loops: int = 1
 
     def apply(self, stock: GPTConfig, reference: bool = False) -> GPTConfig:
         """The stock configuration itself if there is nothing to change, else a layered one. Raises UsageError for layers that cannot be.
@@ -62,7 +63,7 @@ class LayerChanges:
             return stock
         with torch.device("meta"):
             plain = LayeredGPTConfig.from_gpt(GPT(stock))
-        if not plain.layers and self != LayerChanges(lm_head_rank=self.lm_head_rank, causal=self.causal):
+        if not plain.layers and self != LayerChanges(lm_head_rank=self.lm_head_rank, causal=self.causal, loops=self.loops):
             raise UsageError("a run that begins without layers grows stock ones, since nothing holds what else they are to be; begin with 1 layer, or leave out "
                              "the flags of layers (--rank, --n-kv-head, --block and others)")
         n_head = self.n_head if self.n_head > 0 else stock.n_head
@@ -88,7 +89,7 @@ class LayerChanges:
                         attn_rank=attn_rank, mlp_rank=mlp_rank)
                 for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
             head_rank = min(self.lm_head_rank, stock.n_embd) if reference else self.lm_head_rank
-            return replace(plain, layers=layers, lm_head_rank=head_rank, causal=self.causal)
+            return replace(plain, layers=layers, lm_head_rank=head_rank, causal=self.causal, loops=self.loops)
         except ValueError as error:
             raise UsageError(f"there is no such model: {error}") from error
 
@@ -176,6 +177,7 @@ class ModelSettings(ObjectiveSettings):
     mlp_depth: int = flag(1, "Hidden layers of the MLP", type=positive_int)
     activation: str = flag("relu2", "Activation of the MLP's hidden units", choices=ACTIVATIONS)
     order: str = flag("attn-mlp", "Order of attention and MLP in a layer", choices=ORDERS)
+    loops: int = flag(1, "Times that each layer is run before the next one, with the same weights: as many times its FLOPs, no more parameters", type=positive_int)
     block: str = flag("prenorm", "Kind of block; prenorm: nanochat's, ngpt: hidden states and weights on the unit sphere (ngpt.py)", choices=BLOCKS)
 
     def changes(self) -> LayerChanges:
@@ -183,7 +185,7 @@ class ModelSettings(ObjectiveSettings):
             attn_rank=self.rank if self.attn_rank is None else self.attn_rank, mlp_rank=self.rank if self.mlp_rank is None else self.mlp_rank,
             lm_head_rank=self.lm_head_rank, rank_schedule=self.rank_schedule, n_head=self.n_head, n_kv_head=self.n_kv_head, qk_dim=self.qk_dim,
             mlp_ratio=self.mlp_ratio, mlp_depth=self.mlp_depth, block=self.block, activation=self.activation, order=self.order,
-            causal=OBJECTIVES[self.objective].causal)
+            causal=OBJECTIVES[self.objective].causal, loops=self.loops)
 
     def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
         """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""

@@ -93,8 +93,7 @@ class RunPlan:
         if getattr(first, "causal", True) != OBJECTIVES[settings.objective].causal:
             raise UsageError(f"the weights of {settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
                              "tokens with it; give the objective of then")
-        if settings.objective == "mlm" and not settings.mask_rate:
-            raise UsageError("--mask-rate=0 hides nothing, so there is nothing to learn; use 0.15 or so")
+        settings.check_objective()
         self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
         for remark in settings.changes().remarks(final):
             print0(remark)
@@ -178,6 +177,8 @@ class RunPlan:
         self.check_tokens, self.check_steps = brief * B * T * self.streams, brief * (self.streams // self.world_size)
         if settings.eval_every > 0 and self.eval_steps == 0:
             raise UsageError(f"--eval-tokens={settings.eval_tokens} is less than one batch; use at least {B * T * self.streams}")
+        if settings.objective == "mixed" and self.passes * self.world_size * min(settings.causal_share, 1 - settings.causal_share) < 1:
+            print0(f"Few passes make a step ({self.passes * self.world_size}), so some steps learn next tokens alone and others hidden ones; a lower --device-batch-size mixes them")
         print0(f"Total batch size {total:,} => gradient accumulation steps: {self.passes}")
         tokens, final = self.horizon.total_tokens, self.final_model
         print0(f"Number of iterations{' of the final model alone' if self.growth else ''}: {self.horizon.num_iterations:,} = {tokens:,} tokens, "

@@ -137,7 +137,7 @@ class Pretraining(TrainLoop):
         objective = OBJECTIVES[settings.objective]
         self.loss = objective.loss
         self.prepare = objective.prepare(self.tokenizer, settings)
-        self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static"))
+        self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static", causal_share=1.0))
         self.rows = self.tokenizer, plan.rows, self.settings.max_seq_len  # what batches are made of
         self.my_streams = range(self.rank, plan.streams, self.world_size)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
@@ -262,7 +262,8 @@ class Pretraining(TrainLoop):
     # -- a step
 
     def batches(self) -> Iterator:
-        return (self.prepare(x, y) for x, y in self.data.take(self.accumulation))
+        first = self.step * self.accumulation
+        return (self.prepare(x, y, number * self.world_size + self.rank) for number, (x, y) in enumerate(self.data.take(self.accumulation), first))
 
     def schedule(self) -> float:
         now = self.plan.schedule.at(self.position)
@@ -292,7 +293,7 @@ class Pretraining(TrainLoop):
         """What another run must share, besides the shape of its model, to end with about the same loss; `flops` is the horizon."""
         settings = self.settings
         shared = ("objective", "warmup_steps", "warmdown_ratio", "warmdown_shape", "final_lr_frac", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
-                  "weight_decay", "matrix_optimizer")
+                  "weight_decay", "matrix_optimizer", *(("mask_rate", "causal_share") if settings.objective == "mixed" else ()))
         return dict(data=data_source(), origin=str(settings.branch_from or settings.init_from or ""), tokenizer=self.tokenizer.checksum(), flops=self.budget,
                     total_batch_size=self.total_batch_size, **{name: getattr(settings, name) for name in shared})
 
@@ -336,7 +337,7 @@ class Pretraining(TrainLoop):
 
     def validation_batches(self) -> Iterator:
         batches = batches_in_turn(*self.rows, "val", self.device, self.my_streams, self.plan.streams)
-        return (self.prepare_validation(x, y) for x, y, _ in batches)
+        return (self.prepare_validation(x, y, 0)[:2] for x, y, _ in batches)
 
     def subject(self) -> Subject:
         settings = self.settings

@@ -19,6 +19,7 @@ KINDS: dict[str, GPTConfig] = {
     "mixed": growing.mixed(vocab_size=VOCAB),
     "ngpt": growing.mixed("ngpt", vocab_size=VOCAB),
     "grown": grown_config(STOCK, n_layer=5, n_embd=48),
+    "looped": growing.mixed(vocab_size=VOCAB, loops=2),
     "masked": growing.mixed(vocab_size=VOCAB, causal=False),
     "masked-ngpt": growing.mixed("ngpt", vocab_size=VOCAB, causal=False),
 }

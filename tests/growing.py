@@ -28,10 +28,11 @@ def mixed(block: str = "prenorm", **changes) -> LayeredGPTConfig:
 
 
 def uniform(block: str, n_layer: int = 2, n_embd: int = 32, **changes) -> LayeredGPTConfig:
-    """A model of equal layers, with heads of 8 and nothing special."""
+    """A model of equal layers, with heads of 8 and nothing special, but what `changes` say of the layers, or of how often they are run."""
+    loops = changes.pop("loops", 1)
     spec = LayerSpec(**{**dict(n_head=n_embd // 8, n_kv_head=n_embd // 8, head_dim=8, qk_dim=8, mlp_hidden=2 * n_embd, block=block), **changes})
     return LayeredGPTConfig(sequence_len=64, vocab_size=VOCAB, n_layer=n_layer, n_head=spec.n_head, n_kv_head=spec.n_kv_head, n_embd=n_embd,
-                            layers=(spec,) * n_layer)
+                            layers=(spec,) * n_layer, loops=loops)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The studies of analysis/, with trials that need no training."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from analysis import (
     normalized,
     operators,
     runner,
+    small_english,
     trials,
     width_transfer,
 )
@@ -134,3 +136,29 @@ def test_what_a_small_models_token_is_worth():
     assert list(since) == [0, 4, 10] and list(rho) == pytest.approx([1, 0.5, 0], abs=0.02)
     plans = mixing.plan(42)
     assert all(trial.parent is None or trial.step % mixing.UNIT == 0 for trial in plans.values()), "there are checkpoints at whole units only"
+
+
+def test_small_english_compares_at_equal_tokens_and_at_equal_flops(tmp_path, base_dir, monkeypatch, capsys):
+    """The table tells which paradigms' differences are no chance; learning rates are chosen without BLiMP."""
+    wanted = []
+
+    def run_trials(directory, asked, jobs):
+        def result(trial):
+            steps, looped = trial.flags["num-iterations"], "loops" in trial.flags
+            assert ("eval-tasks" in trial.flags) == (trial.flags["seed"] != 41)
+            values = {f"blimp/pairs/paradigm/p{i}": {"value": 0.5 + i / 100 + 0.02 * looped, "label": ""} for i in range(20)}
+            whole = {f"{key}/pairs": {"value": 0.6 + 0.02 * looped, "se": 0.01, "label": "BLiMP"} for key in ("blimp", "blimp-pll:20")}
+            return Result(trial.flags, [0, steps], [3.0, 2.0], [0.0, 1e9 * steps * (2 if looped else 1)], 1.0, 1000, rows=whole | values)
+        wanted.extend(asked)
+        return [result(trial) for trial in asked]
+
+    monkeypatch.setattr(trials, "run_trials", run_trials)
+    monkeypatch.setattr(small_english, "run_trials", run_trials)
+    monkeypatch.setattr(small_english, "get_tokenizer", lambda: SimpleNamespace(get_vocab_size=lambda: 8192))
+    assert small_english.main(["--seeds=2", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    rows = dict(line.removeprefix("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
+    assert "62.00 ± 1.00 | 62.00, 62.00 |  | +2.00 | 0.000 |" in rows["looped"] and "60.0 | +0.00 | 1.000 |" in rows["mixed"] and len(rows) == 1 + 5 + 3
+    assert [trial.flags["num-iterations"] for trial in wanted[:5]] == [100, 100, 100, 100, 216]
+    assert json.loads((tmp_path / "numbers.json").read_text())["looped"][0]["rows"] and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert small_english.main(["--tune"]) == 0
+    assert len(wanted) == 10 + 12 and "| looped and mixed | 2.0000 |" in capsys.readouterr().out

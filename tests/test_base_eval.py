@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from nanochat import core_eval, eval_bundle, evaluations
+from nanochat import core_eval, eval_bundle, evaluations, kernel_choice
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.cli import UsageError
 from nanochat.evals import results
@@ -78,6 +78,7 @@ def test_progress_of_a_long_run(trained, capsys, monkeypatch):
     (["--eval=core,riddle"], "unknown evaluation 'riddle'"),
     (["--eval="], "is not a list"),
     (["--eval=core:none"], "is not a whole number above 0"),
+    (["--eval=text:100,core,text"], "'text:100,core,text' asks for text 2 times"),
     (["--step=some"], "'some' is no step"),
     (["--max-per-task=0"], "max-per-task"),
     (["--device-batch-size=none"], "device-batch-size"),
@@ -156,6 +157,14 @@ def test_results_with_standard_errors_lie_beside_the_checkpoint(trained):
     assert rows["core/toy_schema"]["se"] == pytest.approx((p * (1 - p) / 19) ** 0.5)
     assert rows["core/toy_schema"]["baseline"] == pytest.approx(0.5)
     assert rows["core"]["value"] == pytest.approx((p - 0.5) / 0.5) and rows["core"]["se"] == pytest.approx(rows["core/toy_schema"]["se"] / 0.5)
+
+
+def test_decoding_speed_bears_the_name_of_the_machine(trained, capsys):
+    assert run("--eval=decode:4") == 0
+    ((key, row),) = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")["rows"].items()
+    assert key == f"decode:4/{kernel_choice.machine()}" and "/" not in kernel_choice.machine()
+    assert row["value"] > 0 and row["n"] == 5 and row["metric"] == "tokens/s"
+    assert f"({kernel_choice.machine()})" in capsys.readouterr().out
 
 
 def test_all_checkpoints_of_all_models(trained, capsys):

@@ -26,6 +26,7 @@ MODELS = {
     "stock": lambda: build_model(dict(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL"), seed=7),
     "layered": lambda: random_model(mixed()),  # low ranks, short windows, layers that differ
     "normalized": lambda: random_model(uniform("ngpt")),
+    "looped": lambda: random_model(uniform("prenorm", loops=3)),
 }
 
 

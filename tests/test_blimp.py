@@ -146,9 +146,12 @@ def test_a_model_of_hidden_tokens_is_asked_for_pseudo_log_likelihoods():
         def __call__(self, ids):
             return masked(ids)
     rows = pairs("any", 3)
-    scores, _ = blimp.score_pairs(Masked(), tokenizer(), rows, CPU)
     special = {tokenizer().encode_special(token) for token in tokenizer().get_special_tokens()}
-    for row, score in zip(rows, scores.tolist()):
-        good, bad = (sum(blimp.pseudo_log_likelihoods(masked, ids, tokenizer().encode_special(blimp.MASK), special))
+    both = []
+    for asked, hidden in (Masked(), False), (masked, True):  # the second is a causal model, which tells a hidden token at the place before it
+        scores, _ = blimp.score_pairs(asked, tokenizer(), rows, CPU, hidden=hidden)
+        both += scores.tolist()
+    for row, score, asked in zip(rows * 2, both, [Masked()] * 3 + [masked] * 3):
+        good, bad = (sum(blimp.pseudo_log_likelihoods(asked, ids, tokenizer().encode_special(blimp.MASK), special))
                      for ids in tokenizer()([row["sentence_good"], row["sentence_bad"]], prepend=tokenizer().get_bos_token_id()))
         assert score == float(good > bad)

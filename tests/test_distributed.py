@@ -31,8 +31,9 @@ def bpb(base, tag: str) -> list:
     return [(step, value) for kind, step, _, _, value, _ in tiny.losses(base, tag) if kind == "eval"]
 
 
-def test_two_ranks_as_one(base):
-    flags = (*STREAMS, "--num-iterations=4", "--eval-every=2")
+@pytest.mark.parametrize("more", [(), pytest.param(("--objective=mixed", "--masking=static"), marks=pytest.mark.slow)], ids=["next-token", "mixed"])
+def test_two_ranks_as_one(base, more):
+    flags = (*STREAMS, "--num-iterations=4", "--eval-every=2", *more)
     assert tiny.train(*flags, "--model-tag=one") == 0
     assert_ok(tiny.run(base, *flags, "--model-tag=two", ranks=2))
     one, two = bpb(base, "one"), bpb(base, "two")

@@ -63,9 +63,9 @@ def test_what_is_recorded_is_what_is_computed(layers):
 
 def test_a_window_and_both_directions_hide_what_the_kernel_hides():
     q, k = (torch.randn(1, 6, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    seen = lambda window, causal: (inside.probabilities(q, k, window, causal)[0, 0] > 0).long().tolist()
-    assert seen((1, 0), True)[3] == [0, 0, 1, 1, 0, 0] and seen((1, 1), False)[3] == [0, 0, 1, 1, 1, 0]
-    assert seen((-1, -1), False)[3] == [1] * 6 and seen((-1, 0), True)[3] == [1, 1, 1, 1, 0, 0]
+    seen = lambda window: (inside.probabilities(q, k, window)[0, 0] > 0).long().tolist()
+    assert seen((1, 0))[3] == [0, 0, 1, 1, 0, 0] and seen((1, 1))[3] == [0, 0, 1, 1, 1, 0]
+    assert seen((-1, -1))[3] == [1] * 6 and seen((-1, 0))[3] == [1, 1, 1, 1, 0, 0]
 
 
 def test_scores_of_heads_that_look_nowhere_and_of_one_that_looks_back(monkeypatch):

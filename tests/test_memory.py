@@ -51,7 +51,7 @@ def measured(config, tmp_path, compiled: bool = False) -> int:
 
 
 @pytest.mark.parametrize("changes", [pytest.param({}, id="stock"), *(pytest.param(changes, id=name, marks=pytest.mark.slow) for name, changes in {
-    "low rank": {"attn_rank": 16, "mlp_rank": 16}, "ngpt": {"block": "ngpt"}, "swiglu": {"activation": "swiglu", "n_kv_head": 2, "order": "parallel"}}.items())])
+    "low rank": {"attn_rank": 16, "mlp_rank": 16}, "ngpt": {"block": "ngpt"}, "looped": {"loops": 2}, "swiglu": {"activation": "swiglu", "n_kv_head": 2, "order": "parallel"}}.items())])
 def test_estimate_is_what_a_step_allocates(changes, tmp_path):
     estimate = sum(memory.training_memory(config(**changes), ROWS, "cpu", compiled=False).values())
     assert estimate == pytest.approx(measured(config(**changes), tmp_path), rel=0.03)

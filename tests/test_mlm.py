@@ -1,4 +1,4 @@
-"""Masked language modelling: what is hidden, what is learned from both sides, and that such models grow, resume and refuse to chat."""
+"""Masked language modelling: what is hidden, what is learned from both sides, and that such models grow, resume and refuse to chat; and that mixed with next tokens."""
 import math
 
 import pytest
@@ -6,14 +6,18 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.mlm import MASK, Masking, pseudo_log_likelihoods
+from nanochat.objectives import OBJECTIVES, ObjectiveSettings, causal_or_masked
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import get_tokenizer
 from scripts import base_eval, chat_sft
-from tests import tiny
+from tests import growing, tiny
 from tests.golden.fixtures import tokenizer_512
 
 MLM = ("--objective=mlm",)
+MIXED = ("--objective=mixed", "--device-batch-size=1")  # four passes a step
 
 
 @pytest.fixture
@@ -113,3 +117,85 @@ def test_pseudo_likelihoods_are_for_masked_models(base, capsys):
     assert tiny.train() == 0
     assert base_eval.main(["--eval=pll", "--device-type=cpu"]) == 2
     assert "use bpb" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Mixed with next tokens
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.3, 0.9])
+def test_passes_of_both_kinds_in_turn(share):
+    """The kind follows from the number alone; masked ones tell a hidden token at the place before it, and nobody tells what is not in the row."""
+    tokenizer = tokenizer_512()
+    torch.manual_seed(0)
+    text = torch.randint(1, 256, (10, 201))
+    tokens, following = text[:, :-1], text[:, 1:]
+    prepare = OBJECTIVES["mixed"].prepare(tokenizer, ObjectiveSettings(objective="mixed", causal_share=share))
+    kinds = []
+    for number in range(40):
+        inputs, targets, both_ways = prepare(tokens, following, number)
+        kinds.append(bool(both_ways[0]))
+        assert both_ways.tolist() == [kinds[-1]] * 10
+        if not kinds[-1]:
+            assert torch.equal(inputs, tokens) and torch.equal(targets, following)
+            continue
+        told = targets >= 0
+        assert torch.equal(targets[told], following[told]) and not told[:, -1].any() and 0.1 < told.float().mean() < 0.2
+        assert (inputs[:, 1:][told[:, :-1]] == tokenizer.encode_special(MASK)).float().mean() > 0.6
+    assert sum(kinds) == pytest.approx(40 * (1 - share), abs=1)
+    assert all(abs(sum(kinds[i:i + 10]) - 10 * (1 - share)) <= 1 for i in range(30)), "evenly"
+
+
+@pytest.mark.parametrize("config", [growing.STOCK, growing.mixed(), growing.mixed("ngpt")], ids=["stock", "mixed", "ngpt"])
+@torch.no_grad()
+def test_a_causal_model_that_looks_both_ways_is_the_masked_one(config):
+    model = growing.random_model(config)
+    text = growing.tokens()
+    both = model(text, both_ways=True)
+    assert (both - model(text)).abs().max() > 0.01
+    if config is not growing.STOCK:
+        masked = growing.random_model(growing.mixed(config.layers[0].block, causal=False))
+        assert torch.equal(masked(text), both)
+    targets = torch.where(text % 5 == 0, text, -1)
+    batch = text, targets, torch.ones(len(text), dtype=torch.bool)
+    assert causal_or_masked(model, *batch) == model(text, targets, loss_reduction="sum", both_ways=True) != model(text, targets, loss_reduction="sum")
+
+
+def test_mixed_training_learns_both_and_makes_a_stock_model(base):
+    assert tiny.train(*MIXED, "--num-iterations=60", "--eval-every=60", "--save-every=-1") == 0
+    first, last = (record["val_bpb"] for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "eval")
+    assert last < 0.97 * first, "validation is of next tokens"
+    model, tokenizer, _ = checkpoints.build_model(tiny.folder(base), 60, torch.device("cpu"), "train")
+    assert type(model) is GPT
+    assert len(Engine(model, tokenizer).generate_batch(tokenizer.encode("ka", prepend="<|bos|>"), max_tokens=4, temperature=0.0)[0][0]) > 2
+    bos, mask = tokenizer.get_bos_token_id(), tokenizer.encode_special(MASK)
+    text = tokenizer.encode("some words of a text", prepend=bos)
+    told = pseudo_log_likelihoods(model, text, mask, {bos}, rows_at_once=3)
+    expected = []
+    for i in range(1, len(text)):
+        hidden = torch.tensor([[*text[:i], mask, *text[i + 1:]]])
+        expected.append(F.log_softmax(model(hidden, both_ways=True)[0, i - 1].double(), dim=-1)[text[i]].item())
+    assert told == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_resumed_mixed_run_sees_the_same_kinds_and_masks(base):
+    flags = (*MIXED, "--causal-share=0.6")  # which no step divides evenly
+    assert tiny.train(*flags, "--model-tag=whole") == 0
+    assert tiny.train(*flags, "--model-tag=part") == 0
+    (tiny.folder(base, "part") / "model_000008.pt").unlink()
+    assert tiny.train(*flags, "--model-tag=part", "--resume") == 0
+    states = [torch.load(tiny.folder(base, tag) / "model_000008.pt", weights_only=True) for tag in ("whole", "part")]
+    assert tiny.identical(*states)
+    assert tiny.losses(base, "whole") == tiny.losses(base, "part")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--causal-share=1"], "--causal-share=1 mixes nothing; use --objective=next-token"), (["--causal-share=0"], "use --objective=mlm"), (["--mask-rate=0"], "hides nothing")])
+def test_mixtures_of_one_kind(base, capsys, flags, message):
+    assert tiny.train(*MIXED, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_few_passes_are_pointed_out(base, capsys):
+    assert tiny.train("--objective=mixed", "--num-iterations=1", "--eval-every=-1") == 0
+    assert "Few passes make a step (2)" in capsys.readouterr().out

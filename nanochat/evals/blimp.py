@@ -1,7 +1,8 @@
 """BLiMP (Warstadt et al. 2020, 1912.00582): of two sentences that differ in one point of grammar the right one should be the likelier.
 
 A pair counts 1 where the model gives the good sentence the higher probability, 0 where it gives it the lower one, and 1/2 at a tie, which is counted. What both
-sentences begin with costs both the same and is read, but not scored. A model of hidden tokens is asked for pseudo-log-likelihoods (Salazar et al. 1910.14659).
+sentences begin with costs both the same and is read, but not scored. A model of hidden tokens is asked for pseudo-log-likelihoods (Salazar et al. 1910.14659),
+and one that knows both kinds (--objective=mixed) can be (`hidden`).
 
 The score of a set is the mean over its paradigms, so that they weigh the same where they are not of one size. A set is one file, or the files of one folder:
 BLiMP's own, BabyLM's filtered one and its supplement are three sets, whose rows in the results bear their names, and which are never averaged.
@@ -88,28 +89,29 @@ def prefer_good(examples: Sequence[Example], costs: Sequence[Sequence[float]]) -
     return [0.5 if good == bad else float(good < bad) for good, bad in costs]
 
 
-def _costs(model, tokenizer, device) -> Callable[[Sequence[Example]], list[list[float]]]:
+def _costs(model, tokenizer, device, hidden: bool) -> Callable[[Sequence[Example]], list[list[float]]]:
     """A function of examples that run in one forward pass: for each the nats of its sentences."""
-    if getattr(getattr(model, "config", None), "causal", True):
+    if not hidden and getattr(getattr(model, "config", None), "causal", True):
         return lambda examples: [[nats.double().sum().item() for nats in pair] for pair in token_nats(model, examples, device)]
     mask, special = tokenizer.encode_special(MASK), {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
     return lambda examples: [[-sum(pseudo_log_likelihoods(model, sentence, mask, special)) for sentence in example.sequences] for example in examples]
 
 
-def score_pairs(model, tokenizer, pairs: Sequence[dict], device, progress: Callable[[float], None] | None = None) -> tuple[torch.Tensor, list[int]]:
-    """(1, 0 or 1/2 for each pair; the numbers of the ties). All ranks call it and get the same."""
-    limit, costs = max_positions(model), _costs(model, tokenizer, device)
+def score_pairs(model, tokenizer, pairs: Sequence[dict], device, progress: Callable[[float], None] | None = None,
+                hidden: bool = False) -> tuple[torch.Tensor, list[int]]:
+    """(1, 0 or 1/2 for each pair; the numbers of the ties). All ranks call it and get the same. hidden: also of a causal model pseudo-log-likelihoods."""
+    limit, costs = max_positions(model), _costs(model, tokenizer, device, hidden)
     scores, _ = score_all(len(pairs), lambda i: pair_example(pairs[i], tokenizer, limit), lambda batch: prefer_good(batch, costs(batch)), device, progress)
     return scores, (scores == 0.5).nonzero().flatten().tolist()
 
 
-def evaluate_set(model, tokenizer, path: Path, device, per_paradigm: int | None = None) -> Results:
+def evaluate_set(model, tokenizer, path: Path, device, per_paradigm: int | None = None, hidden: bool = False) -> Results:
     """Of one set: "" is the whole, then field/..., term/... and paradigm/..., each the mean over its paradigms."""
     name = plain_name(path)
     paradigms, rows = read_set(path, per_paradigm)
     rows.tell(f"BLiMP {name}")
     pairs = [pair for group in paradigms.values() for pair in group]
-    scores, _ = score_pairs(model, tokenizer, pairs, device, telling(f"BLiMP {name}"))
+    scores, _ = score_pairs(model, tokenizer, pairs, device, telling(f"BLiMP {name}"), hidden)
     by_paradigm: Results = {}
     groups: dict[str, list[Row]] = {}
     for (uid, group), part in zip(paradigms.items(), scores.split([len(group) for group in paradigms.values()]), strict=True):
@@ -118,7 +120,7 @@ def evaluate_set(model, tokenizer, path: Path, device, per_paradigm: int | None 
         for kind, field in ("field", "field"), ("term", "linguistics_term"):
             if value := group[0].get(field):
                 groups.setdefault(f"{kind}/{normalized(value)}", []).append(row)
-    total = average(list(by_paradigm.values()), baseline=0.5, label=f"BLiMP {name}", metric="accuracy")
+    total = average(list(by_paradigm.values()), baseline=0.5, label=f"BLiMP {name}" + " by hidden tokens" * hidden, metric="accuracy")
     if rows.bad:
         total.counts["not usable"] = len(rows.bad)
     return {"": total, **{key: average(group, baseline=0.5) for key, group in sorted(groups.items())}, **by_paradigm}

@@ -46,6 +46,8 @@ def difference(config: LayeredGPTConfig) -> str:
     """The first thing in which a configuration is not nanochat's."""
     if not config.causal:
         return "attention looks both ways"
+    if config.loops > 1:
+        return f"its layers are run {config.loops} times"
     if config.lm_head_rank or any(layer.attn_rank or layer.mlp_rank for layer in config.layers):
         return "it has low-rank matrices (--dense multiplies them out)"
     first = config.layers[0]

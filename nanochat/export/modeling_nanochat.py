@@ -14,7 +14,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class NanochatConfig(PretrainedConfig):
-    """layers: for each the fields of nanochat's LayerSpec. causal: False where attention looks both ways. padded_vocab_size: rows of the embeddings."""
+    """layers: for each the fields of nanochat's LayerSpec. causal: False where attention looks both ways. loops: how often each layer is run.
+    padded_vocab_size: rows of the embeddings."""
 
     model_type = "nanochat_layered"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -22,11 +23,11 @@ class NanochatConfig(PretrainedConfig):
                      "max_position_embeddings": "sequence_len"}
 
     def __init__(self, vocab_size=1, padded_vocab_size=1, sequence_len=1, n_layer=0, n_head=1, n_kv_head=1, n_embd=1, layers=(), backout_layer=0,
-                 lm_head_rank=0, causal=True, use_cache=True, pad_token_id=None, bos_token_id=None, eos_token_id=None, **kwargs):
+                 lm_head_rank=0, causal=True, loops=1, use_cache=True, pad_token_id=None, bos_token_id=None, eos_token_id=None, **kwargs):
         self.vocab_size, self.padded_vocab_size, self.sequence_len = vocab_size, padded_vocab_size, sequence_len
         self.n_layer, self.n_head, self.n_kv_head, self.n_embd = n_layer, n_head, n_kv_head, n_embd
         self.layers, self.backout_layer, self.lm_head_rank, self.causal = list(layers), backout_layer, lm_head_rank, causal
-        self.use_cache = use_cache and causal
+        self.loops, self.use_cache = loops, use_cache and causal
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
@@ -61,7 +62,7 @@ class NanochatModel(NanochatPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         if cache is not None:
-            while len(cache.layers) <= self.config.n_layer:  # one more for the embeddings, which the smear looks back at
+            while len(cache.layers) <= self.config.loops * self.config.n_layer:  # one more for the embeddings, which the smear looks back at
                 cache.layers.append(DynamicLayer())
         states = [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None
         x = self.stack(input_ids, attention_mask, cache, states, position_ids)

@@ -6,7 +6,7 @@ exported weights (it imports nothing but PyTorch), and to be an oracle that shar
 Sizes in suffixes: B rows, T new positions, S all positions, C channels of the stream, H and K query and key heads, D width of a head.
 
 A cache is any object with `update(keys, values, index) -> (keys, values)`, which appends along the positions and returns all of them, (B, K, S, D), as the
-caches of `transformers` do. Besides the layers' keys and values the embeddings are kept, at the index behind the last layer: the smear looks back at them.
+caches of `transformers` do. There is an index for each use of each layer. The embeddings are kept too, at the index behind the last: the smear looks back at them.
 """
 import torch
 import torch.nn as nn
@@ -64,9 +64,9 @@ def matrix(inputs: int, outputs: int, rank: int = 0) -> nn.Module:
 
 
 class Attention(nn.Module):
-    def __init__(self, n_embd: int, spec: dict, index: int):
+    def __init__(self, n_embd: int, spec: dict):
         super().__init__()
-        self.index, self.heads, self.kv_heads, self.qk_dim = index, spec["n_head"], spec["n_kv_head"], spec["qk_dim"]
+        self.heads, self.kv_heads, self.qk_dim = spec["n_head"], spec["n_kv_head"], spec["qk_dim"]
         rank, self.normalized = spec["attn_rank"], spec["block"] == "ngpt"
         self.c_q = matrix(n_embd, self.heads * self.qk_dim, rank)
         self.c_k = matrix(n_embd, self.kv_heads * self.qk_dim, rank)
@@ -77,8 +77,8 @@ class Attention(nn.Module):
             self.s_qk = nn.Parameter(torch.ones(self.heads, self.qk_dim))
             self.s_head = nn.Parameter(torch.ones(self.heads))
 
-    def forward(self, u_BTC, ve_BTE, positions_BT, seen, cache):
-        """u: the normed stream; ve: the tokens' value embeddings, or None; seen: bool (B or 1, 1, T, S)."""
+    def forward(self, u_BTC, ve_BTE, positions_BT, seen, cache, index):
+        """u: the normed stream; ve: the tokens' value embeddings, or None; seen: bool (B or 1, 1, T, S); index: of what the cache holds for it."""
         q, k, v = (c(u_BTC).unflatten(-1, (heads, -1)).transpose(1, 2)
                    for c, heads in ((self.c_q, self.heads), (self.c_k, self.kv_heads), (self.c_v, self.kv_heads)))
         if ve_BTE is not None:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         else:
             q, k = rms(q) * SHARPNESS, rms(k) * SHARPNESS
         if cache is not None:
-            k, v = cache.update(k, v, self.index)
+            k, v = cache.update(k, v, index)
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # scores are divided by sqrt(D)
         if self.normalized:
@@ -129,10 +129,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual steps, or nGPT's: on the unit sphere, part of the way towards what a module says."""
 
-    def __init__(self, n_embd: int, spec: dict, index: int):
+    def __init__(self, n_embd: int, spec: dict):
         super().__init__()
         self.steps, self.normalized = STEPS[spec["order"]], spec["block"] == "ngpt"
-        self.attn = Attention(n_embd, spec, index)
+        self.attn = Attention(n_embd, spec)
         self.mlp = MLP(n_embd, spec)
         if self.normalized:
             self.alpha_attn = nn.Parameter(torch.ones(n_embd))
@@ -153,17 +153,17 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """From tokens to the normed stream behind the last layer.
 
-    config: an object with n_embd, layers (a dict for each, the fields of nanochat's LayerSpec), backout_layer, causal, and padded_vocab_size, the rows
-    of the embedding tables.
+    config: an object with n_embd, layers (a dict for each, the fields of nanochat's LayerSpec), backout_layer, causal, loops (how often each layer is
+    run before the next one), and padded_vocab_size, the rows of the embedding tables.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.specs, self.backout_layer, self.causal = config.layers, config.backout_layer, config.causal
+        self.specs, self.backout_layer, self.causal, self.loops = config.layers, config.backout_layer, config.causal, config.loops
         self.norm = unit if self.specs[0]["block"] == "ngpt" else rms
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-            "h": nn.ModuleList(Block(config.n_embd, spec, i) for i, spec in enumerate(self.specs))})
+            "h": nn.ModuleList(Block(config.n_embd, spec) for spec in self.specs)})
         self.resid_lambdas = nn.Parameter(torch.ones(len(self.specs)))
         self.x0_lambdas = nn.Parameter(torch.zeros(len(self.specs)))
         self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -179,7 +179,7 @@ class Stack(nn.Module):
         if cache is not None:
             if not self.causal:
                 raise ValueError("a model that looks both ways has no use for a cache: what it holds would change with every token")
-            e_BSC = cache.update(e_BTC[:, None], e_BTC[:, None, :, :0], len(self.specs))[0][:, 0]
+            e_BSC = cache.update(e_BTC[:, None], e_BTC[:, None, :, :0], self.loops * len(self.specs))[0][:, 0]
         T, S = ids_BT.size(1), e_BSC.size(1)
         if mask_BS is None:
             mask_BS = torch.ones_like(e_BSC[..., 0])
@@ -197,7 +197,8 @@ class Stack(nn.Module):
                 states.append(x)
             seen = visible(T, S, spec["window"], self.causal, ids_BT.device) & mask_BS[:, None, None] | itself
             ve = self.value_embeds[str(i)](ids_BT) if spec["value_embed"] else None
-            x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, ve, positions_BT, seen, cache)
+            for use in range(self.loops):
+                x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, ve, positions_BT, seen, cache, use * len(self.specs) + i)
             if i == self.backout_layer:
                 middle = x
         x = self.norm(x - self.backout_lambda * middle)

@@ -3,7 +3,7 @@
 | input, output | shape | |
 |---|---|---|
 | `ids` | (batch, new) int64 | |
-| `key_i`, `value_i` | (batch, heads, past, width) | of layer i; past is 0 at the beginning, and a later step gets what the one before gave |
+| `key_i`, `value_i` | (batch, heads, past, width) | of layer i (of a looped model the layers once more for each loop); past is 0 at the beginning, and a later step gets what the one before gave |
 | `embeddings` | (batch, 1, past, C) | of the tokens so far, to the last of which the smear looks back |
 | `new_key_i`, `new_value_i`, `new_embeddings` | the same with past + new | |
 | `logits` | (batch, new, V) float32 | |
@@ -42,7 +42,7 @@ class Step(nn.Module):
 def cache_shapes(config: dict) -> dict[str, tuple[int, int]]:
     """Heads and width of each tensor of the cache, by its name."""
     shapes: dict[str, tuple[int, int]] = {}
-    for i, spec in enumerate(config["layers"]):
+    for i, spec in enumerate(config["layers"] * config["loops"]):
         shapes |= {f"key_{i}": (spec["n_kv_head"], spec["qk_dim"]), f"value_{i}": (spec["n_kv_head"], spec["head_dim"])}
     return shapes | {"embeddings": (1, config["n_embd"])}
 

@@ -54,7 +54,7 @@ def shape_of(config: GPTConfig) -> tuple:
     """What two models must share to end with about the same loss: all sizes, but neither windows nor value embeddings."""
     config = layered_config(config)
     layers = sorted(repr(replace(layer, window=-1, value_embed=False)) for layer in config.layers)
-    return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, config.causal, *layers
+    return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, config.causal, config.loops, *layers
 
 
 def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | None = None) -> list[tuple[Path, float]]:

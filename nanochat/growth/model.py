@@ -147,7 +147,7 @@ def initialized_layers(target: LayeredGPTConfig, layers: list[int | None], padde
         torch.default_generator.manual_seed(int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)))
         model = build_gpt(config, padded_vocab)
         for block in model.transformer.h:
-            block.alpha_start = 1 / target.n_layer  # of a normalized block
+            block.alpha_start = 1 / (target.n_layer * target.loops)  # of a normalized block
         model.init_weights()
         for block in model.transformer.h:
             if begin == "identity":

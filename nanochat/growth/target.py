@@ -119,7 +119,7 @@ def first_layers(source: LayeredGPTConfig, n_layer: int, n_embd: int, lm_head_ra
         target = layered_config(stock)
         layers = tuple(replace(layer, **changes) for layer in target.layers)
         first = layers[0] if layers else target
-        return replace(target, layers=layers, n_head=first.n_head, n_kv_head=first.n_kv_head, lm_head_rank=lm_head_rank, causal=source.causal)
+        return replace(target, layers=layers, n_head=first.n_head, n_kv_head=first.n_kv_head, lm_head_rank=lm_head_rank, causal=source.causal, loops=source.loops)
     except (ValueError, TypeError, AssertionError) as error:
         raise UsageError(f"there is no such model to grow into: {error}") from error
 
@@ -149,7 +149,7 @@ def stock_config(config: LayeredGPTConfig) -> GPTConfig:
 
 def check_growth(source: LayeredGPTConfig, target: LayeredGPTConfig, layers: Sequence[int | None]) -> None:
     """Raises UsageError with the reason why `source` cannot become `target`."""
-    for name in ("vocab_size", "sequence_len", "causal"):
+    for name in ("vocab_size", "sequence_len", "causal", "loops"):
         check_kept(name, getattr(source, name), getattr(target, name))
     if target.n_embd < source.n_embd:
         raise UsageError(f"a width of {source.n_embd} cannot become {target.n_embd}: a model only grows")

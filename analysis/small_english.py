@@ -1,0 +1,133 @@
+"""What looped layers and a mixed objective give a small model of English: BLiMP and bits per byte, at equal tokens and at equal FLOPs.
+
+    python -m scripts.tok_train --vocab-size=8192          # on the text in NANOCHAT_BASE_DIR, beside which `blimp` holds the pairs
+    python -m analysis.small_english --tune                # learning rates, by validation bits per byte of runs of half the length
+    python -m analysis.small_english --seeds=3 --steps=100 --out=small_english.json --plot=small_english.png
+
+The model has 4 layers of width 192 and a vocabulary of 8,192: 8.0 million parameters, of which 1.8 are in the layers, 1.6 in the embedding, 1.6 in the head
+and 3.1 in two value embeddings. Loops are free of parameters and not of FLOPs (2.16 times as many here with three), so the plain model is also trained for as
+many FLOPs. All arms see the same text in the same order, with one pass of four masked where the objective is mixed. BLiMP plays no part in any choice.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from analysis.trials import Result, Trial, pictures, run_by_seed, run_trials, study_parser
+from nanochat.cli import command, parse_settings, positive_int
+from nanochat.common import get_base_dir
+from nanochat.compare import paired_test
+from nanochat.files import write_text_atomic
+from nanochat.layered_gpt import build_gpt
+from nanochat.run_plan import PlanSettings
+from nanochat.tokenizer import get_tokenizer
+
+MODEL = {"depth": 4, "aspect-ratio": 48, "head-dim": 64, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 4, "total-batch-size": 4096, "save-every": 10,
+         "warmup-steps": 10, "eval-every": 50, "eval-tokens": 32768, "unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15}
+PLAIN = "causal"
+ARMS: dict[str, dict] = {
+    PLAIN: {},
+    "looped": {"loops": 3},
+    "mixed": {"objective": "mixed"},
+    "looped and mixed": {"loops": 3, "objective": "mixed"},
+}
+RATES = (0.24, 0.48, 0.96)  # of the matrices
+TUNED = {PLAIN: 0.48, "looped": 0.48, "mixed": 0.48, "looped and mixed": 0.48}  # that of analysis/trials.py, until --tune has been run
+MORE = "causal, FLOPs of looped"
+PUBLISHED = (("GPT-Neo 9M, all of TinyStories, mean of six seeds", "57.8"), ("GPT-2 124M, BabyLM's 10M words (filtered pairs)", "65-67"),
+             ("looped GPT-BERT 12M, BabyLM's 10M words (filtered pairs)", "71.2"))
+
+
+def flops_per_token(flags: dict) -> int:
+    settings = parse_settings(PlanSettings, [f"--{name}={value}" for name, value in {**MODEL, **flags}.items()], "")
+    with torch.device("meta"):
+        return build_gpt(settings.config(get_tokenizer().get_vocab_size())).estimate_flops()
+
+
+def plan(steps: int, seed: int) -> dict[str, Trial]:
+    found = {}
+    for arm, flags in ARMS.items():
+        tasks = "blimp,blimp-pll:20" if "objective" in flags else "blimp"
+        found[arm] = Trial({**MODEL, **flags, "matrix-lr": TUNED[arm], "num-iterations": steps, "seed": seed, "eval-tasks": tasks})
+    longer = round(steps * flops_per_token(ARMS["looped"]) / flops_per_token({}))
+    found[MORE] = Trial({**found[PLAIN].flags, "num-iterations": longer})
+    return found
+
+
+def tuning(steps: int) -> dict[tuple[str, float], Trial]:
+    """Of a seed that is no other run's."""
+    return {(arm, rate): Trial({**MODEL, **flags, "matrix-lr": rate, "num-iterations": steps, "seed": 41}) for arm, flags in ARMS.items() for rate in RATES}
+
+
+def tune(steps: int, jobs: int) -> None:
+    trials = tuning(steps)
+    bpb = dict(zip(trials, (result.final for result in run_trials(get_base_dir(), trials.values(), jobs))))
+    print("| arm | " + " | ".join(f"--matrix-lr={rate:g}" for rate in RATES) + " |\n|---|" + "---:|" * len(RATES))
+    for arm in ARMS:
+        print(f"| {arm} | " + " | ".join(f"{bpb[arm, rate]:.4f}" for rate in RATES) + " |")
+
+
+def blimp(result: Result, evaluation: str = "blimp") -> dict:
+    """The row of the whole set."""
+    return next(row for key, row in result.rows.items() if key.startswith(f"{evaluation}/") and row["label"])
+
+
+def by_paradigm(runs: list[Result]) -> dict[str, float]:
+    """Means over the seeds."""
+    keys = [key for key in runs[0].rows if key.startswith("blimp/") and "/paradigm/" in key]
+    return {key: statistics.mean(run.rows[key]["value"] for run in runs) for key in keys}
+
+
+def table(runs: dict[str, list[Result]]) -> str:
+    """Accuracies in percent; ± is the standard error over the drawing of pairs, of one run. p: random signs of the paradigms' differences from the plain model."""
+    lines = ["| arm | tokens | FLOPs | bits per byte | BLiMP | by seed | by hidden tokens | more than causal | p |", "|---|---:|---:|---:|---:|---|---:|---:|---:|"]
+    plain = by_paradigm(runs[PLAIN])
+    for arm, found in runs.items():
+        rows = [blimp(run) for run in found]
+        differences = [value - plain[key] for key, value in by_paradigm(found).items()]
+        by_seed = ", ".join(f"{100 * row['value']:.2f}" for row in rows)
+        hidden = f"{100 * statistics.mean(blimp(run, 'blimp-pll:20')['value'] for run in found):.1f}" if "mixed" in arm else ""
+        against = "|" if arm == PLAIN else f"{100 * statistics.mean(differences):+.2f} | {paired_test(differences):.3f}"
+        lines.append(f"| {arm} | {found[0].steps[-1] * MODEL['total-batch-size']:,} | {found[0].flops[-1]:.2e} | {statistics.mean(run.final for run in found):.4f} | "
+                     f"{100 * statistics.mean(row['value'] for row in rows):.2f} ± {100 * statistics.mean(row['se'] for row in rows):.2f} | "
+                     f"{by_seed} | {hidden} | {against} |")
+    return "\n".join(lines + [f"| {name} (published) | | | | {value} | | | | |" for name, value in PUBLISHED])
+
+
+def draw(runs: dict[str, list[Result]], path: Path) -> None:
+    """Over FLOPs, one dot for each seed."""
+    with pictures(path, 10, 4, 2) as (losses, accuracies):
+        for color, (arm, found) in enumerate(runs.items()):
+            style = dict(color=f"C{color}", label=arm)
+            losses.plot([run.flops[-1] for run in found], [run.final for run in found], "o", **style)
+            accuracies.errorbar([run.flops[-1] * (1 + 0.01 * i) for i, run in enumerate(found)], [100 * blimp(run)["value"] for run in found],
+                                [100 * blimp(run)["se"] for run in found], fmt="o", **style)
+        accuracies.axhline(50, color="#808890", linewidth=1)
+        for axes, name in (losses, "validation bits per byte"), (accuracies, "BLiMP, percent"):
+            axes.set_xlabel("training FLOPs")
+            axes.set_ylabel(name)
+        losses.legend(frameon=False)
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--steps", type=positive_int, default=100, help="of 4,096 tokens")
+    parser.add_argument("--tune", action="store_true", help="find learning rates instead, in half as many steps")
+    args = parser.parse_args(argv)
+    if args.tune:
+        return tune(args.steps // 2, args.jobs)
+    by_seed = run_by_seed(lambda seed: plan(args.steps, seed), args.seeds, args.jobs)
+    runs = {arm: [found[arm] for found in by_seed] for arm in by_seed[0]}
+    print(table(runs))
+    if args.out:
+        write_text_atomic(args.out, json.dumps(runs, default=vars))
+    if args.plot:
+        draw(runs, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
