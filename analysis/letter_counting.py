@@ -131,7 +131,7 @@ class Study:
         self.task, self.widths, self.arms, self.epochs, self.text, self.jobs = task, widths, arms, epochs, text, jobs
         self.unit = 100 if task == "counting" else 1
         before = round(BEFORE * epochs)
-        run = lambda arm, width, rate, seed, before=before: Run(task, arm, width, rate, seed, strings, epochs, before)
+        run = lambda arm, width, rate, seed, before=before: Run(task, text.name, arm, width, rate, seed, strings, epochs, before)
 
         tuning = {(width, arm, rate): [run(arm, width, rate, seed) for seed in TUNING_SEEDS] for width in widths for rate in RATES for arm in arms}
         tried = iter(outcomes([run for runs in tuning.values() for run in runs], text, jobs, "Rates"))

@@ -9,10 +9,11 @@ layer, whose head has 27 outputs; the classes of `counting` are the first three.
 """
 import contextlib
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ LENGTH = 20  # of a string
 SYMBOLS = " abcdefghijklmnopqrstuvwxyz"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BATCH = 16  # strings
-LETTERS = 4_000_000  # of each split that are read at most
+LETTERS = 1_000_000  # of each split that are read at most
 TEST = 500  # strings to tune on, and as many others to judge by
 TASKS = ("counting", "language")
 BETTER = {"counting": 1, "language": -1}  # the sign of a better score
@@ -74,6 +75,11 @@ class Text:
                              "get more: python -m nanochat.dataset --source=text8 --force, or --source=stdlib, which needs no network")
         strings = np.random.default_rng(0).permutation(strings)[:2 * TEST]
         return cls(train, strings[:TEST], strings[TEST:])
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Other letters, another name."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in (self.train, self.validation, self.test))).hexdigest()[:12]
 
     def draw(self, count: int, generator: np.random.Generator) -> np.ndarray:
         """So many strings of the training text, from anywhere in it: (count, LENGTH + 1)."""
@@ -121,6 +127,7 @@ class Run:
     """One training: all that decides its outcome on one machine."""
 
     task: str
+    text: str  # the name of the one that is in use
     arm: str
     width: int
     rate: float  # of AdamW: a matrix with C columns learns at rate / sqrt(C), embedding and head at rate / sqrt(width / 768)
@@ -200,10 +207,9 @@ def rates(rate: float) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def small(task: str, width: int, rate: float, seed: int, strings: int, epochs: int) -> Training:
+def small(run: Run) -> Training:
     """A small model before its growth, which several arms share."""
-    run = Run(task, "", width, rate, seed, strings, epochs, epochs)
-    return Training.new(run, width, 1).through(_text, range(epochs))
+    return Training.new(run, run.width, 1).through(_text, range(run.epochs))
 
 
 _text: Text  # of this process
@@ -218,10 +224,11 @@ def use(text: Text) -> None:
 
 def finish(run: Run) -> Outcome:
     """Trains."""
+    assert run.text == _text.name
     arm = ARMS[run.arm]
     begin = grown = None
     if arm.mode:
-        shared = small(run.task, run.width // 2, run.rate, run.seed, run.strings, run.before)
+        shared = small(replace(run, arm="", width=run.width // 2, epochs=run.before))
         begin = score(shared.model, run.task, _text.test)
         training = shared.grown(run.width if run.before < run.epochs else run.width // 2, arm.mode)  # to its own width: a copy
         grown = score(training.model, run.task, _text.test)
