@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from nanochat.cli import UsageError, command, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, with_progress
 from nanochat.files import write_text_atomic
 
+TOGETHER = 5  # seeds
 RATES = (0.005, 0.01, 0.02, 0.04)
 TUNING_SEEDS = (1000, 1001)
 FIRST_SEED = 42
@@ -69,13 +70,23 @@ def begin_process(text: Text) -> None:
     use(text)
 
 
-def finish_and_keep(run: Run) -> None:
-    write_text_atomic(path_of(run), json.dumps(dataclasses.asdict(finish(run))))
+def finish_and_keep(runs: Sequence[Run]) -> None:
+    for outcome in finish(runs):
+        write_text_atomic(path_of(outcome.run), json.dumps(dataclasses.asdict(outcome)))
+
+
+def side_by_side(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that differ in their seeds alone together, so many at a time; the first of all come first, so that whenever it is interrupted, whole seeds are done."""
+    alike: dict[Run, list[Run]] = {}
+    for run in dict.fromkeys(runs):
+        alike.setdefault(dataclasses.replace(run, seed=0), []).append(run)
+    pieces = [(start, found[start:start + TOGETHER]) for found in alike.values() for start in range(0, len(found), TOGETHER)]
+    return [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
 
 
 def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Outcome]:
     """In the order of the runs; those that are not on disk are trained, `jobs` at a time. Says on stderr how far it is."""
-    missing = [run for run in dict.fromkeys(runs) if not path_of(run).exists()]
+    missing = side_by_side(run for run in runs if not path_of(run).exists())
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         done = map(finish_and_keep, missing)
@@ -142,8 +153,7 @@ class Study:
         self.moments = sorted({round(share * epochs) for share in MOMENTS}) if "lossless" in arms else []
         for label, wanted in (("Trainings", [(arm, width, before) for width in widths for arm in arms]), ("Moments", [("lossless", widths[0], moment) for moment in self.moments])):
             plan = {(arm, width, moment): [run(arm, width, self.rates[width, arm], seed, moment) for seed in range(FIRST_SEED, FIRST_SEED + seeds)] for arm, width, moment in wanted}
-            by_seed = [run for seed in zip(*plan.values()) for run in seed]  # whenever it is interrupted, the seeds that are done are whole
-            done = dict(zip(by_seed, outcomes(by_seed, text, jobs, label)))
+            done = dict(zip(every := [run for runs in plan.values() for run in runs], outcomes(every, text, jobs, label)))
             self.found |= {key: [done[run] for run in runs] for key, runs in plan.items()}
         self.before = before
 

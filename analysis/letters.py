@@ -8,15 +8,18 @@ Letters are text8's 27 symbols: a to z and the space; digits are spelled out, al
 layer, whose head has 27 outputs; the classes of `counting` are the first three.
 """
 import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nanochat.cli import UsageError
 from nanochat.dataset import parquets_iter_batched
@@ -164,52 +167,116 @@ def new_model(width: int, heads: int, seed: int, identity: bool = False) -> GPT:
     return model
 
 
-@torch.inference_mode()
-def score(model: GPT, task: str, strings: np.ndarray) -> float:
-    inputs, targets = examples(task, strings)
-    if task == "counting":
-        return (model(inputs)[..., :3].argmax(-1) == targets).float().mean().item()
-    return model(inputs, targets).item() / math.log(2)
-
-
-class Training:
-    """A model, its optimizer, and what they have cost. Every run of a seed sees the same strings in the same order."""
-
-    def __init__(self, run: Run, model: GPT, optimizer: MuonAdamW, flops: float = 0.0):
-        self.run, self.model, self.optimizer, self.flops = run, model, optimizer, flops
-
-    @classmethod
-    def new(cls, run: Run, width: int, heads: int, identity: bool = False) -> "Training":
-        model = new_model(width, heads, run.seed, identity)
-        with contextlib.redirect_stdout(None):  # it says how it scales the rates
-            return cls(run, model, model.setup_optimizer(**rates(run.rate)))
-
-    def through(self, text: Text, epochs: Iterable[int]) -> "Training":
-        for epoch in epochs:
-            strings = text.draw(self.run.strings, np.random.default_rng([self.run.seed, epoch]))
-            for start in range(0, len(strings), BATCH):
-                self.model(*examples(self.run.task, strings[start:start + BATCH])).backward()
-                self.optimizer.step()
-                self.model.zero_grad(set_to_none=True)
-            self.flops += self.model.estimate_flops() * strings[:, 1:].size
-        return self
-
-    def grown(self, width: int, mode: str) -> "Training":
-        with contextlib.redirect_stdout(None):
-            model, optimizer = grow(self.model, grown_config(self.model.config, n_embd=width), self.optimizer, mode=mode,
-                                    setup=rates(self.run.rate), generator=torch.Generator().manual_seed(self.run.seed))
-        assert optimizer is not None
-        return Training(self.run, model, optimizer, self.flops)
-
-
 def rates(rate: float) -> dict:
     return dict(unembedding_lr=rate, embedding_lr=rate, scalar_lr=rate, matrix_lr=rate, matrix_optimizer="adamw")
 
 
+def optimizer_of(model: GPT, rate: float) -> MuonAdamW:
+    with contextlib.redirect_stdout(None):  # it says how it scales the rates
+        return model.setup_optimizer(**rates(rate))
+
+
+def attend(q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor, window_size, kv_cache) -> torch.Tensor:
+    """Causal attention in operators that can be batched once more."""
+    hidden = torch.ones(q_BTHD.size(1), k_BTHD.size(1), dtype=torch.bool).triu(1)
+    scores_BHTT = (q_BTHD.transpose(1, 2) @ k_BTHD.permute(0, 2, 3, 1)) * q_BTHD.size(-1) ** -0.5
+    return (scores_BHTT.masked_fill(hidden, -torch.inf).softmax(-1) @ v_BTHD.transpose(1, 2)).transpose(1, 2)
+
+
+class Models:
+    """S models of one shape that are trained side by side, each as it would be by itself: their parameters are stacked, (S, ...), and each has its own strings.
+
+    Such small models wait for Python; five at once take hardly longer than one. The project's own attention and loss cannot be batched so, and plain ones take their place.
+    """
+
+    def __init__(self, models: Sequence[GPT], optimizers: Sequence[MuonAdamW]):
+        first = models[0]
+        for block in first.transformer.h:
+            block.attn.attend = attend
+        named, self.module, self.flops = [dict(model.named_parameters()) for model in models], first, first.estimate_flops()
+        self.parameters = {name: torch.stack([parameters[name].detach() for parameters in named]).requires_grad_() for name in named[0]}
+        groups = [{**group, "params": [self.parameters[optimizers[0].names[p]] for p in group["params"]]} for group in optimizers[0].param_groups]
+        self.optimizer = MuonAdamW(groups, self.parameters.items())
+        states = [optimizer.full_state_dict() for optimizer in optimizers]
+        self.optimizer.load_full_state_dict({name: {key: torch.stack([state[name][key] for state in states]) if torch.is_tensor(value) else value
+                                                    for key, value in states[0][name].items()} for name in states[0]})
+
+    def each(self, rate: float) -> Iterator[tuple[GPT, MuonAdamW]]:
+        """Every model and its optimizer, by themselves again."""
+        moments = self.optimizer.full_state_dict()
+        for s in range(len(self)):
+            model = copy.deepcopy(self.module)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(self.parameters[name][s])
+            optimizer = optimizer_of(model, rate)
+            optimizer.load_full_state_dict({name: {key: value[s] if torch.is_tensor(value) else value for key, value in moments[name].items()} for name in moments})
+            yield model, optimizer
+
+    def __len__(self) -> int:
+        return len(self.parameters["lm_head.weight"])
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(S, B, T) or, the same for all, (B, T) -> (S, B, T, 27)."""
+        one = lambda parameters, inputs: torch.func.functional_call(self.module, parameters, (inputs,))
+        return torch.vmap(one, in_dims=(0, 0 if inputs.ndim == 3 else None))(self.parameters, inputs)
+
+    def losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Targets like the inputs, in nats: (S,)."""
+        logits = self.logits(inputs)
+        targets = targets.expand(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(len(self), -1).mean(-1)
+
+    @torch.no_grad()
+    def scores(self, task: str, strings: np.ndarray) -> list[float]:
+        inputs, targets = examples(task, strings)
+        if task == "counting":
+            return (self.logits(inputs)[..., :3].argmax(-1) == targets).float().mean((1, 2)).tolist()
+        return (self.losses(inputs, targets) / math.log(2)).tolist()
+
+
+class Training:
+    """Models of runs that differ in their seeds alone, and the FLOPs of each. All runs of a seed see the same strings in the same order."""
+
+    def __init__(self, runs: Sequence[Run], models: Models, flops: float = 0.0):
+        self.runs, self.models, self.flops = runs, models, flops
+
+    @classmethod
+    def new(cls, runs: Sequence[Run], width: int, heads: int, identity: bool = False) -> "Training":
+        models = [new_model(width, heads, run.seed, identity) for run in runs]
+        return cls(runs, Models(models, [optimizer_of(model, runs[0].rate) for model in models]))
+
+    def through(self, text: Text, epochs: Iterable[int]) -> "Training":
+        run = self.runs[0]
+        for epoch in epochs:
+            strings = np.stack([text.draw(run.strings, np.random.default_rng([run.seed, epoch])) for run in self.runs])  # (S, strings, LENGTH + 1)
+            for start in range(0, run.strings, BATCH):
+                inputs, targets = (part.view(len(strings), -1, LENGTH) for part in examples(run.task, strings[:, start:start + BATCH].reshape(-1, LENGTH + 1)))
+                self.models.losses(inputs, targets).sum().backward()
+                self.models.optimizer.step()
+                self.models.optimizer.zero_grad()
+            self.flops += self.models.flops * run.strings * LENGTH
+        return self
+
+    def grown(self, width: int, mode: str) -> "Training":
+        models, optimizers = [], []
+        for run, (model, optimizer) in zip(self.runs, self.models.each(self.runs[0].rate)):
+            with contextlib.redirect_stdout(None):
+                model, grown = grow(model, grown_config(model.config, n_embd=width), optimizer, mode=mode, setup=rates(run.rate),
+                                    generator=torch.Generator().manual_seed(run.seed))
+            assert grown is not None
+            models.append(model)
+            optimizers.append(grown)
+        return Training(self.runs, Models(models, optimizers), self.flops)
+
+    def scores(self, strings: np.ndarray) -> list[float]:
+        return self.models.scores(self.runs[0].task, strings)
+
+
 @functools.lru_cache(maxsize=1)
-def small(run: Run) -> Training:
-    """A small model before its growth, which several arms share."""
-    return Training.new(run, run.width, 1).through(_text, range(run.epochs))
+def small(runs: tuple[Run, ...]) -> Training:
+    """Small models before their growth, which several arms share."""
+    return Training.new(runs, runs[0].width, 1).through(_text, range(runs[0].epochs))
 
 
 _text: Text  # of this process
@@ -222,17 +289,20 @@ def use(text: Text) -> None:
     small.cache_clear()
 
 
-def finish(run: Run) -> Outcome:
-    """Trains."""
-    assert run.text == _text.name
+def finish(runs: Sequence[Run]) -> list[Outcome]:
+    """Trains; the runs differ in their seeds alone."""
+    run, text = runs[0], _text
+    assert {dataclasses.replace(run, seed=other.seed) for other in runs} == set(runs) and run.text == text.name
     arm = ARMS[run.arm]
-    begin = grown = None
+    begin: list = [None] * len(runs)
+    grown = begin
     if arm.mode:
-        shared = small(replace(run, arm="", width=run.width // 2, epochs=run.before))
-        begin = score(shared.model, run.task, _text.test)
+        shared = small(tuple(dataclasses.replace(run, arm="", width=run.width // 2, epochs=run.before) for run in runs))
+        begin = shared.scores(text.test)
         training = shared.grown(run.width if run.before < run.epochs else run.width // 2, arm.mode)  # to its own width: a copy
-        grown = score(training.model, run.task, _text.test)
-        training.through(_text, range(run.before, run.epochs))
+        grown = training.scores(text.test)
+        training.through(text, range(run.before, run.epochs))
     else:
-        training = Training.new(run, run.width, arm.heads, arm.identity).through(_text, range(run.epochs))
-    return Outcome(run, score(training.model, run.task, _text.validation), score(training.model, run.task, _text.test), training.flops, begin, grown)
+        training = Training.new(runs, run.width, arm.heads, arm.identity).through(text, range(run.epochs))
+    return [Outcome(run, validation, test, training.flops, *more)
+            for run, validation, test, *more in zip(runs, training.scores(text.validation), training.scores(text.test), begin, grown)]
