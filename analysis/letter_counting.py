@@ -1,23 +1,23 @@
-"""Does a model that grew count letters better than one that was large from the beginning? The study of the BUS draft, and its twin, a language model of letters.
+"""Does a model that grew count letters better than one that was large from the beginning? The study of the BUS draft, and a language model as its twin.
 
     python -m nanochat.dataset --source=text8          or any other source: the text is put into text8's alphabet
     python -m analysis.letter_counting --out=letters.json --plot=dev/letter_counting.png
     python -m analysis.letter_counting --task=language
 
-The tasks and the trainings are those of letters.py. The draft trains a transformer of one layer, one head and width n for 50 epochs from scratch ("plain"), or one of width
-n/2 for 20 epochs and, grown to n, for 30 more, and says that the grown one is more accurate, and varies less over seeds. Here the same is done with
+The tasks and the trainings are those of letters.py. The draft trains a transformer of one layer, one head and width n for 50 epochs from scratch ("plain"), or
+one of width n/2 for 20 epochs and, grown to n, for 30 more, and says that the grown one is more accurate and varies less over seeds. Here the same is done with
 
-* the draft's expansions: `bus` (rows and columns tiled and scaled, which at a doubling is also HyperCloning) and `identity` (the matrix added to an identity),
-* ours: `lossless`,
-* two controls: `plain-2-heads`, since growth makes two heads of n/2 of the one and heads help to count; and `plain-identity`, the same with matrices that begin as
-  identities, for what the identity does by itself.
+* the draft's expansions: `bus` (rows and columns tiled and scaled; at a doubling it is HyperCloning too) and `identity` (the matrix added to an identity);
+* ours: `lossless`;
+* two controls: `plain-2-heads`, since growth makes two heads of n/2 of the one, and heads help to count; and `plain-identity`, the same with matrices that
+  begin as identities, for what the identity does by itself.
 
 Growth at other moments is tried with `lossless` at the first of the widths.
 
-What the draft does not say is chosen: an epoch is --strings strings, drawn anew each time (a fixed set of so few would be learned by heart, which is another
-question), the same ones in all arms of a seed; batches of 16 strings, hence 8 steps an epoch; AdamW at a constant rate, without weight decay for matrices, its moments carried over
-at the growth; an MLP of twice the width. The rate is tuned for each task, width and arm (one rate before and after the growth) on other seeds and other strings, among `RATES`.
-Scores are those of 500 strings that nothing else saw. Intervals are of 95 %, by bootstrap over the seeds.
+What the draft does not say is chosen. An epoch is --strings strings, drawn anew each time (a fixed set of so few would be learned by heart, which is another
+question), the same ones in all arms of a seed; batches of 16, hence 8 steps an epoch. AdamW at a constant rate, without weight decay for matrices, its
+moments carried over at the growth; an MLP of twice the width. The rate is tuned for each task, width and arm (one before and after the growth) on other seeds and
+other strings, among `RATES`. Scores are those of 500 strings that nothing else saw. Intervals are of 95 %, by bootstrap over the seeds.
 
 Each finished training is a file below NANOCHAT_BASE_DIR/letter_counting: interrupt it, and start it again.
 """
@@ -47,6 +47,7 @@ FIRST_SEED = 42
 MOMENTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the epochs; at 1 the model stays small
 BEFORE = 0.4  # the draft's: 20 of 50 epochs
 DRAFT = {64: (81.4, 86.8), 128: (88.0, 93.6), 256: (91.2, 96.8), 512: (92.3, 97.7), 1024: (93.7, 99.1)}  # its accuracies in percent: plain, grown
+DRAFTS = ("plain", "bus", "identity")  # which of the arms are its own
 
 
 # -----------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def finish_and_keep(runs: Sequence[Run]) -> None:
 
 
 def side_by_side(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that differ in their seeds alone together, so many at a time; the first of all come first, so that whenever it is interrupted, whole seeds are done."""
+    """Pieces of runs that differ in their seeds alone. The first seeds of all come first: whenever it is interrupted, whole seeds are done."""
     alike: dict[Run, list[Run]] = {}
     for run in dict.fromkeys(runs):
         alike.setdefault(dataclasses.replace(run, seed=0), []).append(run)
@@ -106,7 +107,7 @@ def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Out
 
 
 def interval(statistic: Callable[..., np.ndarray], *samples: Sequence[float]) -> tuple[float, float, float]:
-    """The statistic of paired samples and its 95 % interval, by a percentile bootstrap over the pairs. It takes arrays whose last dimension is the pairs."""
+    """(of all, low, high): a statistic of paired samples, which takes arrays whose last dimension is the pairs, and its 95 % interval by a bootstrap over them."""
     values = np.array(samples, dtype=float)
     chosen = np.random.default_rng(0).integers(values.shape[1], size=(10_000, values.shape[1]))
     low, high = np.percentile(statistic(*values[:, chosen]), [2.5, 97.5])
@@ -149,12 +150,17 @@ class Study:
         validations = {key: statistics.mean(next(tried).validation for _ in runs) for key, runs in tuning.items()}
         self.rates = {(width, arm): max(RATES, key=lambda rate: BETTER[task] * validations[width, arm, rate]) for width in widths for arm in arms}
 
-        self.found: dict[tuple[str, int, int], list[Outcome]] = {}  # by arm, width and epochs before the growth: of each seed
         self.moments = sorted({round(share * epochs) for share in MOMENTS}) if "lossless" in arms else []
-        for label, wanted in (("Trainings", [(arm, width, before) for width in widths for arm in arms]), ("Moments", [("lossless", widths[0], moment) for moment in self.moments])):
-            plan = {(arm, width, moment): [run(arm, width, self.rates[width, arm], seed, moment) for seed in range(FIRST_SEED, FIRST_SEED + seeds)] for arm, width, moment in wanted}
-            done = dict(zip(every := [run for runs in plan.values() for run in runs], outcomes(every, text, jobs, label)))
-            self.found |= {key: [done[run] for run in runs] for key, runs in plan.items()}
+        self.found: dict[tuple[str, int, int], list[Outcome]] = {}  # by arm, width and epochs before the growth: of each seed
+
+        def train(label: str, wanted: Iterable[tuple[str, int, int]]) -> None:
+            plan = {(arm, width, moment): [run(arm, width, self.rates[width, arm], seed, moment) for seed in range(FIRST_SEED, FIRST_SEED + seeds)]
+                    for arm, width, moment in wanted}
+            found = iter(outcomes([run for runs in plan.values() for run in runs], text, jobs, label))
+            self.found |= {key: [next(found) for _ in runs] for key, runs in plan.items()}
+
+        train("Trainings", [(arm, width, before) for width in widths for arm in arms])
+        train("Moments", [("lossless", widths[0], moment) for moment in self.moments])
         self.before = before
 
     def of(self, arm: str, width: int, before: int | None = None) -> list[Outcome]:
@@ -171,13 +177,14 @@ class Study:
     def table(self) -> str:
         """Every arm: what it comes to and what it costs."""
         measure = "accuracy, %" if self.task == "counting" else "bits per character"
-        rows = [f"| width | arm | rate | FLOPs | {measure} | 95 % interval | standard deviation | at the growth | the draft |", "|---:|---|---:|---:|---:|---|---:|---|---:|"]
+        rows = [f"| width | arm | rate | FLOPs | {measure} | 95 % interval | standard deviation | at the growth | the draft |",
+                "|---:|---|---:|---:|---:|---|---:|---|---:|"]
         for width in self.widths:
             for arm in self.arms:
                 middle, low, high = interval(mean, self.scores(arm, width))
                 steps = [(o.begin * self.unit, o.grown * self.unit) for o in self.of(arm, width) if o.begin is not None and o.grown is not None]
                 jump = "{:.3f} → {:.3f}".format(*map(statistics.mean, zip(*steps))) if steps else ""
-                draft = f"{DRAFT[width][bool(ARMS[arm].mode)]}" if self.task == "counting" and width in DRAFT and arm != "lossless" and arm in DRAFTS else ""
+                draft = f"{DRAFT[width][bool(ARMS[arm].mode)]}" if self.task == "counting" and width in DRAFT and arm in DRAFTS else ""
                 rows.append(f"| {width} | {arm} | {self.rates[width, arm]:g} | {self.flops(arm, width):.2f} | {middle:.3f} | {low:.3f} to {high:.3f} | "
                             f"{statistics.stdev(self.scores(arm, width)):.3f} | {jump} | {draft} |")
         return "\n".join(rows)
@@ -194,61 +201,62 @@ class Study:
                     sign = BETTER[self.task]
                     better = interval(lambda x, y: sign * gain(x, y), *pair)
                     steadier = interval(variance_ratio, *pair)
-                    found.append(dict(width=width, arm=arm, other=other, gain=better, better=verdict(*better[1:]), variance_ratio=steadier, steadier=verdict(*steadier[1:], 1.0)))
+                    found.append(dict(width=width, arm=arm, other=other, gain=better, better=verdict(*better[1:]),
+                                      variance_ratio=steadier, steadier=verdict(*steadier[1:], 1.0)))
         return found
 
     def claims(self) -> str:
-        rows = ["| width | claim | by how much | 95 % interval | verdict | variance, of the other by its own | 95 % interval | it varies less |", "|---:|---|---:|---|---|---:|---|---|"]
+        rows = ["| width | claim | by how much | 95 % interval | verdict | variance, the other's by its own | 95 % interval | it varies less |",
+                "|---:|---|---:|---|---|---:|---|---|"]
         for c in self.comparisons():
-            rows.append(f"| {c['width']} | {c['arm']} is better than {c['other']} | {c['gain'][0]:+.3f} | {c['gain'][1]:+.3f} to {c['gain'][2]:+.3f} | {c['better']} | "
-                        f"{c['variance_ratio'][0]:.2f} | {c['variance_ratio'][1]:.2f} to {c['variance_ratio'][2]:.2f} | {c['steadier']} |")
+            (gain, worst, best), (ratio, low, high) = c["gain"], c["variance_ratio"]
+            rows.append(f"| {c['width']} | {c['arm']} is better than {c['other']} | {gain:+.3f} | {worst:+.3f} to {best:+.3f} | {c['better']} | "
+                        f"{ratio:.2f} | {low:.2f} to {high:.2f} | {c['steadier']} |")
         return "\n".join(rows)
 
     def best_moment(self) -> str:
         """Growth after how many epochs, at the first width."""
-        means = {moment: interval(mean, self.scores("lossless", self.widths[0], moment)) for moment in self.moments}
-        rows = [f"| width {self.widths[0]} grown (lossless) after so many of {self.epochs} epochs | score | 95 % interval | FLOPs |", "|---:|---:|---|---:|"]
-        for moment, (middle, low, high) in means.items():
-            share = self.of("lossless", self.widths[0], moment)[0].flops / self.of("plain", self.widths[0])[0].flops
+        width = self.widths[0]
+        scores = {moment: self.scores("lossless", width, moment) for moment in self.moments}
+        rows = [f"| width {width} grown (lossless) after so many of {self.epochs} epochs | score | 95 % interval | FLOPs |", "|---:|---:|---|---:|"]
+        for moment in self.moments:
+            middle, low, high = interval(mean, scores[moment])
+            share = self.of("lossless", width, moment)[0].flops / self.of("plain", width)[0].flops
             rows.append(f"| {moment if moment < self.epochs else 'never'} | {middle:.3f} | {low:.3f} to {high:.3f} | {share:.2f} |")
-        best = max(means, key=lambda moment: BETTER[self.task] * means[moment][0])
-        against = {moment: interval(lambda x, y: BETTER[self.task] * gain(x, y), self.scores("lossless", self.widths[0], moment), self.scores("lossless", self.widths[0], best))
-                   for moment in self.moments if moment != best}
-        equal = [str(moment) for moment, (_, low, _) in against.items() if low <= 0]
+        sign = BETTER[self.task]
+        best = max(self.moments, key=lambda moment: sign * statistics.mean(scores[moment]))
+        equal = [str(moment) for moment in self.moments if moment != best and interval(lambda x, y: sign * gain(x, y), scores[moment], scores[best])[1] <= 0]
         return "\n".join(rows) + f"\n\nThe best moment is after {best} epochs" + (f"; not told from it: after {', '.join(equal)}" if equal else "")
-
-
-DRAFTS = ("plain", "bus", "identity")  # which of the arms are its own
 
 
 def draw(study: Study, path: Path) -> None:
     """Left: scores by width. Right: by the moment of growth. Mean of the seeds with its interval."""
+    def points(axes, x: Sequence[float], samples: list[list[float]], **looks) -> None:
+        middle, low, high = np.array([interval(mean, sample) for sample in samples]).T
+        axes.errorbar(x, middle, [middle - low, high - middle], capsize=3, **looks)
+
+    measure, first = "accuracy, %" if study.task == "counting" else "bits per character", study.widths[0]
     with pictures(path, 12, 4.8, 2) as (left, right):
         for i, arm in enumerate(study.arms):
-            found = np.array([interval(mean, study.scores(arm, width)) for width in study.widths])
-            x = np.array(study.widths) * 1.03 ** (i - len(study.arms) / 2)  # beside each other
-            left.errorbar(x, found[:, 0], [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]], marker="o" if ARMS[arm].mode else "s", capsize=3,
-                          linestyle="-" if ARMS[arm].mode else ":", color=f"C{i}", label=arm)
+            looks = dict(color=f"C{i}", label=arm) | (dict(marker="o") if ARMS[arm].mode else dict(marker="s", linestyle=":"))
+            beside = [width * 1.02 ** (i - len(study.arms) / 2) for width in study.widths]
+            points(left, beside, [study.scores(arm, width) for width in study.widths], **looks)
+            if not ARMS[arm].mode:
+                right.axhline(statistics.mean(study.scores(arm, first)), color=f"C{i}", linestyle=":", label=arm)
+            if arm == "lossless":
+                points(right, study.moments, [study.scores(arm, first, moment) for moment in study.moments], **looks)
         if study.task == "counting":
             known = [width for width in study.widths if width in DRAFT]
             for which, name in enumerate(("plain", "grown")):
-                left.plot(known, [DRAFT[width][which] for width in known], color="grey", linewidth=1, linestyle=":" if which == 0 else "--", label=f"the draft: {name}")
-        measure = "accuracy, %" if study.task == "counting" else "bits per character"
+                left.plot(known, [DRAFT[width][which] for width in known], "x", color=("grey", "black")[which], label=f"the draft: {name}")
         left.set_xscale("log", base=2)
         left.set_xticks(study.widths, list(map(str, study.widths)))
+        left.minorticks_off()
         left.set_xlabel("width")
-        left.set_ylabel(measure)
-        left.legend(frameon=False, fontsize=8)
-        width = study.widths[0]
-        found = np.array([interval(mean, study.scores("lossless", width, moment)) for moment in study.moments])
-        if study.moments:
-            right.errorbar(study.moments, found[:, 0], [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]], marker="o", capsize=3, label="lossless")
-        for arm in study.arms:
-            if not ARMS[arm].mode:
-                right.axhline(statistics.mean(study.scores(arm, width)), color=f"C{study.arms.index(arm)}", linestyle=":", label=arm)
-        right.set_xlabel(f"epochs before the growth from {width // 2} to {width}, of {study.epochs}")
-        right.set_ylabel(measure)
-        right.legend(frameon=False, fontsize=8)
+        right.set_xlabel(f"epochs before the growth from {first // 2} to {first}, of {study.epochs}")
+        for axes in (left, right):
+            axes.set_ylabel(measure)
+            axes.legend(frameon=False, fontsize=8)
 
 
 @command
@@ -267,7 +275,8 @@ def main(argv=None) -> None:
         raise UsageError("an interval takes two seeds or more, and the moments of growth five epochs or more: raise --seeds or --epochs")
     arms = [arm for arm in ARMS if arm in ("plain", *args.arms)]
     study = Study(args.task, sorted(set(args.widths)), arms, args.seeds, args.strings, args.epochs, args.jobs, Text.of_base_dir())
-    print(f"{args.seeds} seeds, {args.epochs} epochs of {args.strings} strings, growth after {study.before}, {COMPUTE_DTYPE}. FLOPs: those of plain are 1.\n\n{study.table()}\n\n{study.claims()}")
+    print(f"{args.seeds} seeds, {args.epochs} epochs of {args.strings} strings, growth after {study.before}, {COMPUTE_DTYPE}. FLOPs: those of plain are 1.")
+    print(f"\n{study.table()}\n\n{study.claims()}")
     if study.moments:
         print(f"\n{study.best_moment()}")
     if edge := sorted({arm for (_, arm), rate in study.rates.items() if rate in (RATES[0], RATES[-1])}):

@@ -4,8 +4,8 @@
   positions that are right.
 * `language`: at each position, the next letter. Score: the loss in bits per character.
 
-Letters are text8's 27 symbols: a to z and the space; digits are spelled out, all else is a space, and spaces do not repeat. The model is a causal `LayeredGPT` of one
-layer, whose head has 27 outputs; the classes of `counting` are the first three.
+Letters are text8's 27 symbols: a to z and the space; digits are spelled out, all else is a space, and spaces do not repeat. The model is a causal
+`LayeredGPT` of one layer, whose head has 27 outputs; the classes of `counting` are the first three.
 """
 import contextlib
 import copy
@@ -184,9 +184,9 @@ def attend(q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor, win
 
 
 class Models:
-    """S models of one shape that are trained side by side, each as it would be by itself: their parameters are stacked, (S, ...), and each has its own strings.
+    """S models of one shape, trained side by side, each as it would be by itself: their parameters are stacked, (S, ...), and each has its own strings.
 
-    Such small models wait for Python; five at once take hardly longer than one. The project's own attention and loss cannot be batched so, and plain ones take their place.
+    Such small models wait for Python: five take twice the time of one. The project's own attention and loss cannot be batched so; plain ones take their place.
     """
 
     def __init__(self, models: Sequence[GPT], optimizers: Sequence[MuonAdamW]):
@@ -210,7 +210,8 @@ class Models:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(self.parameters[name][s])
             optimizer = optimizer_of(model, rate)
-            optimizer.load_full_state_dict({name: {key: value[s] if torch.is_tensor(value) else value for key, value in moments[name].items()} for name in moments})
+            optimizer.load_full_state_dict({name: {key: value[s] if torch.is_tensor(value) else value for key, value in moments[name].items()}
+                                            for name in moments})
             yield model, optimizer
 
     def __len__(self) -> int:
@@ -251,8 +252,8 @@ class Training:
         for epoch in epochs:
             strings = np.stack([text.draw(run.strings, np.random.default_rng([run.seed, epoch])) for run in self.runs])  # (S, strings, LENGTH + 1)
             for start in range(0, run.strings, BATCH):
-                inputs, targets = (part.view(len(strings), -1, LENGTH) for part in examples(run.task, strings[:, start:start + BATCH].reshape(-1, LENGTH + 1)))
-                self.models.losses(inputs, targets).sum().backward()
+                batch = examples(run.task, strings[:, start:start + BATCH].reshape(-1, LENGTH + 1))
+                self.models.losses(*(part.view(len(strings), -1, LENGTH) for part in batch)).sum().backward()
                 self.models.optimizer.step()
                 self.models.optimizer.zero_grad()
             self.flops += self.models.flops * run.strings * LENGTH
