@@ -17,7 +17,7 @@ Growth at other moments is tried with `lossless` at the first of the widths.
 What the draft does not say is chosen. An epoch is --strings strings, drawn anew each time (a fixed set of so few would be learned by heart, which is another
 question), the same ones in all arms of a seed; batches of 16, hence 8 steps an epoch. AdamW at a constant rate, without weight decay for matrices, its
 moments carried over at the growth; an MLP of twice the width. The rate is tuned for each task, width and arm (one before and after the growth) on other seeds and
-other strings, among `RATES`. Scores are those of 500 strings that nothing else saw. Intervals are of 95 %, by bootstrap over the seeds.
+other strings, among --rates. Scores are those of 500 strings that nothing else saw. Intervals are of 95 %, by bootstrap over the seeds.
 
 Each finished training is a file below NANOCHAT_BASE_DIR/letter_counting: interrupt it, and start it again.
 """
@@ -36,15 +36,13 @@ import numpy as np
 
 from analysis.letters import ARMS, BETTER, TASKS, Outcome, Run, Text, finish, use
 from analysis.trials import pictures, study_parser
-from nanochat.cli import UsageError, command, positive_int, positive_ints
+from nanochat.cli import UsageError, command, positive_float, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, with_progress
 from nanochat.files import write_text_atomic
 
 TOGETHER = 5  # seeds
-RATES = (0.005, 0.01, 0.02, 0.04)
 TUNING_SEEDS = (1000, 1001)
 FIRST_SEED = 42
-MOMENTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the epochs; at 1 the model stays small
 BEFORE = 0.4  # the draft's: 20 of 50 epochs
 DRAFT = {64: (81.4, 86.8), 128: (88.0, 93.6), 256: (91.2, 96.8), 512: (92.3, 97.7), 1024: (93.7, 99.1)}  # its accuracies in percent: plain, grown
 DRAFTS = ("plain", "bus", "identity")  # which of the arms are its own
@@ -139,18 +137,19 @@ def verdict(low: float, high: float, nothing: float = 0.0) -> str:
 class Study:
     """runs, rates and outcomes of one task, by width and arm. `scores` are in percent or bits per character."""
 
-    def __init__(self, task: str, widths: list[int], arms: list[str], seeds: int, strings: int, epochs: int, jobs: int, text: Text):
+    def __init__(self, task: str, widths: list[int], arms: list[str], seeds: int, strings: int, epochs: int, rates: list[float], moments: list[float],
+                 jobs: int, text: Text):
         self.task, self.widths, self.arms, self.epochs, self.text, self.jobs = task, widths, arms, epochs, text, jobs
         self.unit = 100 if task == "counting" else 1
         before = round(BEFORE * epochs)
         run = lambda arm, width, rate, seed, before=before: Run(task, text.name, arm, width, rate, seed, strings, epochs, before)
 
-        tuning = {(width, arm, rate): [run(arm, width, rate, seed) for seed in TUNING_SEEDS] for width in widths for rate in RATES for arm in arms}
+        tuning = {(width, arm, rate): [run(arm, width, rate, seed) for seed in TUNING_SEEDS] for width in widths for rate in rates for arm in arms}
         tried = iter(outcomes([run for runs in tuning.values() for run in runs], text, jobs, "Rates"))
         validations = {key: statistics.mean(next(tried).validation for _ in runs) for key, runs in tuning.items()}
-        self.rates = {(width, arm): max(RATES, key=lambda rate: BETTER[task] * validations[width, arm, rate]) for width in widths for arm in arms}
+        self.rates = {(width, arm): max(rates, key=lambda rate: BETTER[task] * validations[width, arm, rate]) for width in widths for arm in arms}
 
-        self.moments = sorted({round(share * epochs) for share in MOMENTS}) if "lossless" in arms else []
+        self.moments = sorted({round(share * epochs) for share in moments}) if "lossless" in arms else []
         self.found: dict[tuple[str, int, int], list[Outcome]] = {}  # by arm, width and epochs before the growth: of each seed
 
         def train(label: str, wanted: Iterable[tuple[str, int, int]]) -> None:
@@ -259,6 +258,11 @@ def draw(study: Study, path: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
 
 
+def positive_floats(text: str) -> list[float]:
+    """Several `positive_float`, joined by commas."""
+    return [positive_float(part) for part in text.split(",")]
+
+
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
@@ -268,19 +272,26 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=positive_int, default=25)
     parser.add_argument("--strings", type=positive_int, default=128, help="in an epoch")
     parser.add_argument("--epochs", type=positive_int, default=50)
+    parser.add_argument("--rates", type=positive_floats, default=[0.005, 0.01, 0.02, 0.04], help="of which the best is taken for each width and arm")
+    parser.add_argument("--moments", type=positive_floats, default=[0.1, 0.2, 0.4, 0.6, 0.8, 1.0],
+                        help="shares of the epochs after which lossless growth is tried at the first width; 1: it never grows")
     args = parser.parse_args(argv)
     if bad := [width for width in args.widths if width % 4 or width < 48]:
         raise UsageError(f"--widths: {bad[0]} cannot be the double of a model's width here; use multiples of 4 from 48 on")
     if args.seeds < 2 or args.epochs < 5:
         raise UsageError("an interval takes two seeds or more, and the moments of growth five epochs or more: raise --seeds or --epochs")
+    if max(args.moments) > 1:
+        raise UsageError(f"--moments: there is no growth after {max(args.moments):g} of all epochs; use shares from 0 to 1")
     arms = [arm for arm in ARMS if arm in ("plain", *args.arms)]
-    study = Study(args.task, sorted(set(args.widths)), arms, args.seeds, args.strings, args.epochs, args.jobs, Text.of_base_dir())
+    study = Study(args.task, sorted(set(args.widths)), arms, args.seeds, args.strings, args.epochs, sorted(args.rates), args.moments, args.jobs,
+                  Text.of_base_dir())
     print(f"{args.seeds} seeds, {args.epochs} epochs of {args.strings} strings, growth after {study.before}, {COMPUTE_DTYPE}. FLOPs: those of plain are 1.")
     print(f"\n{study.table()}\n\n{study.claims()}")
     if study.moments:
         print(f"\n{study.best_moment()}")
-    if edge := sorted({arm for (_, arm), rate in study.rates.items() if rate in (RATES[0], RATES[-1])}):
-        print(f"\nThe best rate is at the edge of {RATES} for {', '.join(edge)}")
+    ends = min(args.rates), max(args.rates)
+    if edge := sorted(f"{arm} of {width}" for (width, arm), rate in study.rates.items() if rate in ends):
+        print(f"\nThe best rate is at the edge of --rates for {', '.join(edge)}")
     if args.out:
         found = [dataclasses.asdict(outcome) for seeds in study.found.values() for outcome in seeds]
         write_text_atomic(args.out, json.dumps(dict(comparisons=study.comparisons(), outcomes=found)))

@@ -14,15 +14,14 @@ from analysis.letters import ARMS, SYMBOLS, Run, Text, Training
 from nanochat.growth import grow, grown_config
 from tests.golden.fixtures import HERE
 
-TOY = ["--seeds=2", "--strings=16", "--epochs=5", "--jobs=1"]
+TOY = ["--seeds=2", "--strings=16", "--epochs=5", "--rates=0.01,0.02", "--moments=0.4,1", "--jobs=1"]
 
 
 @pytest.fixture
 def text(base_dir, monkeypatch):
-    """A base directory with a little text, of which a few strings are tested on, for runs with one rate tried on one seed."""
+    """A base directory with a little text, of which a few strings are tested on, for runs that are tuned on one seed."""
     shutil.copytree(HERE / "shards", base_dir / "base_data_climbmix")
     monkeypatch.setattr(letters, "TEST", 20)
-    monkeypatch.setattr(letter_counting, "RATES", (0.01, 0.02))
     monkeypatch.setattr(letter_counting, "TUNING_SEEDS", (1000,))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     found = Text.of_base_dir()
@@ -168,7 +167,7 @@ def test_intervals_and_verdicts_tell_an_effect_from_noise():
 
 
 @pytest.mark.parametrize("flags, message", [(["--widths=64,50"], "50"), (["--widths=32"], "48"), (["--seeds=1"], "two seeds"), (["--epochs=4"], "five epochs"),
-                                            ([], "training data")])
+                                            (["--moments=0.5,2"], "after 2 of all"), ([], "training data")])
 def test_one_line_says_what_is_wrong(flags, message, base_dir, capsys):
     assert letter_counting.main(flags) == 2
     assert message in (err := capsys.readouterr().err) and err.count("\n") == 1
