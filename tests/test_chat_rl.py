@@ -88,6 +88,7 @@ def train_and_die() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace_or_die)
+        patch.setattr(spellingbee.SpellingBee, "reward", reward)  # it is a process of its own
         train()
 
 
