@@ -73,6 +73,8 @@ def draw(by_seed: list[dict[str, Result]], epochs: list[int], path: Path) -> Non
         for kind in dict.fromkeys(name.rsplit(", ", 1)[0] for name in by_seed[0]):
             axes.plot(epochs, [statistics.mean(runs[f"{kind}, {count} epochs"].final for runs in by_seed) for count in epochs], "o-" if "->" in kind else "o:", label=kind)
         axes.set_xscale("log")
+        axes.set_xticks(epochs, list(map(str, epochs)))
+        axes.minorticks_off()
         axes.set_xlabel("epochs")
         axes.set_ylabel("final validation bits per byte")
         axes.legend(frameon=False)
