@@ -1,0 +1,161 @@
+"""Do the singular values of a trained matrix look alike at all widths? And what becomes of them when the model grows?
+
+    python -m analysis.spectra --out=spectra.json --plot=dev/spectra.png
+
+On the data and the tokenizer in NANOCHAT_BASE_DIR. A claim of drafts on growth by upscaling: the spectra of equally trained models of different widths agree, up to their scale.
+A spectrum is taken as the distribution of a matrix's singular values, divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean
+squared difference of their quantiles: 0 for equal shapes at any scale, and comparable at any size.
+
+It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width), and set against what must be told apart from it:
+two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
+by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers; errors are those of the mean over seeds.
+"""
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from analysis.trials import SHAPE, STEPS, TUNED, Trial, pictures, run_trials, study_parser
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.cli import command, positive_int
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
+from nanochat.gpt import GPT
+from nanochat.growth import grow
+from nanochat.growth.target import grown_config
+
+KINDS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+QUANTILES = (np.arange(64) + 0.5) / 64
+MODES = ("lossless", "hyperclone", "bus")  # of growth
+Spectra = dict[str, np.ndarray]  # by "layer.kind"
+
+
+def spectrum(weight: torch.Tensor) -> np.ndarray:
+    """Quantiles of the singular values over their root mean square, from the largest on."""
+    values = torch.linalg.svdvals(weight.detach().double().cpu()).numpy()
+    values = values / math.sqrt(np.mean(values ** 2))
+    return np.interp(QUANTILES, (np.arange(len(values)) + 0.5) / len(values), values)
+
+
+def spectra_of(model: GPT) -> Spectra:
+    return {f"{layer}.{kind}": spectrum(block.get_submodule(kind).weight) for layer, block in enumerate(model.transformer.h) for kind in KINDS}
+
+
+def random_like(model: GPT, seed: int) -> Spectra:
+    """Of normal random numbers in the same shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return {f"{layer}.{kind}": spectrum(torch.randn(block.get_submodule(kind).weight.shape, generator=generator))
+            for layer, block in enumerate(model.transformer.h) for kind in KINDS}
+
+
+def distance(a: Spectra, b: Spectra) -> float:
+    """Mean over the matrices that both have."""
+    return statistics.mean(math.sqrt(np.mean((a[name] - b[name]) ** 2)) for name in a)
+
+
+def between_layers(found: Spectra) -> float:
+    """Mean over pairs of layers of one model, kind by kind."""
+    layers = sorted({name.split(".")[0] for name in found})
+    return statistics.mean(math.sqrt(np.mean((found[f"{i}.{kind}"] - found[f"{j}.{kind}"]) ** 2)) for kind in KINDS for i, j in itertools.combinations(layers, 2))
+
+
+def trials(widths: list[int], steps: int, seed: int) -> dict[str, Trial]:
+    run = lambda name, **flags: Trial({**SHAPE, **TUNED, "device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1, "eval-every": steps,
+                                       "num-iterations": steps, "seed": seed, **{k.replace("_", "-"): v for k, v in flags.items()}}, tag=f"spectra-{name}-{steps}-{seed}")
+    small, large = widths[0], widths[1]
+    width = lambda width: {"aspect-ratio": width // SHAPE["depth"]}
+    found = {f"4x{w}": run(f"4x{w}", **width(w)) for w in widths}
+    found["a quarter of the rate"] = run(f"4x{large}-slow", **width(large), **{name: TUNED[name] / 4 for name in TUNED})
+    found["half of the steps"] = run(f"4x{large}-short", **{**width(large), "num_iterations": steps // 2, "eval_every": steps // 2})
+    found["grown"] = run(f"4x{small}-4x{large}", **width(large), grow_path=f"4x{small},4x{large}", grow_at_tokens=0.5)
+    return found
+
+
+def load(trial: Trial) -> GPT:
+    return checkpoints.load_model_from_dir(checkpoints.checkpoints_dir_of("base"), torch.device("cpu"), "eval", trial.name)[0]
+
+
+def distances(widths: list[int], models: dict[str, GPT], other: dict[str, GPT], seed: int) -> dict[str, float]:
+    """Of one seed, and another one's models."""
+    found = {name: spectra_of(model) for name, model in models.items()}
+    random = {w: random_like(models[f"4x{w}"], seed) for w in widths}
+    small, large = f"4x{widths[0]}", f"4x{widths[1]}"
+    mean = lambda function, over: statistics.mean(itertools.starmap(function, over))
+    pairs = list(itertools.combinations(widths, 2))
+    grown = {mode: spectra_of(grow(models[small], grown_config(models[small].config, n_layer=4, n_embd=widths[1]), mode=mode)[0])
+             for mode in MODES if mode != "hyperclone" or widths[1] % widths[0] == 0}
+    return {
+        "across widths": mean(lambda a, b: distance(found[f"4x{a}"], found[f"4x{b}"]), pairs),
+        "two seeds": mean(lambda w: distance(found[f"4x{w}"], spectra_of(other[f"4x{w}"])), [(w,) for w in widths]),
+        "random matrices across widths": mean(lambda a, b: distance(random[a], random[b]), pairs),
+        "trained and random": mean(lambda w: distance(found[f"4x{w}"], random[w]), [(w,) for w in widths]),
+        "a quarter of the rate": distance(found[large], found["a quarter of the rate"]),
+        "half of the steps": distance(found[large], found["half of the steps"]),
+        "two layers of a model": mean(lambda w: between_layers(found[f"4x{w}"]), [(w,) for w in widths]),
+        f"{small} to {large} from scratch": distance(found[small], found[large]),
+        **{f"{small} grown to {large}, {mode}, untrained": distance(spectra, found[large]) for mode, spectra in grown.items()},
+        f"{small} grown to {large} at half of the tokens, trained": distance(found["grown"], found[large]),
+    }
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def verdict(rows: dict[str, list[float]]) -> str:
+    """Of the claim, from paired differences that exceed twice their errors."""
+    def compare(name: str) -> str:
+        gap, error = mean_and_error(b - a for a, b in zip(rows["across widths"], rows[name]))
+        return f"{name}: {gap:+.3f} ± {error:.3f}, " + ("not told apart" if abs(gap) <= 2 * error else "widths are nearer" if gap > 0 else "widths are farther")
+    return "Distances less that across widths. " + "; ".join(map(compare, ("two seeds", "a quarter of the rate", "half of the steps", "two layers of a model", "trained and random")))
+
+
+def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]], path: Path) -> None:
+    with pictures(path, 15, 4.5, 3) as panels:
+        for axes, name in zip(panels, ("1.attn.c_v", "2.mlp.c_fc")):
+            for w in widths:
+                axes.plot(QUANTILES, spectra_of(models[f"4x{w}"])[name], label=f"width {w}")
+                axes.plot(QUANTILES, random_like(models[f"4x{w}"], 0)[name], ":", color=axes.lines[-1].get_color(), label=f"random, {w}")
+            axes.set_title(f"layer {name.replace('.', ', ', 1)}")
+            axes.set_xlabel("quantile")
+            axes.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("singular value over root mean square")
+        means = {name: mean_and_error(values) for name, values in reversed(rows.items())}
+        panels[2].barh(list(means), [mean for mean, _ in means.values()], xerr=[error for _, error in means.values()], color="C0")
+        panels[2].tick_params(labelsize=8)
+        panels[2].set_xlabel("distance")
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--widths", type=positive_int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--steps", type=positive_int, default=STEPS)
+    args = parser.parse_args(argv)
+    plans = [trials(args.widths, args.steps, seed) for seed in range(42, 42 + args.seeds)]
+    results = iter(run_trials(get_base_dir(), [trial for plan in plans for trial in plan.values()], args.jobs))
+    losses = [{name: next(results).final for name in plan} for plan in plans]
+    models = [{name: load(trial) for name, trial in plan.items()} for plan in plans]
+    found = [distances(args.widths, own, models[i - 1], i) for i, own in enumerate(models)]
+    rows = {name: [each[name] for each in found] for name in found[0]}
+    print("| singular values of | distance | by seed |\n|---|---:|---|")
+    for name, values in rows.items():
+        mean, error = mean_and_error(values)
+        print(f"| {name} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
+    print("\n" + verdict(rows))
+    if args.out:
+        write_text_atomic(args.out, json.dumps({"distances": rows, "bpb": losses}))
+    if args.plot:
+        draw(models[0], args.widths, rows, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
