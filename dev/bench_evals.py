@@ -23,7 +23,6 @@ from nanochat.gpt import GPT
 from nanochat.recipe import gpt_config
 from nanochat.tokenizer import get_tokenizer
 
-
 LONGEST = 4096  # tokens of an example; lm-eval would cut them to those of the training
 
 
