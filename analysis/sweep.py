@@ -56,7 +56,7 @@ def folder_of_sweep(base_dir: str, sweep: Sweep) -> Path:
 
 
 def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
-    """The columns of MEASURES. Those of a run that has not ended are of where it stands."""
+    """The columns of MEASURES, and by their keys the last results of --eval-tasks on whole sets (those with a label). Those of a run that has not ended are of where it stands."""
     status, log = status_of(base_dir, trial), folder_of(base_dir, trial) / FILENAME
     row: dict[str, Any] = {"status": "unfinished" if status is None else "done" if status == 0 else f"signal {-status}" if status < 0 else f"exit {status}"}
     if not log.exists():
@@ -70,11 +70,12 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
     spent = of.get("train", {})
     row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
             "params": of.get("start", {}).get("counts", {}).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}
+    row |= {key: evaluation["value"] for key, evaluation in of.get("evals", {}).get("rows", {}).items() if evaluation.get("label")}
     return row | ({"final_bpb": losses[-1], "min_bpb": min(losses)} if losses else {})
 
 
 class Table:
-    """One row a run: its name, the flags that vary, and MEASURES; what is not known is empty."""
+    """One row a run: its name, the flags that vary, MEASURES, and a column for each evaluation that any run has; what is not known is empty."""
 
     def __init__(self, sweep: Sweep, base_dir: str, trials: list[Trial]):
         """trials: there may come more."""
@@ -92,10 +93,12 @@ class Table:
         return rows
 
     def write(self) -> str:
-        out = io.StringIO()
-        writer = csv.DictWriter(out, ["run", *self.sweep.swept, *MEASURES], lineterminator="\n")
+        out, rows = io.StringIO(), self.rows()
+        known = ["run", *self.sweep.swept, *MEASURES]
+        evaluations = sorted({key for row in rows for key in row} - set(known))
+        writer = csv.DictWriter(out, [*known, *evaluations], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows())
+        writer.writerows(rows)
         write_text_atomic(self.path, out.getvalue())
         return out.getvalue()
 
