@@ -1,9 +1,9 @@
 """Which rank and which depth for this compute, these parameters, this memory, this time? Pareto fronts of dense and low-rank models.
 
-    python -m analysis.pareto --jobs=2 --plot=pareto.png                               rank of attention and MLP, and depth: 31 core-minutes
-    python -m analysis.pareto analysis/sweeps/deeper.toml                              deeper at equal parameters of the blocks: 12 more
-    python -m analysis.pareto analysis/sweeps/rank_schedules.toml                      schedules of the rank over depth at equal budget: 17 more
-    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets: about units * seeds * 8 core-minutes more
+    python -m analysis.pareto --jobs=2 --plot=pareto.png                               rank of attention and MLP, and depth: 24 runs, 40 core-minutes
+    python -m analysis.pareto analysis/sweeps/deeper.toml                              deeper at equal parameters of the blocks: 15 more
+    python -m analysis.pareto analysis/sweeps/rank_schedules.toml                      schedules of the rank over depth at equal budget: 40 more
+    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets: 30 core-minutes per unit to tune, 10 per unit and seed
 
 The questions are those of the low-rank proposal that this project began with; DESIGN §6 says what is fair. A file of analysis/sweeps says which configurations there
 are, at which learning rates of the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each

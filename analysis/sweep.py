@@ -104,26 +104,33 @@ class Table:
 
 
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value."""
+    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value. Losses of different objectives are no rivals: each has a color and a
+    line of its own."""
     done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
     if not done:
         raise UsageError("no run is done yet, so there is nothing to draw")
-    with pictures(path, 4.5 * len(sweep.swept), 4, len(sweep.swept)) as panels:
-        for axes, name in zip(panels, sweep.swept):
+    objectives = list(dict.fromkeys(row.get("objective") for row in done))
+    flags = [flag for flag in sweep.swept if flag not in ("objective", "eval-tasks")] or sweep.swept
+    with pictures(path, 4.5 * len(flags), 4, len(flags)) as panels:
+        for axes, name in zip(panels, flags):
             values = list(dict.fromkeys(row[name] for row in done))
             numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
             if numbers:
                 values.sort()
             place = {value: value if numbers else i for i, value in enumerate(values)}
-            best = [min(row["final_bpb"] for row in done if row[name] == value) for value in values]
-            axes.plot([place[row[name]] for row in done], [row["final_bpb"] for row in done], "o", color="#3b82f6", alpha=0.5)
-            axes.plot([place[value] for value in values], best, color="#e8853d")
+            for color, objective in enumerate(objectives):
+                alike = [row for row in done if row.get("objective") == objective]
+                best = {value: min(losses) for value in values if (losses := [row["final_bpb"] for row in alike if row[name] == value])}
+                axes.plot([place[row[name]] for row in alike], [row["final_bpb"] for row in alike], "o", color=f"C{color}", alpha=0.5)
+                axes.plot([place[value] for value in best], list(best.values()), color=f"C{color}", label=objective)
             if not numbers:
                 axes.set_xticks(range(len(values)), [str(value) for value in values])
             elif values[0] > 0 and values[-1] >= 8 * values[0]:
                 axes.set_xscale("log")
             axes.set_xlabel(name)
         panels[0].set_ylabel("validation bits per byte")
+        if len(objectives) > 1:
+            panels[0].legend(frameon=False)
 
 
 # -----------------------------------------------------------------------------

@@ -363,6 +363,16 @@ def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
     assert not any("field" in name for name in rows(fake, "tasks")[0])
 
 
+def test_objectives_are_not_drawn_as_rivals(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **style: lines.append((list(x), list(y), style.get("label"))))
+    found = read_sweep("x.toml", "[grid]\nseed = [1, 2]\n[[together]]\nobjective = ['next-token', 'mlm']\neval-tasks = ['bpb', 'pll']\n")
+    rows = [{"status": "done", "seed": seed, "objective": objective, "eval-tasks": "", "final_bpb": loss}
+            for objective, losses in (("next-token", (1.5, 1.25)), ("mlm", (2.0, 3.0))) for seed, loss in zip((1, 2), losses)]
+    sweep.draw(found, rows, tmp_path / "x.png")
+    assert [line for line in lines if line[2]] == [([1, 2], [1.5, 1.25], "next-token"), ([1, 2], [2.0, 3.0], "mlm")] and len(lines) == 4, "one panel"
+
+
 def rows(base_dir, name: str) -> list[dict]:
     return list(csv.DictReader(open(Path(base_dir, "sweeps", name, "results.csv"))))
 
