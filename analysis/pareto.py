@@ -5,10 +5,10 @@
     python -m analysis.pareto analysis/sweeps/rank_schedules.toml                      schedules of the rank over depth at equal budget: 40 more
     python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets: 30 core-minutes per unit to tune, 10 per unit and seed
 
-The questions are those of the low-rank proposal that this project began with; DESIGN §6 says what is fair. A file of analysis/sweeps says which configurations there
-are, at which learning rates of the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each
-configuration for each budget, by the last validation of that one seed, then trains other seeds, which alone are reported. A rate at the edge of the grid is marked: long
-budgets want lower ones than short ones (dev/LOG.md), so lengthen the file's list for them.
+The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
+the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the
+last validation of that one seed, then trains other seeds, which alone are reported. A rate at the edge of the grid is marked: long budgets want lower ones than short
+ones (dev/LOG.md), so lengthen the file's list for them.
 
 * **Budget.** A unit is the file's `target-flops`: what one token per parameter (of blocks and head) costs for its first configuration, the dense model. All
   configurations get the same FLOPs, since compute is what a user has; smaller ones see more tokens. The other reading, so many tokens for each parameter of each model's own,
