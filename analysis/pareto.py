@@ -207,7 +207,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
             for one in found[cost]:
                 color = colors[one[0].unit] if len({point.unit for point in one}) == 1 and len(colors) == len(found[cost]) else "#808890"
                 axes.plot([getattr(point, cost) for point in one], [point.perplexity for point in one], color=color, drawstyle="steps-post")
-            axes.set_xscale("log")
+            costs = [getattr(point, cost) for point in known]
+            if max(costs) > 4 * min(costs) > 0:
+                axes.set_xscale("log")
             axes.set_xlabel(label)
         panels[0].set_ylabel("perplexity per token")
         panels[0].legend(frameon=False, title="units of compute")
