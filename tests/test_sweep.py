@@ -366,6 +366,7 @@ def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
 def test_objectives_are_not_drawn_as_rivals(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **style: lines.append((list(x), list(y), style.get("label"))))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **style: None)
     found = read_sweep("x.toml", "[grid]\nseed = [1, 2]\n[[together]]\nobjective = ['next-token', 'mlm']\neval-tasks = ['bpb', 'pll']\n")
     rows = [{"status": "done", "seed": seed, "objective": objective, "eval-tasks": "", "final_bpb": loss}
             for objective, losses in (("next-token", (1.5, 1.25)), ("mlm", (2.0, 3.0))) for seed, loss in zip((1, 2), losses)]
