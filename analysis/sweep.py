@@ -56,7 +56,7 @@ def folder_of_sweep(base_dir: str, sweep: Sweep) -> Path:
 
 
 def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
-    """The columns of MEASURES. Those of a run that has not ended are of where it stands."""
+    """The columns of MEASURES, and by their keys the last results of --eval-tasks on whole sets (those with a label). Those of a run that has not ended are of where it stands."""
     status, log = status_of(base_dir, trial), folder_of(base_dir, trial) / FILENAME
     row: dict[str, Any] = {"status": "unfinished" if status is None else "done" if status == 0 else f"signal {-status}" if status < 0 else f"exit {status}"}
     if not log.exists():
@@ -70,11 +70,12 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
     spent = of.get("train", {})
     row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
             "params": of.get("start", {}).get("counts", {}).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}
+    row |= {key: evaluation["value"] for key, evaluation in of.get("evals", {}).get("rows", {}).items() if evaluation.get("label")}
     return row | ({"final_bpb": losses[-1], "min_bpb": min(losses)} if losses else {})
 
 
 class Table:
-    """One row a run: its name, the flags that vary, and MEASURES; what is not known is empty."""
+    """One row a run: its name, the flags that vary, MEASURES, and a column for each evaluation that any run has; what is not known is empty."""
 
     def __init__(self, sweep: Sweep, base_dir: str, trials: list[Trial]):
         """trials: there may come more."""
@@ -92,35 +93,44 @@ class Table:
         return rows
 
     def write(self) -> str:
-        out = io.StringIO()
-        writer = csv.DictWriter(out, ["run", *self.sweep.swept, *MEASURES], lineterminator="\n")
+        out, rows = io.StringIO(), self.rows()
+        known = ["run", *self.sweep.swept, *MEASURES]
+        evaluations = sorted({key for row in rows for key in row} - set(known))
+        writer = csv.DictWriter(out, [*known, *evaluations], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows())
+        writer.writerows(rows)
         write_text_atomic(self.path, out.getvalue())
         return out.getvalue()
 
 
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value."""
+    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value. Losses of different objectives are no rivals: each has a color and a
+    line of its own."""
     done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
     if not done:
         raise UsageError("no run is done yet, so there is nothing to draw")
-    with pictures(path, 4.5 * len(sweep.swept), 4, len(sweep.swept)) as panels:
-        for axes, name in zip(panels, sweep.swept):
+    objectives = list(dict.fromkeys(row.get("objective") for row in done))
+    flags = [flag for flag in sweep.swept if flag not in ("objective", "eval-tasks")] or sweep.swept
+    with pictures(path, 4.5 * len(flags), 4, len(flags)) as panels:
+        for axes, name in zip(panels, flags):
             values = list(dict.fromkeys(row[name] for row in done))
             numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
             if numbers:
                 values.sort()
             place = {value: value if numbers else i for i, value in enumerate(values)}
-            best = [min(row["final_bpb"] for row in done if row[name] == value) for value in values]
-            axes.plot([place[row[name]] for row in done], [row["final_bpb"] for row in done], "o", color="#3b82f6", alpha=0.5)
-            axes.plot([place[value] for value in values], best, color="#e8853d")
+            for color, objective in enumerate(objectives):
+                alike = [row for row in done if row.get("objective") == objective]
+                best = {value: min(losses) for value in values if (losses := [row["final_bpb"] for row in alike if row[name] == value])}
+                axes.plot([place[row[name]] for row in alike], [row["final_bpb"] for row in alike], "o", color=f"C{color}", alpha=0.5)
+                axes.plot([place[value] for value in best], list(best.values()), color=f"C{color}", label=objective)
             if not numbers:
                 axes.set_xticks(range(len(values)), [str(value) for value in values])
             elif values[0] > 0 and values[-1] >= 8 * values[0]:
                 axes.set_xscale("log")
             axes.set_xlabel(name)
         panels[0].set_ylabel("validation bits per byte")
+        if len(objectives) > 1:
+            panels[0].legend(frameon=False)
 
 
 # -----------------------------------------------------------------------------

@@ -29,11 +29,24 @@ class Result:
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
     grown: tuple[float, float] = (math.nan, math.nan)  # the loss right before and right after the last growth
     rows: dict = field(default_factory=dict)  # of the last evaluations (--eval-tasks), by key
+    tokens: int = 0  # seen in all
+    counts: dict = field(default_factory=dict)  # parameters by part, of the run's beginning
+    memory: float = math.nan  # peak, MiB
 
     @property
     def final(self) -> float:
         """Last validation bits per byte, infinite if the training diverged."""
         return self.bpb[-1] if self.bpb else float("inf")
+
+    @property
+    def blocks(self) -> int:
+        """Parameters of attention and MLP."""
+        return self.counts.get("transformer_matrices", 0)
+
+    @property
+    def scaling_params(self) -> int:
+        """Those of blocks and head, in which tokens per parameter are stated."""
+        return self.blocks + self.counts.get("lm_head", 0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     grown = next(((r["loss_before"], r["loss_after"]) for r in reversed(records) if r["kind"] == "grow"), (math.nan, math.nan))
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
                   evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown,
-                  next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}))
+                  next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
+                  start["counts"], next((record["peak_memory_mib"] for record in reversed(records) if record["kind"] == "end"), None) or math.nan)
 
 
 def _begin(trains: list[dict]) -> float:

@@ -84,7 +84,7 @@ class AttentionStep:
 class MLPStep:
     def __init__(self, mlp: nn.Module):
         self.mlp: Any = mlp
-        self.plain = type(mlp) is MLP or type(mlp) is LayeredMLP and mlp.c_gate is None and not len(mlp.c_hidden)
+        self.plain = type(mlp) is MLP or type(mlp) is LayeredMLP and mlp.c_gate is None and not mlp.gelu and not len(mlp.c_hidden)
         if self.plain:
             self.fc, self.proj = call(self.mlp.c_fc), call(self.mlp.c_proj)
 

@@ -17,7 +17,7 @@ from nanochat.lowrank import LowRankLinear, linear_or_low_rank
 from nanochat.optim import adamw_group
 
 SCALES_LR_SCALE = 0.5  # learning rate of scales, in units of `scalar_lr` and of where they start (tuned for nGPT, dev/LOG.md)
-ACTIVATIONS = ("relu2", "swiglu")
+ACTIVATIONS = ("relu2", "gelu", "swiglu")
 ORDERS = {"attn-mlp": (("attn",), ("mlp",)), "mlp-attn": (("mlp",), ("attn",)), "parallel": (("attn", "mlp"),)}  # the modules of each step
 Scales = dict[str, tuple[float, list[nn.Parameter]]]  # by name where they start, and which they are
 Names = dict[str, tuple[str | None, ...]]  # of the axes of each part, see `LayeredGPT.axes`
@@ -59,8 +59,10 @@ class LayerSpec:
         for name, value, known in (("block", self.block, BLOCKS), ("activation", self.activation, ACTIVATIONS), ("order", self.order, ORDERS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-        if self.activation == "swiglu" and self.mlp_depth > 1:
-            raise ValueError("a SwiGLU MLP has one hidden layer; use relu2 for more")
+        if self.activation != "relu2" and self.mlp_depth > 1:
+            raise ValueError(f"an MLP of {self.activation} has one hidden layer; use relu2 for more")
+        if self.activation == "gelu" and self.kind.normalized:  # a growth scales units there, and GELU of a multiple is no multiple of GELU
+            raise ValueError("normalized layers have no gelu, which could not grow without loss; use relu2 or swiglu")
         if not 0 <= self.attn_rank <= min(n_embd, self.n_head * self.head_dim, self.n_kv_head * min(self.head_dim, self.qk_dim)):
             raise ValueError(f"an attention rank of {self.attn_rank} exceeds the smallest attention matrix")
         if not 0 <= self.mlp_rank <= min(n_embd, self.mlp_hidden):
@@ -146,12 +148,13 @@ class LayeredAttention(CausalSelfAttention):
 
 
 class LayeredMLP(nn.Module):
-    """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`, or one layer of SwiGLU (Shazeer, 2002.05202)."""
+    """ReLU² after each of `mlp_depth` hidden layers of width `mlp_hidden`, or one layer of GELU (1606.08415, exact) or of SwiGLU (Shazeer, 2002.05202)."""
 
     c_hidden: Any
 
     def __init__(self, n_embd: int, spec: LayerSpec):
         super().__init__()
+        self.gelu = spec.activation == "gelu"
         self.c_fc = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank)
         self.c_gate = linear_or_low_rank(n_embd, spec.mlp_hidden, spec.mlp_rank) if spec.activation == "swiglu" else None
         self.c_hidden = nn.ModuleList(linear_or_low_rank(spec.mlp_hidden, spec.mlp_hidden, spec.mlp_rank) for _ in range(spec.mlp_depth - 1))
@@ -162,6 +165,9 @@ class LayeredMLP(nn.Module):
         between: Names = {f"c_hidden.{k}": (f".hidden.{k + 1}", f".hidden.{k}.active") for k in range(len(self.c_hidden))}
         return {"c_fc": (".hidden.0", "stream"), "c_gate": (".gate", "stream"), **between, "c_proj": ("stream", f".hidden.{len(self.c_hidden)}.active")}
 
+    def activate(self, x):
+        return F.gelu(x) if self.gelu else F.relu(x).square()
+
     def init_weights(self) -> None:
         self.c_fc.init(uniform(0.4))
         for layer in (self.c_gate, *self.c_hidden):
@@ -170,7 +176,7 @@ class LayeredMLP(nn.Module):
         self.c_proj.init_to_zero()
 
     def forward(self, x):
-        x = F.relu(self.c_fc(x)).square() if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
+        x = self.activate(self.c_fc(x)) if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
         for layer in self.c_hidden:
             x = F.relu(layer(norm(x))).square()  # squares of squares would leave any number format
         return self.c_proj(x)

@@ -72,7 +72,7 @@ class LayerChanges:
             n_kv_head = max(n for n in range(1, min(n_head, n_kv_head) + 1) if n_head % n == 0)
         head_dim = plain.head_dim
         qk_dim = self.qk_dim if self.qk_dim > 0 else head_dim
-        # three matrices of SwiGLU at 8/3 of the width are as large as the two of ReLU² at 4
+        # three matrices of SwiGLU at 8/3 of the width are as large as the two of the others at 4
         ratio = self.mlp_ratio if self.mlp_ratio > 0 else 8 / 3 if self.activation == "swiglu" else 4
         hidden = round(ratio * stock.n_embd)
         smallest = {"attn": min(stock.n_embd, n_head * head_dim, n_kv_head * min(head_dim, qk_dim)), "mlp": min(stock.n_embd, hidden)}

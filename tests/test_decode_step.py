@@ -27,6 +27,7 @@ MODELS = {
     "low rank": LayerChanges(attn_rank=4, mlp_rank=4).apply(STOCK),
     "low-rank attention": LayerChanges(attn_rank=4).apply(STOCK),
     "swiglu": layered(activation="swiglu"),
+    "gelu": layered(activation="gelu"),
     "deep mlp": layered(mlp_depth=2),
     "narrow queries": layered(qk_dim=8),
 }

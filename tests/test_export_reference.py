@@ -12,7 +12,7 @@ from tests.golden.fixtures import arrays, batch, build_model, load
 
 KINDS = {"stock": growing.STOCK, "mixed": growing.mixed(), "ngpt": growing.mixed("ngpt"), "masked": growing.mixed(causal=False),
          "masked-ngpt": growing.mixed("ngpt", causal=False), "grown": grown_config(growing.STOCK, n_layer=5, n_embd=48),
-         "looped": growing.mixed(loops=3), "looped-ngpt": growing.mixed("ngpt", loops=2)}
+         "gelu": growing.uniform("prenorm", activation="gelu"), "looped": growing.mixed(loops=3), "looped-ngpt": growing.mixed("ngpt", loops=2)}
 
 
 def pair(kind: str):

@@ -117,6 +117,16 @@ def test_mixed_layers(seed, block, width, layers, parameters, head_rank):
     assert_on_sphere(grown, 1e-6)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10), width=st.integers(32, 128), rank=st.sampled_from([0, 6]), parameters=PARAMETERS)
+def test_gelu(seed, width, rank, parameters):
+    """Of which a multiple is no multiple: units are written as they were, or not at all."""
+    config = uniform("prenorm", activation="gelu", mlp_rank=rank)
+    with float64():
+        model = random_model(config, seed)
+        assert difference(model, grow(model, grown_config(config, 3, width), **parameters)[0]) <= 1e-10
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("change", [
     dict(mlp_hidden=77), dict(n_head=12, n_kv_head=6), dict(n_head=12, n_kv_head=3), dict(attn_rank=7), dict(mlp_rank=8), dict(attn_rank=0, mlp_rank=0),

@@ -65,9 +65,9 @@ def assert_equal_moments(transported, measured, keys):
 @pytest.mark.parametrize("how", [CLONES, dict(theta=20.0, spread=0.4, noise=0.0)], ids=["clones", "unequal"])
 @pytest.mark.parametrize("config, width", [
     (uniform("prenorm"), 48), (uniform("ngpt"), 48), (uniform("prenorm", n_kv_head=2), 64), (uniform("prenorm", mlp_depth=2), 40),
-    (uniform("ngpt", mlp_depth=2), 40), (uniform("ngpt", activation="swiglu"), 48), (uniform("prenorm", attn_rank=6, mlp_rank=7), 48),
+    (uniform("ngpt", mlp_depth=2), 40), (uniform("ngpt", activation="swiglu"), 48), (uniform("prenorm", activation="gelu"), 48), (uniform("prenorm", attn_rank=6, mlp_rank=7), 48),
     (uniform("ngpt", attn_rank=6, mlp_rank=7, order="parallel"), 96),
-], ids=["prenorm", "ngpt", "gqa", "deep", "deep-ngpt", "swiglu", "low-rank", "low-rank-ngpt"])
+], ids=["prenorm", "ngpt", "gqa", "deep", "deep-ngpt", "swiglu", "gelu", "low-rank", "low-rank-ngpt"])
 def test_first_and_second_moments_are_exact(config, width, how):
     with float64():
         transported, measured = along_the_trajectory(config, grown_config(config, n_embd=width), smear=False, **how)

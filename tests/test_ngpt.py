@@ -149,7 +149,7 @@ def test_the_loss_is_that_of_the_logits():
         torch.testing.assert_close(model(idx, targets), expected)
 
 
-@pytest.mark.parametrize("change, reason", [(dict(block="postnorm"), "unknown block"), (dict(activation="gelu"), "unknown activation"),
+@pytest.mark.parametrize("change, reason", [(dict(block="postnorm"), "unknown block"), (dict(activation="elu"), "unknown activation"), (dict(activation="gelu"), "have no gelu"),
                                             (dict(activation="swiglu", mlp_depth=2), "one hidden layer")])
 def test_impossible_layers(change, reason):
     with pytest.raises(ValueError, match=reason):

@@ -211,10 +211,12 @@ def test_bad_commands(arguments, message, tmp_path, base_dir, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("path", sorted((tiny.ROOT / "analysis" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "analysis" / "sweeps").rglob("*.toml")), ids=lambda path: path.stem)
 def test_the_files_that_come_along(path):
-    found = read_sweep(path.name, path.read_text())
-    check_runs(found, found.trials({flag: values.ends()[0] for flag, values in found.search.items()}))
+    text = path.read_text()
+    for size in (text, re.sub(r"= .*# 9M: ", "= ", text)):  # the files of dials/ are of two sizes
+        found = read_sweep(path.name, size)
+        check_runs(found, found.trials({flag: values.ends()[0] for flag, values in found.search.items()}))
 
 
 def test_wandb_does_the_same_runs(tmp_path, capsys):
@@ -349,6 +351,27 @@ def test_table_and_picture(fake, tmp_path, capsys):
     assert out.count("failed: seed=2") == 2 and "signal 9" in out
     assert sweep.main([str(path), "--retry"]) == 1
     assert [fake_runs.times(fake, Trial({"device-type": "cpu", "seed": seed, "matrix-lr": 2})) for seed in (fake_runs.KILLED, 9)] == [2, 1]
+
+
+def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
+    path = tmp_path / "tasks.toml"
+    path.write_text("[grid]\nseed = [8, 9]\n")
+    assert sweep.main([str(path)]) == 0 and "blimp/pairs" not in rows(fake, "tasks")[0]
+    path.write_text("[fixed]\neval-tasks = 'blimp'\n[grid]\nseed = [8, 9]\n")
+    assert sweep.main([str(path)]) == 0
+    assert [(row["seed"], row["blimp/pairs"]) for row in rows(fake, "tasks")] == [("8", "0.625"), ("9", "0.625")]
+    assert not any("field" in name for name in rows(fake, "tasks")[0])
+
+
+def test_objectives_are_not_drawn_as_rivals(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **style: lines.append((list(x), list(y), style.get("label"))))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **style: None)
+    found = read_sweep("x.toml", "[grid]\nseed = [1, 2]\n[[together]]\nobjective = ['next-token', 'mlm']\neval-tasks = ['bpb', 'pll']\n")
+    rows = [{"status": "done", "seed": seed, "objective": objective, "eval-tasks": "", "final_bpb": loss}
+            for objective, losses in (("next-token", (1.5, 1.25)), ("mlm", (2.0, 3.0))) for seed, loss in zip((1, 2), losses)]
+    sweep.draw(found, rows, tmp_path / "x.png")
+    assert [line for line in lines if line[2]] == [([1, 2], [1.5, 1.25], "next-token"), ([1, 2], [2.0, 3.0], "mlm")] and len(lines) == 4, "one panel"
 
 
 def rows(base_dir, name: str) -> list[dict]:

@@ -100,12 +100,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """ReLU² after each of `mlp_depth` hidden layers, or one layer of SwiGLU."""
+    """ReLU² after each of `mlp_depth` hidden layers, or one layer of GELU or SwiGLU."""
 
     def __init__(self, n_embd: int, spec: dict):
         super().__init__()
         hidden, rank, more = spec["mlp_hidden"], spec["mlp_rank"], spec["mlp_depth"] - 1
-        gated, self.normalized = spec["activation"] == "swiglu", spec["block"] == "ngpt"
+        gated, self.gelu, self.normalized = spec["activation"] == "swiglu", spec["activation"] == "gelu", spec["block"] == "ngpt"
         self.c_fc = matrix(n_embd, hidden, rank)
         self.c_gate = matrix(n_embd, hidden, rank) if gated else None
         self.c_hidden = nn.ModuleList(matrix(hidden, hidden, rank) for _ in range(more))
@@ -118,7 +118,7 @@ class MLP(nn.Module):
     def forward(self, u):
         x = self.c_fc(u) * self.s_u if self.normalized else self.c_fc(u)
         if self.c_gate is None:
-            x = F.relu(x).square()
+            x = F.gelu(x) if self.gelu else F.relu(x).square()
         else:
             x = F.silu(self.c_gate(u) * self.s_v if self.normalized else self.c_gate(u)) * x
         for i, layer in enumerate(self.c_hidden):

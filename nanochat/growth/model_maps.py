@@ -79,7 +79,8 @@ def layer_maps(mode: Mode, source: LayerSpec, target: LayerSpec, stream: Map, sp
             active = free_map(mode, tile(source.mlp_hidden, target.mlp_hidden), source.mlp_hidden, ranks["mlp"], sphere)
         else:
             active = mode.hidden(source.mlp_hidden, target.mlp_hidden, 1.0 if sphere else target.mlp_hidden / source.mlp_hidden)
-        before = active if source.activation == "swiglu" else active.times(1 / nonzero(active.write).sqrt())
+        # a unit that is written k times as large is k² times as large behind ReLU², k times behind SwiGLU; GELU's are copied as they are (write is 1 or 0)
+        before = active.times(1 / nonzero(active.write).sqrt()) if source.activation == "relu2" else active
         maps |= {f"hidden.{k}": before.before_scale().times(cos) if sphere else before, f"hidden.{k}[scale]": before.of_scale(1 / cos),
                  f"hidden.{k}.active": active}
         if source.activation == "swiglu":

@@ -1,0 +1,238 @@
+"""Which rank and which depth for this compute, these parameters, this memory, this time? Pareto fronts of dense and low-rank models.
+
+    python -m analysis.pareto --jobs=2 --plot=pareto.png                               rank of attention and MLP, and depth: 24 runs, 40 core-minutes
+    python -m analysis.pareto analysis/sweeps/deeper.toml                              deeper at equal parameters of the blocks: 15 more
+    python -m analysis.pareto analysis/sweeps/rank_schedules.toml                      schedules of the rank over depth at equal budget: 40 more
+    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets: 30 core-minutes per unit to tune, 10 per unit and seed
+
+The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
+the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the
+last validation of that one seed, then trains other seeds, which alone are reported. A rate at the edge of the grid is marked: long budgets want lower ones than short
+ones (dev/LOG.md), so lengthen the file's list for them.
+
+* **Budget.** A unit is the file's `target-flops`: what one token per parameter (of blocks and head) costs for its first configuration, the dense model. All
+  configurations get the same FLOPs, since compute is what a user has; smaller ones see more tokens. The other reading, so many tokens for each parameter of each model's own,
+  is --flags="--target-flops=-1 --target-param-data-ratio=1".
+* **Axes.** FLOPs; all parameters, value embeddings included, which every other layer has (`blocks` has those of attention and MLP alone); peak memory, on a CPU that of the process,
+  PyTorch included; seconds of training, which other jobs on the machine distort: rely on FLOPs.
+* **Threshold.** FLOPs and seconds until a perplexity is reached, by a straight line between the validations of the log. The rates fall for the whole budget, so a run
+  that is asked for less would have been there sooner.
+"""
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.sweep_config import check_runs, read_sweep
+from analysis.trial import Result, Trial
+from analysis.trials import nats_per_bpb, pictures, run_trials, study_parser
+from nanochat.cli import UsageError, command, positive_float, positive_int
+from nanochat.common import get_base_dir
+from nanochat.files import write_text_atomic
+
+DEFAULT = Path(__file__).parent / "sweeps" / "rank_depth.toml"
+HORIZONS = ("target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
+RATE = "matrix-lr"
+COSTS = {"flops": "training FLOPs", "params": "parameters", "memory": "peak memory, MiB", "seconds": "seconds of training"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is tuned as one."""
+
+    name: str
+    tuning: tuple[Trial, ...]  # one for each rate
+
+    def trial(self, unit: float, **flags: Any) -> Trial:
+        """One of its runs with a budget of so many units, validated as often as with one."""
+        flags = {**self.tuning[0].flags, **flags}
+        horizon = next(flag for flag in HORIZONS if float(flags.get(flag, -1)) > 0)
+        return Trial(flags if unit == 1 else {**flags, horizon: flags[horizon] * unit, "eval-every": round(flags["eval-every"] * unit)})
+
+    def rates(self) -> list[float]:
+        return [trial.flags[RATE] for trial in self.tuning]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration with a budget; means over the seeds. What is not known is None."""
+
+    number: int  # of the configuration
+    name: str
+    unit: float
+    rate: float
+    at_edge: bool  # of the grid of rates
+    perplexity: float | None  # per token; None: a seed diverged
+    by_seed: list[float]
+    flops: float  # two digits: budgets are met up to a step
+    tokens: float  # per parameter of blocks and head
+    blocks: int
+    params: int
+    memory: float
+    seconds: float
+    flops_to_threshold: float | None
+    seconds_to_threshold: float | None
+
+
+# -----------------------------------------------------------------------------
+# What is run
+
+
+def configurations(path: Path, flags: str = "") -> list[Configuration]:
+    """Those of a sweep's file, in its order. Raises UsageError for a file that is no such study."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({error}); give the TOML file of a sweep, such as {DEFAULT}") from error
+    sweep = read_sweep(path.name, text, flags)
+    trials = sweep.trials({})
+    if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
+        raise UsageError(f"{path.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take {DEFAULT.name} as a pattern")
+    if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and trial.flags.get("eval-every", -1) > 0 for trial in trials):
+        raise UsageError(f"{path.name}: give a positive {' or '.join(HORIZONS)}, of which --units are multiples, and eval-every")
+    check_runs(sweep, trials)
+    names = [flag for flag in sweep.swept if flag not in (RATE, "seed", "aspect-ratio")]
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {flag: value for flag, value in trial.flags.items() if flag != RATE}
+        found.setdefault(json.dumps(rest, sort_keys=True), []).append(trial)
+    return [Configuration(" ".join(f"{flag}={group[0].flags[flag]}" for flag in names if flag in group[0].flags), tuple(group)) for group in found.values()]
+
+
+def reported_seeds(found: Sequence[Configuration], count: int) -> list[int]:
+    """From 42 on, without the one that rates are tuned with."""
+    tuning = found[0].tuning[0].flags["seed"]
+    return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
+
+
+def best_rate(rates: Sequence[float], results: Sequence[Result]) -> float:
+    """Of the lowest last validation. Raises UsageError if all diverged."""
+    rate, best = min(zip(rates, results), key=lambda pair: pair[1].final)
+    if not math.isfinite(best.final):
+        raise UsageError(f"the training diverges at every {RATE} of {', '.join(f'{rate:g}' for rate in rates)}; add lower ones to the sweep's file")
+    return rate
+
+
+def run(found: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
+    """By number of the configuration and budget: the rate, and the results of the seeds."""
+    asked = [(i, unit, rate) for i, one in enumerate(found) for unit in units for rate in one.rates()]
+    tuned = dict(zip(asked, run_trials(get_base_dir(), [found[i].trial(unit, **{RATE: rate}) for i, unit, rate in asked], jobs)))
+    rates = {(i, unit): best_rate(one.rates(), [tuned[i, unit, rate] for rate in one.rates()]) for i, one in enumerate(found) for unit in units}
+    results = iter(run_trials(get_base_dir(), [found[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs))
+    return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}
+
+
+# -----------------------------------------------------------------------------
+# What is made of it
+
+
+def front(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """The numbers of those that no other one dominates: one dominates another if it is nowhere larger and somewhere smaller (Pareto)."""
+    return [i for i, point in enumerate(points)
+            if not any(all(a <= b for a, b in zip(other, point)) and tuple(other) != tuple(point) for other in points)]
+
+
+def flops_until(result: Result, bpb: float) -> float | None:
+    """At which it has this validation loss, by a straight line between two validations; None if it never has."""
+    for i, loss in enumerate(result.bpb):
+        if loss <= bpb:
+            if i == 0:
+                return result.flops[0]
+            before, spent = result.bpb[i - 1], result.flops[i - 1]
+            return spent + (result.flops[i] - spent) * (before - bpb) / (before - loss)
+    return None
+
+
+def points_of(found: Sequence[Configuration], runs: dict, nats: float, threshold: float | None) -> tuple[list[Point], float]:
+    """And the threshold: without one, 1.1 times what the first configuration ends with at the smallest budget. nats: per token for one bit per byte."""
+    perplexity = lambda results: math.exp(nats * statistics.mean(result.final for result in results)) if all(result.bpb for result in results) else None
+    if threshold is None:
+        reference = perplexity(runs[0, min(unit for _, unit in runs)][1])
+        threshold = 1.1 * reference if reference else math.inf
+    points = []
+    for (i, unit), (rate, results) in runs.items():
+        done = [result for result in results if result.bpb]
+        mean = lambda values: statistics.mean(values) if values else math.nan
+        until = [flops_until(result, math.log(threshold) / nats) for result in done]
+        reached = len(done) == len(results) and None not in until
+        points.append(Point(
+            i + 1, found[i].name, unit, rate, rate in (min(found[i].rates()), max(found[i].rates())), perplexity(results), [math.exp(nats * result.final) for result in done],
+            float(f"{mean([result.flops[-1] for result in done]):.2g}"), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
+            done[0].blocks if done else 0, done[0].params if done else 0, mean([result.memory for result in done]), mean([result.seconds for result in done]),
+            mean(until) if reached else None,  # type: ignore[arg-type]
+            mean([result.seconds * spent / result.flops[-1] for result, spent in zip(done, until)]) if reached else None))  # type: ignore[operator]
+    return points, threshold
+
+
+def fronts(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
+    """For each cost the fronts of perplexity over it, from cheap to dear: of each budget, and for what a longer budget costs more of, of all together."""
+    known = [point for point in points if point.perplexity is not None]
+    by_unit = [[point for point in known if point.unit == unit] for unit in dict.fromkeys(point.unit for point in known)]
+
+    def of(cost: str, some: list[Point]) -> list[Point]:
+        return sorted((some[i] for i in front([(getattr(point, cost), point.perplexity) for point in some])), key=lambda point: getattr(point, cost))
+    return {cost: [of(cost, some) for some in ([known] if cost in ("flops", "seconds") else by_unit)] for cost in COSTS}
+
+
+def table(points: Sequence[Point], threshold: float) -> str:
+    found = fronts(points)
+    show = lambda value, form: "" if value is None or math.isnan(value) else format(value, form)
+    lines = [f"| # | configuration | units | {RATE} | perplexity | by seed | FLOPs | tokens per parameter | blocks | parameters | MiB | seconds "
+             f"| FLOPs to {threshold:.3g} | seconds to it | on the front of |", "|---:|---|---:|---:|---:|---|" + "---:|" * 8 + "---|"]
+    for point in sorted(points, key=lambda point: (point.unit, point.number)):
+        on = ", ".join(cost for cost, several in found.items() if any(point in one for one in several))
+        lines.append(f"| {point.number} | {point.name} | {point.unit:g} | {point.rate:g}{' (edge)' if point.at_edge else ''} | {show(point.perplexity, '.3f') or 'diverged'} | "
+                     f"{', '.join(f'{value:.3f}' for value in point.by_seed)} | {show(point.flops, '.2g')} | {show(point.tokens, '.2f')} | {point.blocks:,} | {point.params:,} | "
+                     f"{show(point.memory, '.0f')} | {show(point.seconds, '.0f')} | {show(point.flops_to_threshold, '.3g')} | {show(point.seconds_to_threshold, '.0f')} | {on} |")
+    return "\n".join(lines)
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """A panel for each cost: dots with the numbers of the configurations, a color for each budget, and the fronts as steps."""
+    known, found = [point for point in points if point.perplexity is not None], fronts(points)
+    if not known:
+        raise UsageError("all runs diverged, so there is nothing to draw")
+    colors = {unit: f"C{i}" for i, unit in enumerate(sorted({point.unit for point in known}))}
+    with pictures(path, 4.5 * len(COSTS), 4.5, len(COSTS)) as panels:
+        for axes, (cost, label) in zip(panels, COSTS.items()):
+            for unit, color in colors.items():
+                some = [point for point in known if point.unit == unit]
+                axes.plot([getattr(point, cost) for point in some], [point.perplexity for point in some], "o", color=color, label=f"{unit:g}")
+            for point in known:
+                axes.annotate(str(point.number), (getattr(point, cost), point.perplexity), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            for one in found[cost]:
+                color = colors[one[0].unit] if len({point.unit for point in one}) == 1 and len(colors) == len(found[cost]) else "#808890"
+                axes.plot([getattr(point, cost) for point in one], [point.perplexity for point in one], color=color, drawstyle="steps-post")
+            costs = [getattr(point, cost) for point in known]
+            if max(costs) > 4 * min(costs) > 0:
+                axes.set_xscale("log")
+            axes.set_xlabel(label)
+        panels[0].set_ylabel("perplexity per token")
+        panels[0].legend(frameon=False, title="units of compute")
+
+
+@command
+def main(argv=None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("config", nargs="?", type=Path, default=DEFAULT, help="TOML file of the configurations (default: %(default)s)")
+    parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")
+    parser.add_argument("--units", nargs="+", type=positive_float, default=[1.0], help="budgets, in those of the file")
+    parser.add_argument("--seeds", type=positive_int, default=1, help="reported ones, none of which is the tuning's")
+    parser.add_argument("--threshold", type=positive_float, help="perplexity to which the way is measured (default: 1.1 times the first configuration's at the smallest budget)")
+    args = parser.parse_args(argv)
+    found = configurations(args.config, args.flags)
+    runs = run(found, list(dict.fromkeys(args.units)), reported_seeds(found, args.seeds), args.jobs)
+    points, threshold = points_of(found, runs, nats_per_bpb(), args.threshold)
+    print(table(points, threshold))
+    if args.out:
+        write_text_atomic(args.out, json.dumps({"threshold": threshold, "points": [asdict(point) for point in points]}, indent=1))
+    if args.plot:
+        draw(points, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
