@@ -20,7 +20,7 @@ from analysis import (
     trials,
     width_transfer,
 )
-from analysis.trial import Result, Trial, folder_of
+from analysis.trial import Growth, Result, Trial, folder_of
 from analysis.trials import cost_with
 from nanochat.cli import UsageError
 from tests import fake_runs, tiny
@@ -55,7 +55,7 @@ def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
             last = trial.step + sum(trial.flags.get(name, 0) for name in ("num-iterations", "steady-steps", "warmdown-steps"))
             steps = list(range(trial.step or 256, last, 256)) + [last]
             losses = [3 - 0.2 * math.log(step) - 0.001 * len(trial.name.strip("0123456789")) for step in steps]
-            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step, grown=(2.0, 2.1))
+            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step, growths=[Growth(1e9, 1.0, 2.0, 2.1)])
         return [result(trial) for trial in wanted]
 
     monkeypatch.setattr(trials, "run_trials", run_trials)
