@@ -55,7 +55,7 @@ def gpus() -> list[str]:
     """Those that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
+    return [name for name in visible.split(",") if name] if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:
