@@ -10,8 +10,9 @@ head; the default is its twin, with as many heads, a quarter of the width and ha
 order, the same rates (on the sphere they hold at any width; --tune tries others) and schedules over their FLOPs. A stage ends by --kappa, the share of its gain that is left;
 what the smallest model would end with is known from the run of it alone, later stages foretell it.
 
-Measured: validation loss over FLOPs and seconds, and around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the
-tokens with schedules of their own, has an arm's loss; NLI by prompt and by probe, where --nli has the data; the share of the gain that a share of the tokens brings.
+Measured: validation loss over FLOPs and seconds (of which the first steps of a run and the first after a growth, which compile, take none), and by a briefer validation
+around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the tokens with schedules of their own, has an arm's loss;
+NLI by prompt and by probe, where --nli has the data; the share of the gain that a share of the tokens brings.
 """
 import json
 import math
@@ -240,7 +241,7 @@ class Study:
         for name, curve in self.curves().items():
             for share, gain in CLAIMED:
                 effect = Estimate.of([value - 100 * gain for value in self.gain_at(curve, share)])
-                found.append(Claim(f"{share:.0%} of the tokens bring {gain:.0%} of the gain or more, {name} (points above {100 * gain:.0f})", effect, drafts="+0.0"))
+                found.append(Claim(f"{share:.0%} of the tokens bring {gain:.0%} of the gain or more, {name} (points above {100 * gain:.0f})", effect))
         return found
 
     def claims_table(self) -> str:
@@ -249,7 +250,7 @@ class Study:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Losses over FLOPs and over seconds, all seeds, each growth a bar from the loss before it to that after it; shares of the gain over shares of the tokens."""
+    """Losses over FLOPs and over seconds, all seeds, each growth a bar as long as the loss jumps; shares of the gain over shares of the tokens."""
     with pictures(path, 17, 5, 3) as (flops, seconds, gains):
         for i, arm in enumerate(study.arms):
             color = "black" if arm == STANDARD else "grey" if arm == ALONE else f"C{i - 2}"
@@ -257,8 +258,10 @@ def draw(study: Study, path: Path) -> None:
                 label = arm if run is study.of(arm)[0] else None
                 for axes, costs, of_growth in ((flops, run.flops, [g.flops for g in run.growths]), (seconds, run.times, [g.seconds for g in run.growths])):
                     axes.plot(costs[1:], run.bpb[1:], ":" if arm == ALONE else "-", color=color, label=label, linewidth=1)
-                    axes.vlines(of_growth, [g.before for g in run.growths], [g.after for g in run.growths], color=color, linewidth=2)
-                    axes.plot(of_growth, [g.after for g in run.growths], "^", color=color, markersize=4)
+                    on_curve = np.interp([g.flops for g in run.growths], run.flops, run.bpb)  # the losses around a growth are of a briefer validation
+                    jumped = on_curve + [g.after - g.before for g in run.growths]
+                    axes.vlines(of_growth, on_curve, jumped, color=color, linewidth=2)
+                    axes.plot(of_growth, jumped, "^", color=color, markersize=4)
         first = study.of(STANDARD)[0]
         for axes, name in (flops, "training FLOPs, all stages"), (seconds, "seconds of training"):
             axes.set_xscale("log")
