@@ -2,8 +2,9 @@
 
     python -m analysis.growth_family --out=family.json --plot=dev/growth_family.png
 
-**Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). The runs of their
-own have as many tokens, schedules of the same kind and the same text; of a size's two losses the difference is told in nats.
+**Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). It is compared with
+runs of its sizes alone, with schedules of the same kind and the same text; of a size's two losses the difference is told in nats. In the *short* family a size ends after as many
+tokens as alone, those of the smaller ones included; in the *long* one it sees more, as if a smaller one's token were worth 0.4 of its own (`analysis.mixing`).
 **Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again,
 for some lengths; always beside the small one simply trained on for as many FLOPs.
 """
@@ -19,7 +20,8 @@ from nanochat.files import write_text_atomic
 
 SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
 DECAY = 0.15  # share of a run's steps
-SHARES = (0.6, 0.8, 1.0)  # of the trunk's tokens, at which the sizes end
+SHARES = (0.6, 0.8, 1.0)  # of the tokens of 4x128 alone, that each size has alone
+ENDS = {"short": SHARES, "long": (0.6, 1.15, 1.7)}  # where the sizes of a family end, in the same measure
 EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch
 
 
@@ -28,10 +30,10 @@ def run_of(size: str, length: int, seed: int, **flags) -> Trial:
     return Trial({**LARGE, "num-iterations": length, "warmdown-ratio": DECAY, "seed": seed, **SIZES[size], **flags})
 
 
-def family(length: int, seed: int) -> dict[str, Trial]:
-    """Each size of the family, finished. `length`: steps of the last one, its decay included."""
+def family(length: int, ends: tuple[float, ...], seed: int) -> dict[str, Trial]:
+    """Each size of the family, finished. `length`: steps of 4x128 alone, of which `ends` are shares; a size's decay comes before its end."""
     found, trunk, at = {}, None, 0
-    for size, share in zip(SIZES, SHARES):
+    for size, share in zip(SIZES, ends):
         end = round(share * length * (1 - DECAY))
         if trunk is None:
             trunk = Trial({**LARGE, "num-iterations": end, "seed": seed, **SIZES[size]})
@@ -45,8 +47,9 @@ def family(length: int, seed: int) -> dict[str, Trial]:
 def plan(units: float, seed: int) -> dict[str, Trial]:
     length = steps(units)
     found: dict[str, Trial] = {}
-    for (size, trial), share in zip(family(length, seed).items(), SHARES):
-        found[f"{size}, of the family"] = trial
+    for name, ends in ENDS.items():
+        found |= {f"{size}, {name} family": trial for size, trial in family(length, ends, seed).items()}
+    for size, share in zip(SIZES, SHARES):
         found[f"{size}, alone"] = run_of(size, round(share * length), seed)
     small = run_of("4x64", length, seed)
     found["4x64, finished"] = small
@@ -67,12 +70,14 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     by_seed = run_by_seed(lambda seed: plan(args.units, seed), args.seeds, args.jobs)
     nats, mean = nats_per_bpb(), lambda function: statistics.mean(map(function, by_seed))
-    print("| size | bits per byte, of the family | alone | difference in nats per token | by seed |\n|---|---:|---:|---:|---|")
-    for size in SIZES:
-        gaps = [(runs[f"{size}, of the family"].final - runs[f"{size}, alone"].final) * nats for runs in by_seed]
-        print(f"| {size} | {mean(lambda runs: runs[f'{size}, of the family'].final):.4f} | {mean(lambda runs: runs[f'{size}, alone'].final):.4f} | {statistics.mean(gaps):+.4f} | "
-              f"{', '.join(f'{gap:+.4f}' for gap in gaps)} |")
-    print(f"\nFLOPs of the family, of those of the runs alone: {family_share(by_seed[0]):.2f}\n")
+    print("| family | size | bits per byte, of the family | alone | difference in nats per token | by seed |\n|---|---|---:|---:|---:|---|")
+    for name in ENDS:
+        for size in SIZES:
+            gaps = [(runs[f"{size}, {name} family"].final - runs[f"{size}, alone"].final) * nats for runs in by_seed]
+            print(f"| {name} | {size} | {mean(lambda runs: runs[f'{size}, {name} family'].final):.4f} | {mean(lambda runs: runs[f'{size}, alone'].final):.4f} | "
+                  f"{statistics.mean(gaps):+.4f} | {', '.join(f'{gap:+.4f}' for gap in gaps)} |")
+    shares = ", ".join(f"{family_share(by_seed[0], name):.2f} ({name})" for name in ENDS)
+    print(f"\nFLOPs of a family, of those of the runs alone: {shares}\n")
     scratch = "4x128, alone"
     print("| from the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
     for name in by_seed[0]:
@@ -89,11 +94,11 @@ def main(argv=None) -> None:
         draw(by_seed[0], args.plot)
 
 
-def family_share(runs: dict[str, Result]) -> float:
-    """FLOPs of the trunk and all its branches, of those of the runs alone."""
+def family_share(runs: dict[str, Result], name: str) -> float:
+    """FLOPs of this family's trunk and all its branches, of those of the runs alone."""
     spent, at = 0.0, 0.0
     for size in SIZES:  # a branch's FLOPs begin with the trunk's
-        member = runs[f"{size}, of the family"]
+        member = runs[f"{size}, {name} family"]
         spent += member.flops[-1] - at
         at = member.begin
     return spent / sum(runs[f"{size}, alone"].flops[-1] for size in SIZES)
@@ -101,12 +106,11 @@ def family_share(runs: dict[str, Result]) -> float:
 
 def draw(runs: dict[str, Result], path: Path) -> None:
     with pictures(path, 12, 4.5, 2) as (left, right):
-        for i, size in enumerate(SIZES):
-            for name, style in (("of the family", "o-"), ("alone", "x:")):
-                run = runs[f"{size}, {name}"]
-                left.plot([step / UNIT for step in run.steps], run.bpb, style, color=f"C{i}", label=f"{size}, {name}", markersize=3)
-        left.set_ylim(top=max(runs[f"{size}, alone"].bpb[min(2, len(runs[f"{size}, alone"].bpb) - 1)] for size in SIZES))
-        left.set_xlabel("tokens per parameter of 4x128")
+        for marker, name in zip("o^x", (*(f"{name} family" for name in ENDS), "alone")):
+            left.plot([runs[f"{size}, {name}"].steps[-1] / UNIT for size in SIZES], [runs[f"{size}, {name}"].final for size in SIZES], marker + "-", label=name)
+            for size in SIZES:
+                left.annotate(size, (runs[f"{size}, {name}"].steps[-1] / UNIT, runs[f"{size}, {name}"].final), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        left.set_xlabel("tokens, of all sizes so far, per parameter of 4x128")
         begin = runs["4x64, finished"].flops[-1]
         for name, style in (("more", "o-"), ("continued", "x:")):
             found = sorted((runs[n].flops[-1] - begin, runs[n].final) for n in runs if name in n)

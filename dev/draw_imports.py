@@ -67,7 +67,7 @@ def draw(path: Path) -> None:
             line.sort(key=lambda name: sum(pull[name]) / len(pull[name]) if pull[name] else place[name][0])
             for i, name in enumerate(line):
                 place[name] = ((i + 0.5) / len(line), r)
-    figure = Figure(figsize=(20, 1.0 * len(lines) + 1), layout="constrained")
+    figure = Figure(figsize=(20, 0.75 * len(lines) + 1), layout="constrained")
     axes = figure.subplots()
     for a, b in arrows:
         (x1, y1), (x2, y2) = place[a], place[b]
@@ -81,7 +81,7 @@ def draw(path: Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.5, len(lines))
     axes.axis("off")
-    figure.savefig(path, dpi=110, facecolor="white")
+    figure.savefig(path, dpi=85, facecolor="white")
     print(f"{path}: {len(graph)} files, {sum(map(len, graph.values()))} imports, {len(lines)} rows, {len(arrows)} arrows drawn, no circle")
 
 

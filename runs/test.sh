@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" --dev
 
 python -m ruff check .
 python -m mypy
-python -m pytest -q -n auto --maxprocesses=4 -m "$selection"
+python -m pytest -q -n auto --maxprocesses=4 --durations=20 -m "$selection"
 if [ -z "$selection" ]; then
     # the oldest instructions that PyTorch and its two matrix libraries can do with
     export MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2

@@ -84,13 +84,26 @@ def test_language_models_can_be_right():
 
 
 def test_forward_passes_stay_within_the_budget_and_lose_nothing():
-    examples = [Example([[0] * width] * choices, [1] * choices, [width] * choices, 0) for width in (3, 50, 7, 9, 50, 200) for choices in (1, 4)]
+    examples = [Example([[choice] * width for choice in range(choices)], [1] * choices, [width] * choices, 0) for width in (3, 50, 7, 9, 50, 200) for choices in (1, 4)]
     batches = list(scoring.batches_by_length(examples, 256))
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
     for batch in batches:
         padded = sum(len(example.sequences) for example in batch) * max(example.width for example in batch)
         assert padded <= 256 or len(batch) == 1
     assert len(batches) < len(examples)
+
+
+def test_choices_of_one_token_are_read_once():
+    """A model reads up to the last scored token, so their inputs are one; a longer choice is read by itself."""
+    example = Example([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6, 7]], [3, 3, 3], [4, 4, 5], 0)
+    seen = []
+    hook = model().transformer.wte.register_forward_hook(lambda module, args, output: seen.append(args[0].tolist()))
+    logits, targets, lengths = scoring.scored_logits(model(), [example, example], CPU)
+    hook.remove()
+    assert seen == [[[1, 2, 3, 0], [1, 2, 3, 6]] * 2]
+    assert targets.tolist() == [4, 5, 6, 7] * 2 and lengths == [1, 1, 2] * 2
+    alone = torch.cat([model()(torch.tensor([sequence]))[0, 2:end - 1] for sequence, end in zip(example.sequences, example.ends)])
+    torch.testing.assert_close(logits, alone.repeat(2, 1), rtol=0, atol=1e-5)
 
 
 def test_logits_only_where_asked():

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class Example:
     @property
     def width(self) -> int:
         return max(self.ends)
+
+    @cached_property
+    def inputs(self) -> list[tuple[int, ...]]:
+        """What the model has to read, once each: the last scored token is never read, so choices of one token each share all of it."""
+        return list(dict.fromkeys(tuple(sequence[:end - 1]) for sequence, end in zip(self.sequences, self.ends)))
 
 
 def max_positions(model: Any) -> int | None:
@@ -78,13 +84,18 @@ def logits_at(model, input_ids: torch.Tensor, rows: torch.Tensor, columns: torch
 @torch.no_grad()
 def scored_logits(model, examples: Sequence[Example], device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """(logits (N, V), tokens that are scored (N,), how many of them each sequence has) of examples that run in one forward pass."""
-    sequences = [sequence for example in examples for sequence in example.sequences]
-    spans = [torch.arange(start, end) for example in examples for start, end in zip(example.starts, example.ends, strict=True)]
+    inputs = [row for example in examples for row in example.inputs]
+    spans, rows, targets, first = [], [], [], 0
+    for example in examples:
+        for sequence, start, end in zip(example.sequences, example.starts, example.ends, strict=True):
+            rows.append(first + example.inputs.index(tuple(sequence[:end - 1])))
+            spans.append(torch.arange(start - 1, end - 1))
+            targets += sequence[start:end]
+        first += len(example.inputs)
     lengths = [len(span) for span in spans]
-    input_ids = stack_sequences(sequences, pad_token_id=0)
-    rows, columns = torch.arange(len(spans)).repeat_interleave(torch.tensor(lengths)), torch.cat(spans)
-    targets = input_ids[rows, columns].to(device)
-    return logits_at(model, input_ids.to(device), rows.to(device), (columns - 1).to(device)), targets, lengths
+    logits = logits_at(model, stack_sequences(inputs, pad_token_id=0).to(device), torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device),
+                       torch.cat(spans).to(device))
+    return logits, torch.tensor(targets, device=device), lengths
 
 
 @torch.no_grad()
@@ -104,11 +115,11 @@ def batches_by_length(examples: list[Example], max_tokens: int) -> Iterator[list
     batch: list[Example] = []
     rows = 0
     for example in sorted(examples, key=lambda example: example.width, reverse=True):
-        if batch and (rows + len(example.sequences)) * batch[0].width > max_tokens:
+        if batch and (rows + len(example.inputs)) * batch[0].width > max_tokens:
             yield batch
             batch, rows = [], 0
         batch.append(example)
-        rows += len(example.sequences)
+        rows += len(example.inputs)
     if batch:
         yield batch
 
