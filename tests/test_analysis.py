@@ -21,9 +21,10 @@ from analysis import (
     trials,
     width_transfer,
 )
-from analysis.trial import Growth, Result, Trial, folder_of
+from analysis.trial import Growth, Result, Trial, folder_of, read
 from analysis.trials import cost_with
 from nanochat.cli import UsageError
+from nanochat.run_log import FILENAME, RunLog
 from scripts import base_train
 from tests import fake_runs, tiny
 
@@ -106,6 +107,19 @@ def test_a_trial_is_trained_once_and_one_that_died_again(base_dir, monkeypatch):
         with pytest.raises(UsageError, match="1 of 1 trials died, see .*out.txt"):
             trials.run_trials(str(base_dir), [killed])
     assert fake_runs.times(base_dir, killed) == 2
+
+
+def test_a_result_tells_all_growths_and_the_time_of_each_validation(base_dir):
+    trial = Trial({"seed": 9})
+    folder = folder_of(str(base_dir), trial)
+    log = RunLog(folder / FILENAME)
+    log.log("start", 0, counts={"total": 7})
+    for step, loss in enumerate((3.0, 2.0, 1.5)):
+        log.log("eval", step, val_bpb=loss, flops=10 * step, time=1.0 * step)
+        log.log("grow", step, loss_before=loss - 0.1, loss_after=loss + 0.1, flops=10 * step, time=1.0 * step)
+    (folder / "done.json").write_text('{"status": 0}')
+    result = read(str(base_dir), trial)
+    assert result.times == [0.0, 1.0, 2.0] and result.growths[1] == Growth(10, 1.0, 1.9, 2.1) and result.grown == (1.4, 1.6)
 
 
 @pytest.mark.slow
