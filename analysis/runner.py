@@ -51,6 +51,13 @@ def cuda_places(devices: Sequence[str], ranks: int = 1) -> list[Place]:
     return [Place({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(group)}, ranks) for group in groups]
 
 
+def gpus() -> list[str]:
+    """Those that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name for name in visible.split(",") if name] if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
+
+
 def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:
     """The child process of one run; its exit status is base_train's."""
     os.setsid()  # Ctrl-C is for the runner

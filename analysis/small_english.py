@@ -13,15 +13,11 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
-from analysis.trials import Result, Trial, pictures, run_by_seed, run_trials, study_parser
-from nanochat.cli import command, parse_settings, positive_int
+from analysis.trials import Result, Trial, flops_per_token, pictures, run_by_seed, run_trials, study_parser
+from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.compare import paired_test
 from nanochat.files import write_text_atomic
-from nanochat.layered_gpt import build_gpt
-from nanochat.run_plan import PlanSettings
 from nanochat.tokenizer import get_tokenizer
 
 MODEL = {"depth": 4, "aspect-ratio": 48, "head-dim": 64, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 4, "total-batch-size": 4096, "save-every": 10,
@@ -40,18 +36,13 @@ PUBLISHED = (("GPT-Neo 9M, all of TinyStories, mean of six seeds", "57.8"), ("GP
              ("looped GPT-BERT 12M, BabyLM's 10M words (filtered pairs)", "71.2"))
 
 
-def flops_per_token(flags: dict) -> int:
-    settings = parse_settings(PlanSettings, [f"--{name}={value}" for name, value in {**MODEL, **flags}.items()], "")
-    with torch.device("meta"):
-        return build_gpt(settings.config(get_tokenizer().get_vocab_size())).estimate_flops()
-
-
 def plan(steps: int, seed: int) -> dict[str, Trial]:
     found = {}
     for arm, flags in ARMS.items():
         tasks = "blimp,blimp-pll:20" if "objective" in flags else "blimp"
         found[arm] = Trial({**MODEL, **flags, "matrix-lr": TUNED[arm], "num-iterations": steps, "seed": seed, "eval-tasks": tasks})
-    longer = round(steps * flops_per_token(ARMS["looped"]) / flops_per_token({}))
+    vocabulary = get_tokenizer().get_vocab_size()
+    longer = round(steps * flops_per_token({**MODEL, **ARMS["looped"]}, vocabulary) / flops_per_token(MODEL, vocabulary))
     found[MORE] = Trial({**found[PLAIN].flags, "num-iterations": longer})
     return found
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from analysis.progress import Display, why
-from analysis.runner import Place, Runner, Work, cpu_places, cuda_places
+from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep
 from analysis.sweep_search import Search
 from analysis.trial import Trial, folder_of, status_of
@@ -142,8 +142,7 @@ def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place
     if len(devices) > 1:
         raise UsageError(f"{sweep.name} is for several device types ({', '.join(sorted(devices))}); make a sweep of each")
     if devices == {"cuda"}:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
+        names = gpus()
         if len(names) < sweep.ranks:
             raise UsageError(f"a run of {sweep.name} needs {sweep.ranks} GPUs, and {len(names)} are to be seen; lower `ranks`, or give the flag device-type")
         return cuda_places(names, sweep.ranks)[:jobs]

@@ -10,12 +10,20 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat.files import parse_json
 from nanochat.run_log import FILENAME, read_run_log
 
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
 REFUSED = 2  # exit status of what a user's flags lead to, divergence among it: it would be the same again
+
+
+class Growth(NamedTuple):
+    flops: float  # spent until then
+    seconds: float
+    before: float  # validation bits per byte right before it
+    after: float
 
 
 @dataclass
@@ -27,11 +35,12 @@ class Result:
     seconds: float  # of training
     params: int  # all parameters
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
-    grown: tuple[float, float] = (math.nan, math.nan)  # the loss right before and right after the last growth
+    growths: list[Growth] = field(default_factory=list)
     rows: dict = field(default_factory=dict)  # of the last evaluations (--eval-tasks), by key
     tokens: int = 0  # seen in all
     counts: dict = field(default_factory=dict)  # parameters by part, of the run's beginning
     memory: float = math.nan  # peak, MiB
+    times: list[float] = field(default_factory=list)  # seconds of training until the validations
 
     @property
     def final(self) -> float:
@@ -47,6 +56,11 @@ class Result:
     def scaling_params(self) -> int:
         """Those of blocks and head, in which tokens per parameter are stated."""
         return self.blocks + self.counts.get("lm_head", 0)
+
+    @property
+    def grown(self) -> tuple[float, float]:
+        """The loss right before and right after the last growth."""
+        return self.growths[-1][2:] if self.growths else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,12 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     records = list(read_run_log(folder_of(base_dir, trial) / FILENAME)) if status == 0 else []
     evals = [record for record in records if record["kind"] == "eval"]
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
-    grown = next(((r["loss_before"], r["loss_after"]) for r in reversed(records) if r["kind"] == "grow"), (math.nan, math.nan))
+    growths = [Growth(r["flops"], r["time"], r["loss_before"], r["loss_after"]) for r in records if r["kind"] == "grow"]
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), grown,
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), growths,
                   next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
-                  start["counts"], next((record["peak_memory_mib"] for record in reversed(records) if record["kind"] == "end"), None) or math.nan)
+                  start["counts"], next((record["peak_memory_mib"] for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
+                  [r["time"] for r in evals])
 
 
 def _begin(trains: list[dict]) -> float:

@@ -4,13 +4,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from analysis.progress import Display
-from analysis.runner import Runner, Work, cpu_places
+from analysis.runner import Place, Runner, Work, cpu_places
 from analysis.trial import REFUSED, Result, Trial, folder_of, read, weights
-from nanochat.cli import ArgumentParser, UsageError, positive_int
+from nanochat.cli import ArgumentParser, UsageError, parse_settings, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
 from nanochat.files import atomic_path
+from nanochat.layered_gpt import build_gpt
+from nanochat.run_plan import PlanSettings
 from nanochat.tokenizer import get_tokenizer
 
 # four layers of width 128: a minute a run on one core
@@ -20,8 +24,8 @@ TUNED = {"unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matri
 STEPS = 250
 
 
-def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2) -> list[Result]:
-    """Results in the order of the trials; those not on disk are trained, `jobs` at a time with one thread each, parents before their branches.
+def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, places: list[Place] | None = None) -> list[Result]:
+    """Results in the order of the trials; those not on disk are trained, `jobs` at a time with one thread each, or in `places`; parents before their branches.
 
     A trial that is a parent keeps the checkpoints that its branches begin with. Raises UsageError for trials that died; they are run again by the next call.
     """
@@ -45,7 +49,7 @@ def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2) -> 
         if name in wanted and trial.parent is not None and trial.step not in weights(folder_of(base_dir, trial.parent)):
             wanted.add(trial.parent.name)
     if wanted:
-        runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), cpu_places(jobs), kept, again=lambda status: status != REFUSED)
+        runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), places or cpu_places(jobs), kept, again=lambda status: status != REFUSED)
         runner.run(Display("trials").show)
     results = [read(base_dir, trial) for trial in trials]
     if died := [folder_of(base_dir, trial) / "out.txt" for trial, result in zip(trials, results) if result is None]:
@@ -96,6 +100,13 @@ def cost_with(loss: float, costs: Sequence[float], losses: Sequence[float]) -> f
     pairs = sorted(zip(costs, losses))
     (c0, l0), (c1, l1) = next(((a, b) for a, b in zip(pairs, pairs[1:]) if b[1] <= loss), (pairs[-2], pairs[-1]))
     return math.exp(math.log(c0) + (math.log(c1) - math.log(c0)) * (l0 - loss) / (l0 - l1))
+
+
+def flops_per_token(flags: dict, vocabulary: int) -> int:
+    """Of the model that base_train's flags describe."""
+    settings = parse_settings(PlanSettings, [f"--{name}={value}" for name, value in flags.items()], "")
+    with torch.device("meta"):
+        return build_gpt(settings.config(vocabulary)).estimate_flops()
 
 
 def nats_per_bpb() -> float:

@@ -9,6 +9,7 @@ from analysis import (
     growth,
     growth_bound,
     growth_cause,
+    growth_drafts,
     growth_family,
     growth_few_data,
     low_rank,
@@ -20,9 +21,11 @@ from analysis import (
     trials,
     width_transfer,
 )
-from analysis.trial import Result, Trial, folder_of
+from analysis.trial import Growth, Result, Trial, folder_of, read
 from analysis.trials import cost_with
 from nanochat.cli import UsageError
+from nanochat.run_log import FILENAME, RunLog
+from scripts import base_train
 from tests import fake_runs, tiny
 
 
@@ -55,7 +58,7 @@ def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
             last = trial.step + sum(trial.flags.get(name, 0) for name in ("num-iterations", "steady-steps", "warmdown-steps"))
             steps = list(range(trial.step or 256, last, 256)) + [last]
             losses = [3 - 0.2 * math.log(step) - 0.001 * len(trial.name.strip("0123456789")) for step in steps]
-            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step, grown=(2.0, 2.1))
+            return Result(trial.flags, steps, losses, [1e9 * step for step in steps], 1.0, 1000, begin=1e9 * trial.step, growths=[Growth(1e9, 1.0, 2.0, 2.1)])
         return [result(trial) for trial in wanted]
 
     monkeypatch.setattr(trials, "run_trials", run_trials)
@@ -104,6 +107,19 @@ def test_a_trial_is_trained_once_and_one_that_died_again(base_dir, monkeypatch):
         with pytest.raises(UsageError, match="1 of 1 trials died, see .*out.txt"):
             trials.run_trials(str(base_dir), [killed])
     assert fake_runs.times(base_dir, killed) == 2
+
+
+def test_a_result_tells_all_growths_and_the_time_of_each_validation(base_dir):
+    trial = Trial({"seed": 9})
+    folder = folder_of(str(base_dir), trial)
+    log = RunLog(folder / FILENAME)
+    log.log("start", 0, counts={"total": 7})
+    for step, loss in enumerate((3.0, 2.0, 1.5)):
+        log.log("eval", step, val_bpb=loss, flops=10 * step, time=1.0 * step)
+        log.log("grow", step, loss_before=loss - 0.1, loss_after=loss + 0.1, flops=10 * step, time=1.0 * step)
+    (folder / "done.json").write_text('{"status": 0}')
+    result = read(str(base_dir), trial)
+    assert result.times == [0.0, 1.0, 2.0] and result.growths[1] == Growth(10, 1.0, 1.9, 2.1) and result.grown == (1.4, 1.6)
 
 
 @pytest.mark.slow
@@ -162,3 +178,142 @@ def test_small_english_compares_at_equal_tokens_and_at_equal_flops(tmp_path, bas
     assert json.loads((tmp_path / "numbers.json").read_text())["looped"][0]["rows"] and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert small_english.main(["--tune"]) == 0
     assert len(wanted) == 10 + 12 and "| looped and mixed | 2.0000 |" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# The growth drafts
+
+DRAFTS_FINAL = {"hyperclone": 2.02, "bus": 1.98, "lossless": 1.96}  # bits per byte of grown runs; standard: 2.00
+
+
+def drafts_run(trial):
+    """A run whose loss falls from 8 as a power of its tokens; those that grow end as their mode says, and small ones lower than all."""
+    flags = trial.flags
+    steps, small, mode = flags["num-iterations"], flags["aspect-ratio"] == 16, flags.get("grow-mode")
+    final = DRAFTS_FINAL[mode] if mode else 1.9 if small else 2.0 + 0.5 * (1000 / steps - 1) ** 0.5
+    final += 0.001 * (flags["seed"] - 42) * (2 if mode == "bus" else 1)
+    at = list(range(0, steps, max(1, steps // 4))) + [steps]
+    bpb = [8.0 if step == 0 else final + 0.8 * (1 - step / steps) for step in at]
+    rows = {}
+    if "eval-tasks" in flags:
+        value = {"hyperclone": 0.30, "bus": 0.50, "lossless": 0.40}.get(mode, 0.40)
+        rows = {f"{task}/{name}": {"value": value, "se": 0.01, "n": 1000, "label": "x"} for task in ("nli-prompt", "nli-probe") for name in ("snli", "mnli")}
+    growths = [Growth(2e8 * (i + 1), 2.0 * (i + 1), 2.5, 2.6) for i in range(flags.get("grow-path", "").count(","))]
+    return Result(flags, at, bpb, [1e6 * step * (0.35 if small else 1) for step in at], 9.0, 1000, growths=growths, rows=rows, times=[step / 100 for step in at])
+
+
+@pytest.fixture
+def drafts(base_dir, monkeypatch):
+    """The study with such runs; the list of the trials that it asked for, call by call."""
+    asked = []
+
+    def run_trials(directory, trials, jobs, places):
+        trials = [trial if isinstance(trial, Trial) else Trial(trial) for trial in trials]
+        asked.append(trials)
+        return [drafts_run(trial) for trial in trials]
+
+    monkeypatch.setattr(growth_drafts, "run_trials", run_trials)
+    monkeypatch.setattr(growth_drafts, "nats_per_bpb", lambda: 2.0)
+    monkeypatch.setattr(growth_drafts, "get_tokenizer", lambda: SimpleNamespace(get_vocab_size=lambda: 2048))
+    return asked
+
+
+def write_nli(folder):
+    folder.mkdir()
+    for name in ("snli", "mnli"):
+        for part in ("train", "test"):
+            (folder / f"{name}_{part}.jsonl").write_text(json.dumps({"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"}) + "\n")
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_drafts_claims_get_the_verdicts_that_the_numbers_give(drafts, base_dir, tmp_path, capsys):
+    write_nli(base_dir / "nli")
+    assert growth_drafts.main(["--seeds=3", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    out = capsys.readouterr().out
+    tables = [[line for line in part.splitlines() if line.startswith("| ")] for part in out.split("\n\n")[1:]]
+    losses, nli, gains, claims = ({cells(line)[0]: cells(line)[1:] for line in table[1:]} for table in tables)
+    assert list(losses) == ["standard", "small alone", *growth_drafts.GROWN] and "No NLI" not in out and "nan" not in out
+    # +0.04, and no difference between the seeds; -0.04, growing by 0.002 from seed to seed: sd 0.002, t 4.30, so ± 0.002 * 4.30 / sqrt(3)
+    assert losses["HyperCloning, in one step"][4:6] == ["+0.0400 ± 0.0000", "+0.0400, +0.0400, +0.0400"]
+    assert losses["BUS, in 4 steps"][4:6] == ["-0.0380 ± 0.0050", "-0.0400, -0.0380, -0.0360"]
+    assert losses["BUS, in 4 steps"][-1] == "20%: 2.500 → 2.600, 40%: 2.500 → 2.600, 60%: 2.500 → 2.600, 80%: 2.500 → 2.600"
+    assert float(losses["standard"][-2]) == 1.0 and float(losses["BUS, in one step"][-2]) < 1 < float(losses["HyperCloning, in one step"][-2])
+    assert nli["BUS, in 4 steps"] == ["50.0 ± 2.0"] * 4 and nli["BUS, 64M (drafts; how is not known)"] == ["41.6", "38.6"] * 2
+    verdict = {claim: row[-1] for claim, row in claims.items()}
+    assert verdict["BUS, in 4 steps, ends below standard (nats per token)"] == "confirmed"
+    assert verdict["HyperCloning, in one step, ends below standard (nats per token)"] == "opposite"
+    assert verdict["BUS, in 4 steps, ends below BUS, in one step (nats per token)"] == "not confirmed"
+    assert verdict["lossless, in 4 steps, ends below small alone (nats per token)"] == "opposite"
+    assert claims["BUS, in 4 steps, is better than standard on snli by probe (points)"] == ["+10.0 ± 2.8", "+1.2", "confirmed"]
+    assert claims["HyperCloning, in one step, is better than standard on snli by prompt (points)"] == ["-10.0 ± 2.8", "+0.5", "opposite"]
+    assert claims["HyperCloning, in one step, is worse than standard on mnli by prompt (points)"] == ["-10.0 ± 2.8", "-1.5", "confirmed"]
+    kept = json.loads((tmp_path / "numbers.json").read_text())
+    assert [len(runs) for runs in kept["runs"]] == [10, 10, 10] and len(kept["claims"]) == len(claims)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_the_gain_is_read_off_the_run_and_off_shorter_runs(drafts, capsys):
+    assert growth_drafts.main(["--seeds=2"]) == 0
+    out = capsys.readouterr().out
+    rows = {cells(line)[0]: cells(line)[1:] for line in out.splitlines() if line.startswith(("| inside", "| runs that end"))}
+    # inside: 8 → 2.6 at a quarter of the run, the first validation, of 8 → 2; alone: 8 → 2 + 0.5 sqrt(1 / share - 1)
+    assert all(cell.startswith("90.0 ±") for cell in rows["inside the run"][:4])
+    alone = [float(cell.split()[0]) for cell in rows["runs that end there"][:5]]
+    exact = [100 - 100 * 0.5 * (1 / share - 1) ** 0.5 / 6 for share in (0.05, 0.1, 0.2, 0.4)]
+    assert [alone[i] for i in (0, 1, 3, 4)] == pytest.approx(exact, abs=0.1) and alone[1] < alone[2] < alone[3]
+    assert float(rows["runs that end there"][-2].removesuffix(" %")) == pytest.approx(100 / (1 + 2.4 ** 2), abs=0.5) and rows["inside the run"][-2] == "≤ 25.0 %"
+    verdict = {cells(line)[0]: cells(line)[-1] for line in out.splitlines() if " of the gain or more" in line}
+    assert verdict["15% of the tokens bring 80% of the gain or more, runs that end there (points above 80)"] == "opposite"
+    assert verdict["15% of the tokens bring 80% of the gain or more, inside the run (points above 80)"] == "confirmed"
+    assert verdict["20% of the tokens bring 90% of the gain or more, runs that end there (points above 90)"] == "opposite"
+    assert "No NLI in this study" in out and "nli" not in out.split("No NLI")[1].split("\n\n", 1)[1], "no data, no columns"
+
+
+def test_one_seed_gives_no_verdict_on_losses(drafts, capsys):
+    assert growth_drafts.main([]) == 0
+    out = capsys.readouterr().out
+    assert "| BUS, in 4 steps, ends below standard (nats per token) | -0.0400 |  | not confirmed (one seed) |" in out and "inf" not in out
+
+
+@pytest.mark.parametrize("name", growth_drafts.SIZES)
+def test_the_drafts_arms_have_equal_flops_and_flags_that_base_train_takes(name, tmp_path):
+    size = growth_drafts.SIZES[name]
+    small_share = trials.flops_per_token({**size.flags, **size.small}, size.vocabulary) / trials.flops_per_token(size.flags, size.vocabulary)
+    alone, grown = growth_drafts.plan(size, size.steps, size.matrix_lr, 0.15, {"eval-tasks": "nli-prompt,nli-probe", "nli": str(tmp_path)}, small_share, 42)
+    assert alone["small alone"].flags["num-iterations"] * small_share == pytest.approx(size.steps, rel=1e-3)
+    settings = {arm: base_train.parse(trial.arguments()) for arm, trial in {**alone, **grown}.items()}
+    stages = {arm: [shape.width for shape in one.path()] for arm, one in settings.items() if arm in grown}
+    assert stages["BUS, in 4 steps"] == stages["lossless, in 4 steps"] == list(size.widths)
+    assert stages["BUS, in one step"] == stages["HyperCloning, in one step"] == [size.widths[0], size.widths[-1]]
+    assert {one.block for one in settings.values()} == {"ngpt"} and {one.weight_decay for one in settings.values()} == {0.0}
+    assert {one.grow_budget for one in settings.values()} == {1.0} and {one.total_batch_size for one in settings.values()} == {size.flags["total-batch-size"]}
+    assert all(width % size.flags["head-dim"] == 0 for width in size.widths) and len({trial.name for trial in [*alone.values(), *grown.values()]}) == 10
+
+
+def test_the_drafts_runs_that_kappa_learns_from_come_first(drafts):
+    assert growth_drafts.main(["--seeds=2"]) == 0
+    first, second = drafts
+    assert len(first) == 12 and not any("kappa" in trial.flags for trial in first)
+    assert len(second) == 8 and all("kappa" in trial.flags for trial in second)
+
+
+def test_the_drafts_study_says_what_it_lacks(drafts, base_dir, monkeypatch, capsys):
+    refused = lambda *flags: growth_drafts.main(list(flags)) == 2 and capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "this size is for a GPU with CUDA, and there is none; --size=cpu" in refused("--size=64m")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert "--size=64m is meant for a vocabulary of 12,288, and the tokenizer in" in refused("--size=64m")
+    assert "has no file NAME_test.jsonl" in refused(f"--nli={base_dir / 'nothing'}")
+    assert not drafts
+    monkeypatch.setattr(growth_drafts, "run_trials", lambda directory, trials, jobs, places: [Result(trial.flags, [], [], [], 0.0, 0) for trial in trials])
+    assert "the run 'standard' of seed 42 diverged; lower --matrix-lr" in refused()
+
+
+def test_the_drafts_rates_are_tried_on_a_seed_of_their_own(drafts, capsys):
+    assert growth_drafts.main(["--tune", "--steps=100"]) == 0
+    (tried,) = drafts
+    assert {trial.flags["seed"] for trial in tried} == {41} and {trial.flags["num-iterations"] for trial in tried} == {50} and len(tried) == 6
+    assert "| small | 1.8990 | 1.8990 | 1.8990 |" in capsys.readouterr().out
