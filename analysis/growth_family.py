@@ -21,7 +21,7 @@ from nanochat.files import write_text_atomic
 SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
 DECAY = 0.15  # share of a run's steps
 SHARES = (0.6, 0.8, 1.0)  # of the tokens of 4x128 alone, that each size has alone
-ENDS = {"short": SHARES, "long": (0.6, 1.15, 1.7)}  # where the sizes of a family end, in the same measure
+ENDS = {"short": SHARES, "long": (0.6, 1.0, 1.5)}  # where the sizes of a family end, in the same measure
 EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch
 
 
