@@ -5,8 +5,8 @@
 **Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). It is compared with
 runs of its sizes alone, with schedules of the same kind and the same text; of a size's two losses the difference is told in nats. In the *short* family a size ends after as many
 tokens as alone, those of the smaller ones included; in the *long* one it sees more, as if a smaller one's token were worth 0.4 of its own (`analysis.mixing`).
-**Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again,
-for some lengths; always beside the small one simply trained on for as many FLOPs.
+**Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again or
+half of them, for some lengths; always beside the small one simply trained on for as many FLOPs.
 """
 import json
 import statistics
@@ -22,7 +22,9 @@ SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio
 DECAY = 0.15  # share of a run's steps
 SHARES = (0.6, 0.8, 1.0)  # of the tokens of 4x128 alone, that each size has alone
 ENDS = {"short": SHARES, "long": (0.6, 1.0, 1.5)}  # where the sizes of a family end, in the same measure
-EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch
+EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch; what does not grow goes on for as many FLOPs
+RATES = {"grown to 4x128": 1.0, "grown at half of the rate": 0.5}  # after the growth, of those that 4x128 has from scratch
+CONTINUED = "not grown"
 
 
 def run_of(size: str, length: int, seed: int, **flags) -> Trial:
@@ -56,9 +58,10 @@ def plan(units: float, seed: int) -> dict[str, Trial]:
     for share in EXTENSIONS:
         more = round(share * length)
         fall = round(DECAY * more)
-        found[f"4x64 -> 4x128, {share:g} more"] = small.branch(length, grow_to="4x128", steady_rate=1.0, steady_steps=more - fall, warmdown_steps=fall, matrix_lr=LARGE["matrix-lr"])
+        for way, rate in RATES.items():
+            found[f"4x64, {way}, {share:g}"] = small.branch(length, grow_to="4x128", steady_rate=rate, steady_steps=more - fall, warmdown_steps=fall, matrix_lr=LARGE["matrix-lr"])
         longer = round(more / FLOPS_SHARE)
-        found[f"4x64, continued for the FLOPs of {share:g}"] = small.branch(length, steady_rate=1.0, steady_steps=longer - round(DECAY * longer), warmdown_steps=round(DECAY * longer))
+        found[f"4x64, {CONTINUED}, {share:g}"] = small.branch(length, steady_rate=1.0, steady_steps=longer - round(DECAY * longer), warmdown_steps=round(DECAY * longer))
     return found
 
 
@@ -79,15 +82,14 @@ def main(argv=None) -> None:
     shares = ", ".join(f"{family_share(by_seed[0], name):.2f} ({name})" for name in ENDS)
     print(f"\nFLOPs of a family, of those of the runs alone: {shares}\n")
     scratch = "4x128, alone"
-    print("| from the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
-    for name in by_seed[0]:
-        if "more" in name or "continued" in name:
-            share = mean(lambda runs: (runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1])
-            print(f"| {name} | {share:.2f} | {mean(lambda runs: runs[name].final):.4f} | {mean(lambda runs: (runs[name].final - runs[scratch].final) * nats):+.4f} |")
-    grown = [name for name in by_seed[0] if name.endswith("more")]
-    needed = [cost_with(runs[scratch].final, [(runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1] for name in grown],
-                        [runs[name].final for name in grown]) for runs in by_seed]
-    print(f"\nFLOPs from there to the loss of 4x128 from scratch: {statistics.mean(needed):.2f} of its own ({', '.join(f'{x:.2f}' for x in needed)})")
+    print("| the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
+    spent = lambda runs, name: (runs[name].flops[-1] - runs["4x64, finished"].flops[-1]) / runs[scratch].flops[-1]
+    for way in (*RATES, CONTINUED):
+        names = [f"4x64, {way}, {share:g}" for share in EXTENSIONS]
+        for name in names:
+            print(f"| {way} | {mean(lambda runs: spent(runs, name)):.2f} | {mean(lambda runs: runs[name].final):.4f} | {mean(lambda runs: (runs[name].final - runs[scratch].final) * nats):+.4f} |")
+        needed = [cost_with(runs[scratch].final, [spent(runs, name) for name in names], [runs[name].final for name in names]) for runs in by_seed]
+        print(f"| {way}, to the loss of 4x128 from scratch | {statistics.mean(needed):.2f} ({', '.join(f'{x:.2f}' for x in needed)}) | | |")
     if args.out:
         write_text_atomic(args.out, json.dumps(by_seed, default=vars))
     if args.plot:
@@ -112,10 +114,9 @@ def draw(runs: dict[str, Result], path: Path) -> None:
                 left.annotate(size, (runs[f"{size}, {name}"].steps[-1] / UNIT, runs[f"{size}, {name}"].final), textcoords="offset points", xytext=(5, 5), fontsize=8)
         left.set_xlabel("tokens, of all sizes so far, per parameter of 4x128")
         begin = runs["4x64, finished"].flops[-1]
-        for name, style in (("more", "o-"), ("continued", "x:")):
-            found = sorted((runs[n].flops[-1] - begin, runs[n].final) for n in runs if name in n)
-            right.plot([0, *(flops for flops, _ in found)], [runs["4x64, finished"].final, *(loss for _, loss in found)], style,
-                       label="grown to 4x128" if name == "more" else "4x64 continued")
+        for way, style in zip((*RATES, CONTINUED), ("o-", "^-", "x:")):
+            found = [runs[f"4x64, {way}, {share:g}"] for share in EXTENSIONS]
+            right.plot([0, *(run.flops[-1] - begin for run in found)], [runs["4x64, finished"].final, *(run.final for run in found)], style, label=way)
         right.axhline(runs["4x128, alone"].final, color="black", linewidth=0.8, label="4x128 from scratch")
         right.set_xlabel("FLOPs after 4x64 is finished")
         for panel in (left, right):
