@@ -36,12 +36,14 @@ PUBLISHED = (("GPT-Neo 9M, all of TinyStories, mean of six seeds", "57.8"), ("GP
              ("looped GPT-BERT 12M, BabyLM's 10M words (filtered pairs)", "71.2"))
 
 
-def plan(steps: int, seed: int) -> dict[str, Trial]:
+def plan(steps: int, arms: list[str], seed: int) -> dict[str, Trial]:
     found = {}
-    for arm, flags in ARMS.items():
+    for arm, flags in ((arm, ARMS[arm]) for arm in arms):
         tasks = "blimp,blimp-pll:20" if "objective" in flags else "blimp"
         found[arm] = Trial({**MODEL, **flags, "matrix-lr": TUNED[arm], "num-iterations": steps, "seed": seed, "eval-tasks": tasks})
     vocabulary = get_tokenizer().get_vocab_size()
+    if "looped" not in arms:
+        return found
     longer = round(steps * flops_per_token({**MODEL, **ARMS["looped"]}, vocabulary) / flops_per_token(MODEL, vocabulary))
     found[MORE] = Trial({**found[PLAIN].flags, "num-iterations": longer})
     return found
@@ -107,11 +109,13 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--steps", type=positive_int, default=100, help="of 4,096 tokens")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help=f"{PLAIN} is always among them")
     parser.add_argument("--tune", action="store_true", help="find learning rates instead, in half as many steps")
     args = parser.parse_args(argv)
     if args.tune:
         return tune(args.steps // 2, args.jobs)
-    by_seed = run_by_seed(lambda seed: plan(args.steps, seed), args.seeds, args.jobs)
+    arms = [arm for arm in ARMS if arm in (PLAIN, *args.arms)]
+    by_seed = run_by_seed(lambda seed: plan(args.steps, arms, seed), args.seeds, args.jobs)
     runs = {arm: [found[arm] for found in by_seed] for arm in by_seed[0]}
     print(table(runs))
     if args.out:

@@ -178,6 +178,8 @@ def test_small_english_compares_at_equal_tokens_and_at_equal_flops(tmp_path, bas
     assert json.loads((tmp_path / "numbers.json").read_text())["looped"][0]["rows"] and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert small_english.main(["--tune"]) == 0
     assert len(wanted) == 10 + 12 and "| looped and mixed | 2.0000 |" in capsys.readouterr().out
+    assert small_english.main(["--seeds=1", "--arms", "mixed"]) == 0
+    assert ["objective" in trial.flags for trial in wanted[22:]] == [False, True]
 
 
 # -----------------------------------------------------------------------------
