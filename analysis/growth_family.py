@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.mixing import FLOPS_SHARE, LARGE, UNIT, steps
+from analysis.mixing import FLOPS_SHARE, LARGE, steps
 from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.files import write_text_atomic
@@ -79,7 +79,7 @@ def main(argv=None) -> None:
             gaps = [(runs[f"{size}, {name} family"].final - runs[f"{size}, alone"].final) * nats for runs in by_seed]
             print(f"| {name} | {size} | {mean(lambda runs: runs[f'{size}, {name} family'].final):.4f} | {mean(lambda runs: runs[f'{size}, alone'].final):.4f} | "
                   f"{statistics.mean(gaps):+.4f} | {', '.join(f'{gap:+.4f}' for gap in gaps)} |")
-    shares = ", ".join(f"{family_share(by_seed[0], name):.2f} ({name})" for name in ENDS)
+    shares = ", ".join(f"{costs(by_seed[0], f'{name} family')[-1] / costs(by_seed[0], 'alone')[-1]:.2f} ({name})" for name in ENDS)
     print(f"\nFLOPs of a family, of those of the runs alone: {shares}\n")
     scratch = "4x128, alone"
     print("| the finished 4x64 | FLOPs from there, of 4x128 from scratch | bits per byte | nats per token above scratch |\n|---|---:|---:|---:|")
@@ -96,23 +96,25 @@ def main(argv=None) -> None:
         draw(by_seed[0], args.plot)
 
 
-def family_share(runs: dict[str, Result], name: str) -> float:
-    """FLOPs of this family's trunk and all its branches, of those of the runs alone."""
-    spent, at = 0.0, 0.0
-    for size in SIZES:  # a branch's FLOPs begin with the trunk's
-        member = runs[f"{size}, {name} family"]
+def costs(runs: dict[str, Result], name: str) -> list[float]:
+    """FLOPs until each size is finished, those of the sizes before it included: of a family ("long family"), or of the runs "alone"."""
+    found, spent, at = [], 0.0, 0.0
+    for size in SIZES:
+        member = runs[f"{size}, {name}"]
         spent += member.flops[-1] - at
-        at = member.begin
-    return spent / sum(runs[f"{size}, alone"].flops[-1] for size in SIZES)
+        found.append(spent)
+        at = member.begin  # where it left the family's trunk, whose FLOPs the next branch's begin with; 0 for a run of its own
+    return found
 
 
 def draw(runs: dict[str, Result], path: Path) -> None:
     with pictures(path, 12, 4.5, 2) as (left, right):
         for marker, name in zip("o^x", (*(f"{name} family" for name in ENDS), "alone")):
-            left.plot([runs[f"{size}, {name}"].steps[-1] / UNIT for size in SIZES], [runs[f"{size}, {name}"].final for size in SIZES], marker + "-", label=name)
-            for size in SIZES:
-                left.annotate(size, (runs[f"{size}, {name}"].steps[-1] / UNIT, runs[f"{size}, {name}"].final), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        left.set_xlabel("tokens, of all sizes so far, per parameter of 4x128")
+            points = list(zip(costs(runs, name), (runs[f"{size}, {name}"].final for size in SIZES)))
+            left.plot(*zip(*points), marker + "-", label=name)
+            for size, point in zip(SIZES, points):
+                left.annotate(size, point, textcoords="offset points", xytext=(6, 4), fontsize=8)
+        left.set_xlabel("FLOPs of all sizes so far")
         begin = runs["4x64, finished"].flops[-1]
         for way, style in zip((*RATES, CONTINUED), ("o-", "^-", "x:")):
             found = [runs[f"4x64, {way}, {share:g}"] for share in EXTENSIONS]
