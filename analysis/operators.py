@@ -5,7 +5,7 @@
 
 A trunk of each start trains at a constant rate; every operator grows it to 4x128 at the same step and sees the same batches from there on, at a constant rate, and is
 finished by a decay after one and after `--follow` tokens per parameter. Beside them 4x128 from scratch and the start that simply goes on, for as many FLOPs each as the
-grown runs had in the end. An operator is a line in OPERATORS: a name and base_train's flags.
+grown runs had in the end. Some 40 minutes of one core for each seed, and 70 with `--follow=2`. An operator is a line in OPERATORS: a name and base_train's flags.
 """
 import json
 import math
@@ -72,13 +72,15 @@ def plan(seed: int, follow: int) -> dict[str, Trial]:
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--follow", type=positive_int, default=2, help="tokens per parameter of 4x128 after the growth")
+    parser.add_argument("--follow", type=positive_int, default=1, help="tokens per parameter of 4x128 after the growth")
     args = parser.parse_args(argv)
     by_seed = run_by_seed(lambda seed: plan(seed, args.follow), args.seeds, args.jobs)
     nats = nats_per_bpb()
-    print(f"Grown to 4x128 after {TRUNK} tokens per parameter. Bits per byte, mean of {args.seeds} seeds; N = {args.follow}\n")
-    print("| start | operator | before | right after | after 1 | after N | finished after 1 | finished after N | nats per token above the first operator, finished after N | FLOPs, of 4x128's |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    units = sorted({1, args.follow})
+    print(f"Grown to 4x128 after {TRUNK} tokens per parameter. Bits per byte, mean of {args.seeds} seeds\n")
+    after = " | ".join([*(f"after {n}" for n in units), *(f"finished after {n}" for n in units)])
+    print(f"| start | operator | before | right after | {after} | nats per token above the first operator | FLOPs, of 4x128's |")
+    print("|---|---|" + "---:|" * (4 + 2 * len(units)))
     mean = lambda function: statistics.mean(map(function, by_seed))
     ends = {start: f"{start}, {next(iter(operators))}, decayed after {args.follow}" for start, operators in OPERATORS.items()}
     for start, operators in OPERATORS.items():
@@ -86,13 +88,13 @@ def main(argv=None) -> None:
         gaps = lambda name: [(runs[name].final - runs[ends[start]].final) * nats for runs in by_seed]
         for operator in operators:
             name = f"{start}, {operator}"
-            losses = [mean(lambda runs: runs[name].grown[0]), mean(lambda runs: runs[name].grown[1]), mean(lambda runs: at(runs[name], TRUNK + 1)), mean(lambda runs: runs[name].final),
-                      *(mean(lambda runs: runs[f"{name}, decayed after {units}"].final) for units in (1, args.follow))]
             last = f"{name}, decayed after {args.follow}"
+            losses = [mean(lambda runs: runs[name].grown[0]), mean(lambda runs: runs[name].grown[1]), *(mean(lambda runs: at(runs[name], TRUNK + n)) for n in units),
+                      *(mean(lambda runs: runs[f"{name}, decayed after {n}"].final) for n in units)]
             print(f"| {start} | {operator} | " + " | ".join(f"{loss:.4f}" for loss in losses) + f" | {told(gaps(last))} | {mean(lambda runs: cost(runs, last)):.2f} |")
         for other in ("goes on", "4x128 from scratch"):
             if (name := f"{start}, {other}") in by_seed[0]:
-                print(f"| {start} | *{other}* | | | | | | {mean(lambda runs: runs[name].final):.4f} | {told(gaps(name))} | {mean(lambda runs: cost(runs, name)):.2f} |")
+                print(f"| {start} | *{other}* |" + " |" * (1 + 2 * len(units)) + f" {mean(lambda runs: runs[name].final):.4f} | {told(gaps(name))} | {mean(lambda runs: cost(runs, name)):.2f} |")
     if args.out:
         write_text_atomic(args.out, json.dumps(by_seed, default=vars))
     if args.plot:
