@@ -63,6 +63,8 @@ def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> No
     os.setsid()  # Ctrl-C is for the runner
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(place.environment, NANOCHAT_BASE_DIR=base_dir)
+    # Compiled code rounds differently, so runs that are compared are all compiled or none, and not each as its length or the machine's load has it; those of one shape wait once
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "0")
     out = os.open(folder / "out.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(out, number)

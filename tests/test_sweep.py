@@ -406,6 +406,24 @@ def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
     assert rows(fake, "best")[:24] == before and len(rows(fake, "best")) == 26
 
 
+@pytest.mark.parametrize("asked, got", [(None, "0"), ("1", "1")])
+def test_runs_that_are_compared_are_all_compiled_or_none(tmp_path, monkeypatch, asked, got):
+    """base_train itself would decide it for each by its length and the machine's load."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    if asked:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", asked)
+    code = """
+import os, sys
+from pathlib import Path
+from analysis import runner
+from scripts import base_train
+base_train.main = lambda arguments: print("disabled:", os.environ["TORCHDYNAMO_DISABLE"])
+runner.train(sys.argv[1], Path(sys.argv[1]), [], runner.cpu_places(1)[0])
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert f"disabled: {got}\n" in (tmp_path / "out.txt").read_text()
+
+
 # -----------------------------------------------------------------------------
 # Real runs, in processes of their own
 
