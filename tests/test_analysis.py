@@ -171,7 +171,7 @@ def test_small_english_compares_at_equal_tokens_and_at_equal_flops(tmp_path, bas
     monkeypatch.setattr(trials, "run_trials", run_trials)
     monkeypatch.setattr(small_english, "run_trials", run_trials)
     monkeypatch.setattr(small_english, "get_tokenizer", lambda: SimpleNamespace(get_vocab_size=lambda: 8192))
-    assert small_english.main(["--seeds=2", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    assert small_english.main(["--seeds=2", "--steps=100", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
     rows = dict(line.removeprefix("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("| "))
     assert "62.00 ± 1.00 | 62.00, 62.00 |  | +2.00 | 0.000 |" in rows["looped"] and "60.0 | +0.00 | 1.000 |" in rows["mixed"] and len(rows) == 1 + 5 + 3
     assert [trial.flags["num-iterations"] for trial in wanted[:5]] == [100, 100, 100, 100, 216]
