@@ -5,7 +5,7 @@
 
 A trunk of each start trains at a constant rate; every operator grows it to 4x128 at the same step and sees the same batches from there on, at a constant rate, and is
 finished by a decay after one and after `--follow` tokens per parameter. Beside them 4x128 from scratch and the start that simply goes on, for as many FLOPs each as the
-grown runs had in the end. Some 40 minutes of one core for each seed, and 70 with `--follow=2`. An operator is a line in OPERATORS: a name and base_train's flags.
+grown runs had in the end. Some 70 minutes of one core for each seed, and twice that with `--follow=2`. An operator is a line in OPERATORS: a name and base_train's flags.
 """
 import json
 import math
@@ -20,6 +20,7 @@ from nanochat.files import write_text_atomic
 
 TRUNK = 4  # tokens per parameter before the growth
 DECAY = UNIT // 2  # steps
+FAR = 0.3  # nats
 STARTS = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128},
           "0x128": {"grow-path": "0x128,4x128", "grow-at": 0.9, "num-iterations": UNIT}}  # nobody trains that alone; its own growth comes after the one here
 GOES_ON = ("4x64", "1x128")
@@ -63,7 +64,8 @@ def plan(seed: int, follow: int) -> dict[str, Trial]:
             for units in sorted({1, follow}):
                 found[f"{start}, {operator}, decayed after {units}"] = finished(grown, steps(TRUNK + units))
         if start in GOES_ON:
-            found[f"{start}, goes on"] = finished(trunk, steps(alone))
+            rest = round(UNIT * ((spent[start] + DECAY / UNIT) / SHARES[start] - alone)) - DECAY  # a small model's decay is cheaper, too
+            found[f"{start}, goes on"] = trunk.branch(steps(alone), steady_steps=rest, warmdown_steps=DECAY)
         found[f"{start}, 4x128 from scratch"] = finished(scratch, steps(round(spent[start] * 4) / 4))
     return found
 
@@ -82,23 +84,32 @@ def main(argv=None) -> None:
     print(f"| start | operator | before | right after | {after} | nats per token above the first operator | FLOPs, of 4x128's |")
     print("|---|---|" + "---:|" * (4 + 2 * len(units)))
     mean = lambda function: statistics.mean(map(function, by_seed))
-    ends = {start: f"{start}, {next(iter(operators))}, decayed after {args.follow}" for start, operators in OPERATORS.items()}
     for start, operators in OPERATORS.items():
-        cost = lambda runs, name: runs[name].flops[-1] / runs[f"{start}, 4x128 from scratch"].flops[-1]
-        gaps = lambda name: [(runs[name].final - runs[ends[start]].final) * nats for runs in by_seed]
-        for operator in operators:
-            name = f"{start}, {operator}"
-            last = f"{name}, decayed after {args.follow}"
-            losses = [mean(lambda runs: runs[name].grown[0]), mean(lambda runs: runs[name].grown[1]), *(mean(lambda runs: at(runs[name], TRUNK + n)) for n in units),
-                      *(mean(lambda runs: runs[f"{name}, decayed after {n}"].final) for n in units)]
-            print(f"| {start} | {operator} | " + " | ".join(f"{loss:.4f}" for loss in losses) + f" | {told(gaps(last))} | {mean(lambda runs: cost(runs, last)):.2f} |")
-        for other in ("goes on", "4x128 from scratch"):
-            if (name := f"{start}, {other}") in by_seed[0]:
-                print(f"| {start} | *{other}* |" + " |" * (1 + 2 * len(units)) + f" {mean(lambda runs: runs[name].final):.4f} | {told(gaps(name))} | {mean(lambda runs: cost(runs, name)):.2f} |")
+        for label, name in finished_runs(start, args.follow):
+            losses = [""] * (1 + 2 * len(units))
+            if label in operators:
+                grown = f"{start}, {label}"
+                losses = [f"{mean(loss):.4f}" for loss in (lambda runs: runs[grown].grown[0], lambda runs: runs[grown].grown[1], *(lambda runs, n=n: at(runs[grown], TRUNK + n) for n in units),
+                                                           *(lambda runs, n=n: runs[f"{grown}, decayed after {n}"].final for n in units[:-1]))]
+            cost = mean(lambda runs: runs[name].flops[-1] / runs[f"{start}, 4x128 from scratch"].flops[-1])
+            cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", told(gaps(by_seed, start, name, args.follow, nats)), f"{cost:.2f}"]
+            print("| " + " | ".join(cells) + " |")
     if args.out:
         write_text_atomic(args.out, json.dumps(by_seed, default=vars))
     if args.plot:
-        draw(by_seed, args.plot)
+        draw(by_seed, args.plot, args.follow, nats)
+
+
+def finished_runs(start: str, follow: int) -> list[tuple[str, str]]:
+    """(what to call it, its name in the plan) of all that began so and were finished for as many FLOPs, the first operator first."""
+    return [*((operator, f"{start}, {operator}, decayed after {follow}") for operator in OPERATORS[start]),
+            *((other, f"{start}, {other}") for other in ("goes on", "4x128 from scratch") if other != "goes on" or start in GOES_ON)]
+
+
+def gaps(by_seed: list[dict[str, Result]], start: str, name: str, follow: int, nats: float) -> list[float]:
+    """Nats per token above the first operator, by seed."""
+    first = finished_runs(start, follow)[0][1]
+    return [(runs[name].final - runs[first].final) * nats for runs in by_seed]
 
 
 def at(result: Result, units: int) -> float:
@@ -111,21 +122,22 @@ def told(gaps: list[float]) -> str:
     return f"{statistics.mean(gaps):+.4f}" + (f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}" if len(gaps) > 1 else "")
 
 
-def draw(by_seed: list[dict[str, Result]], path: Path) -> None:
-    """Losses at a constant rate after the growth, less those of the first operator of each start. Mean of the seeds."""
-    since = lambda run: [run.grown[1], *(loss for step, loss in zip(run.steps, run.bpb) if step > steps(TRUNK))]
-    with pictures(path, 15, 4.5, len(OPERATORS)) as panels:
-        for axes, (start, operators) in zip(panels, OPERATORS.items()):
-            first = [runs[f"{start}, {next(iter(operators))}"] for runs in by_seed]
-            for operator in operators:
-                runs = [found[f"{start}, {operator}"] for found in by_seed]
-                x = [0, *(step / UNIT - TRUNK for step in runs[0].steps if step > steps(TRUNK))]
-                y = [statistics.mean(a - b for a, b in zip(here, base)) for here, base in zip(zip(*map(since, runs)), zip(*map(since, first)))]
-                axes.plot(x, y, "o-", label=operator, markersize=3)
+def draw(by_seed: list[dict[str, Result]], path: Path, follow: int, nats: float) -> None:
+    """How far each run ended from the first operator of its start, a dot for each seed; those beyond FAR stand at the edge with their mean."""
+    with pictures(path, 15, 4, len(OPERATORS)) as panels:
+        for axes, start in zip(panels, OPERATORS):
+            names = finished_runs(start, follow)
+            for row, (label, name) in enumerate(names):
+                found = gaps(by_seed, start, name, follow, nats)
+                axes.plot([min(gap, FAR) for gap in found], [row] * len(found), "o", color="C0" if label in OPERATORS[start] else "#808890")
+                if max(found) > FAR:
+                    axes.text(0.93 * FAR, row, f"{statistics.mean(found):.2f} →", ha="right", va="center")
+            axes.axvline(0, color="#808890", linewidth=1)
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_yticks(range(len(names)), [label for label, _ in names])
+            axes.invert_yaxis()
             axes.set_title(f"{start} → 4x128")
-            axes.set_xlabel("tokens per parameter since the growth")
-            axes.legend(frameon=False, fontsize=8)
-        panels[0].set_ylabel("validation bits per byte above the first operator")
+            axes.set_xlabel("nats per token above the first operator")
 
 
 if __name__ == "__main__":
