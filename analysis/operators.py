@@ -20,7 +20,7 @@ from nanochat.files import write_text_atomic
 
 TRUNK = 4  # tokens per parameter before the growth
 DECAY = UNIT // 2  # steps
-FAR = 0.3  # nats
+FAR = 0.3  # nats, where the picture ends
 STARTS = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128},
           "0x128": {"grow-path": "0x128,4x128", "grow-at": 0.9, "num-iterations": UNIT}}  # nobody trains that alone; its own growth comes after the one here
 GOES_ON = ("4x64", "1x128")
@@ -117,9 +117,9 @@ def at(result: Result, units: int) -> float:
     return result.bpb[result.steps.index(steps(units))]
 
 
-def told(gaps: list[float]) -> str:
+def told(values: list[float]) -> str:
     """Mean and standard error."""
-    return f"{statistics.mean(gaps):+.4f}" + (f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}" if len(gaps) > 1 else "")
+    return f"{statistics.mean(values):+.4f}" + (f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else "")
 
 
 def draw(by_seed: list[dict[str, Result]], path: Path, follow: int, nats: float) -> None:

@@ -73,6 +73,17 @@ def test_studies_of_branches(study, tmp_path, base_dir, monkeypatch, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("follow", [1, 2, 3])
+@pytest.mark.parametrize("start", operators.GOES_ON)
+def test_a_small_model_goes_on_for_the_flops_of_the_grown_ones(start, follow):
+    """Its steps and the shorter cost of its decay counted: rounding to whole tokens per parameter once gave it a fifth less."""
+    found, share = operators.plan(42, follow), operators.SHARES[start]
+    goes_on = found[f"{start}, goes on"]
+    length = goes_on.step + goes_on.flags["steady-steps"] + goes_on.flags["warmdown-steps"]
+    grown = operators.steps(operators.TRUNK) * share + operators.steps(follow) + operators.DECAY
+    assert length * share == pytest.approx(grown, rel=0.002) and goes_on.flags["warmdown-steps"] == operators.DECAY
+
+
 def test_cost_with_a_loss_is_interpolated_over_its_logarithm():
     assert cost_with(2.5, [1, 4], [3, 2]) == pytest.approx(2)
     assert cost_with(1.5, [16, 1, 4], [1, 3, 2]) == pytest.approx(8)
