@@ -3,7 +3,8 @@
 * Depth is the one dial (recipe.py). The time of a step is step_time.py's, the loss scaling_law.py's, the memory memory.py's.
 * A text that is read again and again counts for less (scaling_law.effective_tokens).
 * Growth: the tokens D_small of the small model count for the large one as rho * D_small, but for no more than takes the large one to the loss that the small
-  one had, so L(N_large, D_large + min(rho * D_small, those)). The upper bound is a growth that loses nothing, as in analysis/growth_bound.py.
+  one had, so L(N_large, D_large + min(rho * D_small, those)). The upper bound is a growth that loses nothing, as in analysis/growth_bound.py. How little is
+  known of rho is part of the error.
 """
 import math
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ PATIENCE = 3  # depths without a lower loss after which no larger one is looked 
 FEWEST_STEPS, ENOUGH_STEPS = 20, 250  # a run of fewer is none; while it has fewer than that many, smaller batches are better (dev/LOG.md)
 VALIDATIONS, SHARE_OF_TOKENS, FORWARD = 5, 0.02, 1 / 3  # of a run; each of that share of its tokens, at that share of a training pass
 GROWTH_SHARES = 0.3, 0.5, 0.7  # of the time, for the small model
+RHO_ERROR = 0.25  # 95 % of what was measured lies within (0.25 to 0.61 in seven growths, docs/planning.md)
 CPU_PASS = 8192  # tokens that keep it busy, as in training.fit_device_batch
 NOT_LEARNED = {"depth", "aspect_ratio"}  # of LearningSettings, what is planned
 RECIPE = [field.name for field in fields(LearningSettings) if field.name not in NOT_LEARNED]
@@ -207,11 +209,11 @@ class Planner:
         tokens = [min(n, part * MOST_EPOCHS * self.unique) for n, part in zip(tokens, (share, 1 - share))]
         before = effective_tokens(tokens[0], self.unique)
         lossless = self.law.tokens_for(large.params, self.law.predict(small.params, before)[0])
-        worth = min(self.rho * before, lossless) + tokens[1]
+        worth, at_worst = (effective_tokens(min(max(rho, 0.0) * before, lossless) + tokens[1], self.unique) for rho in (self.rho, self.rho - RHO_ERROR))
         flops = [n * size.flops_per_token for n, size in zip(tokens, (small, large))]
         seconds = sum(n * self.seconds_per_token(size, final) for n, size in zip(tokens, (small, large)))
-        worth = effective_tokens(worth, self.unique)
         loss, error = self.law.predict(large.params, worth)
+        error = math.hypot(error, self.law.predict(large.params, at_worst)[0] - loss)
         return replace(final, steps=int(sum(flops) / (large.flops_per_token * final.batch)), tokens=int(sum(tokens)), worth=worth, flops=sum(flops), seconds=seconds,
                        small=small.config, grow_at=flops[0] / sum(flops), loss=loss, error=error)
 

@@ -166,6 +166,16 @@ def test_growth_is_worth_more_the_more_the_small_model_counts():
     assert losses[0] >= best.loss  # time that is worth nothing
 
 
+def test_what_is_not_known_of_rho_is_part_of_the_error():
+    """1x32 -> 4x96 came to a rho of 0.25 where 0.5 had been assumed: the loss of that is to be within the error."""
+    one, bad = planner(6000, rho=0.5), planner(6000, rho=0.25)
+    final = one.candidates([6])[0]
+    grown, worse = (each.growth(each.size(3), final, 0.3) for each in (one, bad))
+    assert worse.worth < grown.worth
+    law_error = one.law.predict(one.size(6).params, grown.worth)[1]
+    assert grown.loss < worse.loss <= grown.loss + grown.error and grown.error > law_error
+
+
 def test_growth_does_not_save_more_than_what_the_small_model_had_learned():
     """At worst for the bound: every token of a cheap small model counts whole."""
     one = planner(6000, rho=1.0)
