@@ -1,14 +1,15 @@
 """Do models end better that have grown? The claims of the drafts on growing, with what they must be measured against, for normalized models (nGPT, 2410.01131).
 
-    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x128, vocabulary 2,048: 40 core-minutes a seed
+    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x128, vocabulary 2,048: 35 core-minutes a seed, and 15 for the rates
     python -m analysis.growth_drafts --size=64m --seeds=3 --plot=drafts.png    8x512, vocabulary 12,288: a GPU for 3 hours a seed (by its FLOPs; runs/growth_drafts.sh)
 
 The drafts (not published) grow a 64M nGPT by HyperCloning (2409.12903) and by BUS, which tiles a matrix, cuts it to size and scales it by old width / new width, and so
 grows by fractions too; they report SNLI and MNLI (nanochat/evals/nli.py) and say that 15 to 20 % of the tokens bring 80 to 90 % of the gain. Their configuration is not
 known. Here `64m` has 8 layers of width 512, 8 heads and 63.0M parameters, embeddings and value embeddings among them, and 20 tokens for each of the 31M in blocks and
 head; the default is its twin, with as many heads, a quarter of the width and half of the layers. All arms have the FLOPs of the standard run, the same text in the same
-order, the same rates (on the sphere they hold at any width; --tune tries others) and schedules over their FLOPs. A stage ends by --kappa, the share of its gain that is left;
-what the smallest model would end with is known from the run of it alone, later stages foretell it.
+order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of the steps (rates.py), for the largest model, whose rate all that become it
+have, and for the small model alone. A stage ends by --kappa, the share of its gain that is left; what the smallest model would end with is known from the runs of it alone (so
+begin with all seeds that you want), later stages foretell it. The small model alone reads 2.5 times the tokens of the standard one: give it text enough.
 
 Measured: validation loss over FLOPs and seconds (of which the first steps of a run and the first after a growth, which compile, take none), and by a briefer validation
 around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the tokens with schedules of their own, has an arm's loss;
@@ -25,9 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from analysis.letter_counting import verdict
+from analysis.rates import best_rate, rates_table, try_rates
 from analysis.runner import Place, cuda_places, gpus
 from analysis.trials import SHAPE, TUNED, Result, Trial, cost_with, flops_per_token, nats_per_bpb, pictures, run_trials, study_parser
-from nanochat.cli import UsageError, command, fraction, positive_float, positive_int
+from nanochat.cli import UsageError, command, fraction, positive_int
 from nanochat.common import get_base_dir
 from nanochat.evals.nli import DRAFTS, read_sets
 from nanochat.files import write_text_atomic
@@ -40,8 +42,7 @@ class Size:
     widths: tuple[int, ...]  # of the stages
     vocabulary: int
     steps: int  # of the standard run
-    matrix_lr: float
-    rates: tuple[float, ...]  # that --tune tries
+    rates: tuple[float, ...]  # of the matrices, to begin with
 
     def path(self, *widths: int) -> str:
         return ",".join(f"{self.flags['depth']}x{width}" for width in widths)
@@ -53,10 +54,10 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size({**SHAPE, **TUNED, "head-dim": 16, "block": "ngpt", "eval-tokens": 32768}, (64, 80, 96, 112, 128), 2048, 1000, 0.8, (0.2, 0.4, 0.8)),
+    "cpu": Size({**SHAPE, **TUNED, "head-dim": 16, "block": "ngpt", "eval-tokens": 32768}, (64, 80, 96, 112, 128), 2048, 800, (0.4, 0.8)),
     # what is not named has base_train's defaults, which are for batches of this order
     "64m": Size({"device-type": "cuda", "depth": 8, "aspect-ratio": 64, "head-dim": 64, "max-seq-len": 1024, "window-pattern": "L", "device-batch-size": 32,
-                 "total-batch-size": 131072, "block": "ngpt", "eval-tokens": 1048576}, (256, 320, 384, 448, 512), 12288, 4800, 0.04, (0.02, 0.04, 0.08)),
+                 "total-batch-size": 131072, "block": "ngpt", "eval-tokens": 1048576}, (256, 320, 384, 448, 512), 12288, 4800, (0.02, 0.04)),
 }
 STANDARD, ALONE = "standard", "small alone"
 HYPERCLONE, BUS_ONCE, BUS, LOSSLESS = "HyperCloning, in one step", "BUS, in one step", "BUS, in 4 steps", "lossless, in 4 steps"
@@ -78,12 +79,12 @@ def shorter(share: float) -> str:
     return f"{STANDARD}, {share:.0%} of the tokens"
 
 
-def plan(size: Size, steps: int, matrix_lr: float, kappa: float, evaluations: dict, small_share: float, seed: int) -> tuple[dict[str, Trial], dict[str, Trial]]:
+def plan(size: Size, steps: int, rates: dict[str, float], kappa: float, evaluations: dict, small_share: float, seed: int) -> tuple[dict[str, Trial], dict[str, Trial]]:
     """Those that do not grow, by their names, and those that do. small_share: FLOPs of a token of the smallest model, of those of the largest."""
-    shared = {**size.flags, "matrix-lr": matrix_lr, "num-iterations": steps, "eval-every": max(1, steps // VALIDATIONS), "seed": seed}
+    shared = {**size.flags, "matrix-lr": rates[STANDARD], "num-iterations": steps, "eval-every": max(1, steps // VALIDATIONS), "seed": seed}
     flags = {**shared, **evaluations}
     longer = round(steps / small_share)
-    alone = {STANDARD: Trial(flags), ALONE: Trial({**flags, **size.small, "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})}
+    alone = {STANDARD: Trial(flags), ALONE: Trial({**flags, **size.small, "matrix-lr": rates[ALONE], "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})}
     for share in SHARES:
         length = max(1, round(steps * share))
         alone[shorter(share)] = Trial({**shared, "num-iterations": length, "eval-every": length})
@@ -98,17 +99,21 @@ def results_of(plans: list[dict[str, Trial]], jobs: int, places: list[Place] | N
     found = [{name: next(results) for name in trials} for trials in plans]
     for name, run in (pair for runs in found for pair in runs.items()):
         if not run.bpb:
-            raise UsageError(f"the run {name!r} of seed {run.flags['seed']} diverged; lower --matrix-lr (--tune tries some)")
+            raise UsageError(f"the run {name!r} of seed {run.flags['seed']} diverged, at a rate that did well for half of the steps")
     return found
 
 
-def tune(size: Size, steps: int, jobs: int, places: list[Place] | None) -> None:
+def tune(size: Size, steps: int, jobs: int, places: list[Place] | None) -> dict[str, float]:
+    """The rates of the matrices, by runs of so many steps."""
+    shapes = {STANDARD: {}, ALONE: size.small}
     shared = {**size.flags, "num-iterations": steps, "eval-every": steps, "seed": TUNING_SEED}
-    shapes = {STANDARD: {}, "small": size.small}
-    results = iter(run_trials(get_base_dir(), [{**shared, **flags, "matrix-lr": rate} for flags in shapes.values() for rate in size.rates], jobs, places))
-    print(f"Bits per byte after {steps} steps\n\n| model | " + " | ".join(f"--matrix-lr={rate:g}" for rate in size.rates) + " |\n|---|" + "---:|" * len(size.rates))
-    for name in shapes:
-        print(f"| {name} | " + " | ".join(f"{next(results).final:.4f}" for _ in size.rates) + " |")
+
+    def losses(asked: list[tuple[str, float]]) -> list[float]:
+        return [found.final for found in run_trials(get_base_dir(), [{**shared, **shapes[name], "matrix-lr": rate} for name, rate in asked], jobs, places)]
+
+    tried = try_rates(list(shapes), size.rates, losses)
+    print(f"Bits per byte after {steps} steps, by --matrix-lr\n\n{rates_table(tried)}\n")
+    return {name: best_rate(found) for name, found in tried.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -126,7 +131,7 @@ class Estimate:
     def of(cls, values: Sequence[float], error: float = 0.0) -> "Estimate":
         """Of one value a seed. error: a standard error that more seeds would not lower, such as that of the rows of a test; the wider of the two intervals counts."""
         n = len(values)
-        seeds = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0 if error else math.inf
+        seeds = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
         return cls(statistics.mean(values), max(seeds, 1.96 * error))
 
     def shown(self, digits: int, sign: bool = True) -> str:
@@ -318,18 +323,15 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--steps", type=positive_int, help="of the standard run (default: by --size)")
     parser.add_argument("--kappa", type=fraction, default=0.15, help="share of a stage's gain that is left when it ends")
-    parser.add_argument("--matrix-lr", type=positive_float, help="learning rate of the matrices (default: by --size)")
     parser.add_argument("--nli", type=Path, help="folder of SNLI and MNLI, as for base_eval (default: nli in the base directory, if it is there)")
-    parser.add_argument("--tune", action="store_true", help="try learning rates instead, in half as many steps")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
     steps, places = args.steps or size.steps, places_of(size, args.jobs)
     vocabulary = check_vocabulary(args.size)
-    if args.tune:
-        return tune(size, max(1, steps // 2), args.jobs, places)
     evaluations = nli_flags(args.nli)
     small_share = flops_per_token({**size.flags, **size.small}, vocabulary) / flops_per_token(size.flags, vocabulary)
-    plans = [plan(size, steps, args.matrix_lr or size.matrix_lr, args.kappa, evaluations, small_share, seed) for seed in range(42, 42 + args.seeds)]
+    rates = tune(size, max(1, steps // 2), args.jobs, places)
+    plans = [plan(size, steps, rates, args.kappa, evaluations, small_share, seed) for seed in range(42, 42 + args.seeds)]
     # in this order, so that kappa finds the same finished runs whatever is interrupted
     alone, grown = (results_of(list(found), args.jobs, places) for found in zip(*plans))
     study = Study([{**one, **other} for one, other in zip(alone, grown)], nats_per_bpb())

@@ -119,6 +119,7 @@ ARMS = {
     "plain": Arm(heads=1),
     "plain-2-heads": Arm(),
     "plain-identity": Arm(identity=True),
+    "plain-identity-1-head": Arm(heads=1, identity=True),
     "lossless": Arm(mode="lossless"),
     "bus": Arm(mode="bus"),  # at a doubling it is the same as hyperclone
     "identity": Arm(mode="identity"),

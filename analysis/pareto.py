@@ -7,8 +7,9 @@
 
 The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
 the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the
-last validation of that one seed, then trains other seeds, which alone are reported. A rate at the edge of the grid is marked: long budgets want lower ones than short
-ones (dev/LOG.md), so lengthen the file's list for them.
+last validation of that one seed, then trains other seeds, which alone are reported (on the same validation text). The list of rates goes on by its own factor where the best is
+at an end (rates.py): long budgets want lower ones than short ones, and a wide model others than a deep one. There is no weight decay: base_train's depends on depth and aspect
+ratio, by a factor of 90 between the configurations here, and would be what is compared.
 
 * **Budget.** A unit is the file's `target-flops`: what one token per parameter (of blocks and head) costs for its first configuration, the dense model. All
   configurations get the same FLOPs, since compute is what a user has; smaller ones see more tokens. The other reading, so many tokens for each parameter of each model's own,
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.rates import best_rate, rates_table, try_rates
 from analysis.sweep_config import check_runs, read_sweep
 from analysis.trial import Result, Trial
 from analysis.trials import nats_per_bpb, pictures, run_trials, study_parser
@@ -65,10 +67,9 @@ class Point:
     name: str
     unit: float
     rate: float
-    at_edge: bool  # of the grid of rates
     perplexity: float | None  # per token; None: a seed diverged
     by_seed: list[float]
-    flops: float  # two digits: budgets are met up to a step
+    flops: float  # the budget, where it is one of FLOPs: it is met up to a step
     tokens: float  # per parameter of blocks and head
     blocks: int
     params: int
@@ -100,7 +101,10 @@ def configurations(path: Path, flags: str = "") -> list[Configuration]:
     for trial in trials:
         rest = {flag: value for flag, value in trial.flags.items() if flag != RATE}
         found.setdefault(json.dumps(rest, sort_keys=True), []).append(trial)
-    return [Configuration(" ".join(f"{flag}={group[0].flags[flag]}" for flag in names if flag in group[0].flags), tuple(group)) for group in found.values()]
+    found_ones = [Configuration(" ".join(f"{flag}={group[0].flags[flag]}" for flag in names if flag in group[0].flags), tuple(group)) for group in found.values()]
+    if len({tuple(one.rates()) for one in found_ones}) > 1 or len({one.name for one in found_ones}) < len(found_ones):
+        raise UsageError(f"{path.name}: {RATE} belongs into [grid], so that all are tried with the same ones, and configurations must differ in more than aspect-ratio")
+    return found_ones
 
 
 def reported_seeds(found: Sequence[Configuration], count: int) -> list[int]:
@@ -109,19 +113,17 @@ def reported_seeds(found: Sequence[Configuration], count: int) -> list[int]:
     return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
 
 
-def best_rate(rates: Sequence[float], results: Sequence[Result]) -> float:
-    """Of the lowest last validation. Raises UsageError if all diverged."""
-    rate, best = min(zip(rates, results), key=lambda pair: pair[1].final)
-    if not math.isfinite(best.final):
-        raise UsageError(f"the training diverges at every {RATE} of {', '.join(f'{rate:g}' for rate in rates)}; add lower ones to the sweep's file")
-    return rate
-
-
 def run(found: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
     """By number of the configuration and budget: the rate, and the results of the seeds."""
-    asked = [(i, unit, rate) for i, one in enumerate(found) for unit in units for rate in one.rates()]
-    tuned = dict(zip(asked, run_trials(get_base_dir(), [found[i].trial(unit, **{RATE: rate}) for i, unit, rate in asked], jobs)))
-    rates = {(i, unit): best_rate(one.rates(), [tuned[i, unit, rate] for rate in one.rates()]) for i, one in enumerate(found) for unit in units}
+    arms = {f"{one.name}, {unit:g} units": (i, unit) for i, one in enumerate(found) for unit in units}
+
+    def losses(asked: list[tuple[str, float]]) -> list[float]:
+        trials = [found[arms[arm][0]].trial(arms[arm][1], **{RATE: rate}) for arm, rate in asked]
+        return [result.final for result in run_trials(get_base_dir(), trials, jobs)]
+
+    tried = try_rates(list(arms), found[0].rates(), losses)
+    print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
+    rates = {arms[arm]: best_rate(one) for arm, one in tried.items()}
     results = iter(run_trials(get_base_dir(), [found[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs))
     return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}
 
@@ -160,8 +162,8 @@ def points_of(found: Sequence[Configuration], runs: dict, nats: float, threshold
         until = [flops_until(result, math.log(threshold) / nats) for result in done]
         reached = len(done) == len(results) and None not in until
         points.append(Point(
-            i + 1, found[i].name, unit, rate, rate in (min(found[i].rates()), max(found[i].rates())), perplexity(results), [math.exp(nats * result.final) for result in done],
-            float(f"{mean([result.flops[-1] for result in done]):.2g}"), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
+            i + 1, found[i].name, unit, rate, perplexity(results), [math.exp(nats * result.final) for result in done],
+            max(0.0, float(found[i].trial(unit).flags.get("target-flops", 0))) or mean([result.flops[-1] for result in done]), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
             done[0].blocks if done else 0, done[0].params if done else 0, mean([result.memory for result in done]), mean([result.seconds for result in done]),
             mean(until) if reached else None,  # type: ignore[arg-type]
             mean([result.seconds * spent / result.flops[-1] for result, spent in zip(done, until)]) if reached else None))  # type: ignore[operator]
@@ -185,7 +187,7 @@ def table(points: Sequence[Point], threshold: float) -> str:
              f"| FLOPs to {threshold:.3g} | seconds to it | on the front of |", "|---:|---|---:|---:|---:|---|" + "---:|" * 8 + "---|"]
     for point in sorted(points, key=lambda point: (point.unit, point.number)):
         on = ", ".join(cost for cost, several in found.items() if any(point in one for one in several))
-        lines.append(f"| {point.number} | {point.name} | {point.unit:g} | {point.rate:g}{' (edge)' if point.at_edge else ''} | {show(point.perplexity, '.3f') or 'diverged'} | "
+        lines.append(f"| {point.number} | {point.name} | {point.unit:g} | {point.rate:g} | {show(point.perplexity, '.3f') or 'diverged'} | "
                      f"{', '.join(f'{value:.3f}' for value in point.by_seed)} | {show(point.flops, '.2g')} | {show(point.tokens, '.2f')} | {point.blocks:,} | {point.params:,} | "
                      f"{show(point.memory, '.0f')} | {show(point.seconds, '.0f')} | {show(point.flops_to_threshold, '.3g')} | {show(point.seconds_to_threshold, '.0f')} | {on} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.claims import BEAT, Claim, take
-from analysis.trial import REFUSED, Trial, folder_of, status_of, weights
+from analysis.trial import Trial, diverged, folder_of, status_of, weights
 from nanochat.cli import UsageError
 from nanochat.files import locked, write_text_atomic
 
@@ -155,12 +155,12 @@ class Running:
 
 class Runner:
     """kept: by a trial's name the steps whose checkpoints must stay.
-    again: whether a trial that ended with this status, other than 0, before this runner came to it is to be run again.
+    again: whether trials that had failed before this runner came to them are run again.
     wait: also for the runs that others have, of which it takes over those that are abandoned; without it ends when there is nothing to take.
     """
 
     def __init__(self, base_dir: str, work: Work, places: list[Place], kept: dict[str, set[int]] | None = None,
-                 again: Callable[[int], bool] = lambda status: False, wait: bool = True):
+                 again: bool = False, wait: bool = True):
         self.base_dir, self.work, self.free, self.kept, self.again, self.wait = base_dir, work, list(places), kept or {}, again, wait
         self.places = len(places)
         self.states: dict[str, str] = {}  # by name: running, elsewhere, done or failed; all others wait
@@ -200,7 +200,7 @@ class Runner:
             return False
         if trial.name not in self.tried:
             complete = self.kept.get(trial.name, set()) <= weights(folder_of(self.base_dir, trial))
-            if not complete if status == 0 else self.again(status):
+            if not complete if status == 0 else self.again:
                 return False
         self.states[trial.name] = "failed" if status else "done"
         return True
@@ -213,6 +213,9 @@ class Runner:
             if not new and now - self._looked.get(trial.name, -LOOK) < LOOK:
                 continue
             if trial.parent is not None and any(other.name == trial.parent.name for other in self.work.trials) and self.state(trial.parent) not in ("done", "failed"):
+                continue
+            if trial.parent is not None and self.state(trial.parent) == "failed":
+                self.states[trial.name] = "failed"  # for this time: there is no telling what it would be
                 continue
             self._looked[trial.name] = now
             if not self._ended(trial) and self.free:
@@ -267,11 +270,11 @@ class Runner:
         if not running.claim.beat():  # the result is another's to write
             self.states[trial.name] = "elsewhere"
             return
-        if not trial.tag and status in (0, REFUSED):  # else there may be something to go on from
+        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
+        if not trial.tag and (status == 0 or diverged(self.base_dir, trial)):  # else there may be something to go on from
             for path in folder.glob("*.pt"):
                 if int(re.findall(r"\d+", path.stem)[0]) not in self.kept.get(trial.name, ()):
                     path.unlink()
-        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
         running.claim.release()
         self.seconds.append(time.monotonic() - running.started)
         self.states[trial.name] = "failed" if status else "done"

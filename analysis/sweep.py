@@ -12,6 +12,7 @@ import csv
 import io
 import os
 import re
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,34 +104,56 @@ class Table:
         return out.getvalue()
 
 
+def dials(sweep: Sweep, done: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What varies but seeds and objectives, by name: the alternatives of a flag, or of flags that change together."""
+    drawn = [[{flag: value} for value in dict.fromkeys(row[flag] for row in done)] for flag in sweep.search]
+    groups = []
+    for group in [*sweep.choices, *drawn]:
+        flags = [flag for flag in group[0] if flag not in sweep.overrides and len({str(one[flag]) for one in group}) > 1]
+        if flags:
+            groups.append([{flag: one[flag] for flag in flags} for one in group])
+    plain = [group for group in groups if "objective" not in group[0]]
+    chosen = [group for group in plain if "seed" not in group[0]] or plain or groups or [[{flag: done[0][flag] for flag in sweep.swept}]]
+    return {"\n".join(group[0]): group for group in chosen}
+
+
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each flag that varies: a dot a finished run, and a line through the best of each value. Losses of different objectives are no rivals: each has a color and a
-    line of its own."""
+    """One panel for each dial: a dot a finished run, and a line through the best of each value, by the mean of the seeds. Losses of different objectives are no rivals: each has
+    a color and a line of its own."""
     done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
     if not done:
         raise UsageError("no run is done yet, so there is nothing to draw")
     objectives = list(dict.fromkeys(row.get("objective") for row in done))
-    flags = [flag for flag in sweep.swept if flag not in ("objective", "eval-tasks")] or sweep.swept
-    with pictures(path, 4.5 * len(flags), 4, len(flags)) as panels:
-        for axes, name in zip(panels, flags):
-            values = list(dict.fromkeys(row[name] for row in done))
-            numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-            if numbers:
-                values.sort()
-            place = {value: value if numbers else i for i, value in enumerate(values)}
+    panels = dials(sweep, done)
+    with pictures(path, 4.5 * len(panels), 4, len(panels)) as drawn:
+        for axes, (name, values) in zip(drawn, panels.items()):
+            of_value = lambda some, value: [row for row in some if all(row[flag] == one for flag, one in value.items())]
+            numbers = sorted(one for value in values for one in value.values() if isinstance(one, (int, float)) and not isinstance(one, bool))
+            scale = "\n" not in name and len(numbers) == len(values)  # of one flag, whose values are numbers
+            values = sorted(values, key=lambda value: next(iter(value.values()))) if scale else values
+            places = [next(iter(value.values())) if scale else i for i, value in enumerate(values)]
             for color, objective in enumerate(objectives):
                 alike = [row for row in done if row.get("objective") == objective]
-                best = {value: min(losses) for value in values if (losses := [row["final_bpb"] for row in alike if row[name] == value])}
-                axes.plot([place[row[name]] for row in alike], [row["final_bpb"] for row in alike], "o", color=f"C{color}", alpha=0.5)
-                axes.plot([place[value] for value in best], list(best.values()), color=f"C{color}", label=objective)
-            if not numbers:
-                axes.set_xticks(range(len(values)), [str(value) for value in values])
-            elif values[0] > 0 and values[-1] >= 8 * values[0]:
+                dots = [(place, row["final_bpb"]) for place, value in zip(places, values) for row in of_value(alike, value)]
+                best = [(place, min(means)) for place, value in zip(places, values) if (means := means_of_seeds(sweep, of_value(alike, value)))]
+                axes.plot([place for place, _ in dots], [loss for _, loss in dots], "o", color=f"C{color}", alpha=0.5)
+                axes.plot([place for place, _ in best], [loss for _, loss in best], color=f"C{color}", label=objective)
+            if not scale:
+                axes.set_xticks(places, ["\n".join(map(str, value.values())) for value in values])
+            elif places[0] > 0 and places[-1] >= 8 * places[0]:
                 axes.set_xscale("log")
             axes.set_xlabel(name)
-        panels[0].set_ylabel("validation bits per byte")
+        drawn[0].set_ylabel("validation bits per byte")
         if len(objectives) > 1:
-            panels[0].legend(frameon=False)
+            drawn[0].legend(frameon=False)
+
+
+def means_of_seeds(sweep: Sweep, rows: list[dict[str, Any]]) -> list[float]:
+    """Of the last losses of runs that differ in nothing else."""
+    arms: dict[str, list[float]] = {}
+    for row in rows:
+        arms.setdefault(str([row[flag] for flag in sweep.swept if flag != "seed"]), []).append(row["final_bpb"])
+    return [statistics.mean(losses) for losses in arms.values()]
 
 
 # -----------------------------------------------------------------------------
@@ -209,7 +232,7 @@ def main(argv=None) -> int:
     if not settings.list:
         places = places_of(sweep, sweep.trials({}), settings.jobs)
         display = Display("runs", sweep.label)
-        runner = Runner(base_dir, work, places, again=lambda status: settings.retry, wait=not settings.no_wait)
+        runner = Runner(base_dir, work, places, again=settings.retry, wait=not settings.no_wait)
         written = -1
 
         def tell(runner: Runner) -> None:

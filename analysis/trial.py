@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from nanochat.cli import UsageError
 from nanochat.files import parse_json
 from nanochat.run_log import FILENAME, read_run_log
 
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
-REFUSED = 2  # exit status of what a user's flags lead to, divergence among it: it would be the same again
+REFUSED = 2  # exit status of what a user's flags lead to, divergence among it, but also of a full disk
+DIVERGED = "training diverged"  # in what base_train then says
 
 
 class Growth(NamedTuple):
@@ -86,6 +88,8 @@ class Trial:
     def name(self) -> str:
         """Of its folder."""
         identity = {**DEFAULTS, **self.flags} if self.parent is None else {"": f"{self.parent.name}@{self.step}", **self.flags}
+        if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):  # rounds otherwise than compiled code, which runner.py has by default
+            identity["eager"] = True
         return self.tag or "trial-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     def arguments(self) -> list[str]:
@@ -98,13 +102,23 @@ def folder_of(base_dir: str, trial: Trial) -> Path:
 
 
 def status_of(base_dir: str, trial: Trial) -> int | None:
-    """The exit status of a trial that has ended, below 0 the signal that killed it; None if it has not."""
+    """The exit status of a trial that has ended, below 0 the signal that killed it; None if it has not. Raises UsageError for a tag that stands for other flags."""
     folder = folder_of(base_dir, trial)
     if (done := folder / "done.json").exists():
-        return json.loads(done.read_text(encoding="utf-8"))["status"]
+        ended = json.loads(done.read_text(encoding="utf-8"))
+        if trial.tag and ended["flags"] != trial.flags:
+            raise UsageError(f"{trial.name} was trained with other flags ({folder}); give the new runs another name, or delete that folder")
+        return ended["status"]
     if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":
         return 0  # without a runner
     return None
+
+
+def diverged(base_dir: str, trial: Trial) -> bool:
+    """Whether it would do so again, by itself or with what it begins with."""
+    if trial.parent is not None and diverged(base_dir, trial.parent):
+        return True
+    return status_of(base_dir, trial) == REFUSED and DIVERGED in (folder_of(base_dir, trial) / "out.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def last_record(log: Path) -> dict | None:
@@ -119,9 +133,9 @@ def last_record(log: Path) -> dict | None:
 
 
 def read(base_dir: str, trial: Trial) -> Result | None:
-    """A finished trial's result, or None. One that did not finish because of what its flags say, by diverging for one, has no validations."""
+    """A finished trial's result, or None. One that diverged, or whose parent did, has no validations."""
     status = status_of(base_dir, trial)
-    if status not in (0, REFUSED):
+    if status != 0 and not diverged(base_dir, trial):
         return None
     records = list(read_run_log(folder_of(base_dir, trial) / FILENAME)) if status == 0 else []
     evals = [record for record in records if record["kind"] == "eval"]

@@ -8,7 +8,7 @@ import torch
 
 from analysis.progress import Display
 from analysis.runner import Place, Runner, Work, cpu_places
-from analysis.trial import REFUSED, Result, Trial, folder_of, read, weights
+from analysis.trial import Result, Trial, folder_of, read, weights
 from nanochat.cli import ArgumentParser, UsageError, parse_settings, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
@@ -49,7 +49,7 @@ def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, pla
         if name in wanted and trial.parent is not None and trial.step not in weights(folder_of(base_dir, trial.parent)):
             wanted.add(trial.parent.name)
     if wanted:
-        runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), places or cpu_places(jobs), kept, again=lambda status: status != REFUSED)
+        runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), places or cpu_places(jobs), kept, again=True)
         runner.run(Display("trials").show)
     results = [read(base_dir, trial) for trial in trials]
     if died := [folder_of(base_dir, trial) / "out.txt" for trial, result in zip(trials, results) if result is None]:

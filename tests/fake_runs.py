@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     if seed == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == REFUSED:
-        print("error: the loss of step 1 is nan")
+        print("error: the loss of step 1 is nan: training diverged")
         return 2
     if seed == FOR_EVER:
         signal.pause()

@@ -14,7 +14,7 @@ from analysis.letters import ARMS, SYMBOLS, Run, Text, Training
 from nanochat.growth import grow, grown_config
 from tests.golden.fixtures import HERE
 
-TOY = ["--seeds=2", "--strings=16", "--epochs=5", "--rates=0.01,0.02", "--moments=0.4,1", "--jobs=1"]
+TOY = ["--seeds=2", "--strings=16", "--epochs=5", "--rates=0.02", "--moments=0.4,1", "--jobs=1"]
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_every_arm_from_the_text_to_the_verdicts(task, flags, arms, text, tmp_pa
     out, _ = capsys.readouterr()
     assert [line.split(" | ")[1] for line in out.splitlines() if line.startswith("| 64 |") and "better" not in line] == arms
     claims = [line for line in out.splitlines() if " is better than " in line]
-    assert len(claims) == (9 if task == "counting" else 1) and "nan" not in out
+    assert len(claims) == (11 if task == "counting" else 1) and "nan" not in out
     assert all(line.split(" | ")[4] in ("confirmed", "opposite", "not confirmed") for line in claims)
     assert ("81.4" in out) == (task == "counting") and "The best moment is after" in out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -137,7 +137,7 @@ def test_an_interrupted_study_goes_on(text, monkeypatch):
     trained, again = [], []
 
     def interrupted(runs):
-        if len(trained) == 3:
+        if len(trained) == 1:
             raise KeyboardInterrupt
         trained.append(runs)
         return letters.finish(runs)
