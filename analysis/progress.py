@@ -15,14 +15,15 @@ PLAIN_SECONDS = 30  # between two lines about what goes on, where nobody looks a
 
 
 def share_done(log: Path, last: dict | None) -> float:
-    """Of a run that goes on: from its FLOPs, and those that its first record promises."""
+    """Of a run that goes on: from its FLOPs, those that its first record promises and, if it is a branch, those that it began with."""
     if not last or "flops" not in last:
         return 0.0
     try:
         with open(log, "rb") as f:
-            start = parse_json(f.readline())
-        return min(1.0, last["flops"] / start["conditions"]["flops"])
-    except (OSError, ValueError, KeyError):  # it is about to be replaced, or is of an earlier version
+            start, first = parse_json(f.readline()), parse_json(f.readline())
+        begin = first.get("flops", 0) if start["step"] else 0
+        return min(1.0, (last["flops"] - begin) / (start["conditions"]["flops"] - begin))
+    except (OSError, ValueError, KeyError, ZeroDivisionError):  # it is about to be replaced, or is of an earlier version
         return 0.0
 
 
@@ -71,6 +72,8 @@ class Display:
         self.drawn = len(live)
 
     def _change(self, runner: Runner, trial: Trial, state: str) -> str:
+        if state == "failed" and trial.parent is not None and (status_of(runner.base_dir, trial) or 0) == 0:
+            return f"{self.label(trial)}: not begun, as {self.label(trial.parent)} failed"
         if state == "failed":
             return f"{self.label(trial)}: failed, {why(runner.base_dir, trial, status_of(runner.base_dir, trial) or 0)}"
         if state == "elsewhere" and (who := holder(folder_of(runner.base_dir, trial))):

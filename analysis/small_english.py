@@ -13,6 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from analysis.rates import rates_table, try_rates
 from analysis.trials import Result, Trial, flops_per_token, pictures, run_by_seed, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
@@ -29,7 +30,7 @@ ARMS: dict[str, dict] = {
     "mixed": {"objective": "mixed"},
     "looped and mixed": {"loops": 3, "objective": "mixed"},
 }
-RATES = (0.24, 0.48, 0.96)  # of the matrices
+RATES = (0.48, 0.96)  # of the matrices, to begin with
 TUNED = {PLAIN: 0.96, "looped": 0.48, "mixed": 0.48, "looped and mixed": 0.48}  # of --tune --steps=200 on general English
 MORE = "causal, FLOPs of looped"
 PUBLISHED = (("GPT-Neo 9M, all of TinyStories, mean of six seeds", "57.8"), ("GPT-2 124M, BabyLM's 10M words (filtered pairs)", "65-67"),
@@ -49,17 +50,12 @@ def plan(steps: int, arms: list[str], seed: int) -> dict[str, Trial]:
     return found
 
 
-def tuning(steps: int) -> dict[tuple[str, float], Trial]:
-    """Of a seed that is no other run's."""
-    return {(arm, rate): Trial({**MODEL, **flags, "matrix-lr": rate, "num-iterations": steps, "seed": 41}) for arm, flags in ARMS.items() for rate in RATES}
-
-
-def tune(steps: int, jobs: int) -> None:
-    trials = tuning(steps)
-    bpb = dict(zip(trials, (result.final for result in run_trials(get_base_dir(), trials.values(), jobs))))
-    print("| arm | " + " | ".join(f"--matrix-lr={rate:g}" for rate in RATES) + " |\n|---|" + "---:|" * len(RATES))
-    for arm in ARMS:
-        print(f"| {arm} | " + " | ".join(f"{bpb[arm, rate]:.4f}" for rate in RATES) + " |")
+def tune(steps: int, jobs: int) -> str:
+    """A table of what rates come to, by a seed that is no other run's."""
+    def losses(asked: list[tuple[str, float]]) -> list[float]:
+        trials = [Trial({**MODEL, **ARMS[arm], "matrix-lr": rate, "num-iterations": steps, "seed": 41}) for arm, rate in asked]
+        return [result.final for result in run_trials(get_base_dir(), trials, jobs)]
+    return rates_table(try_rates(list(ARMS), RATES, losses))
 
 
 def blimp(result: Result, evaluation: str = "blimp") -> dict:
@@ -113,7 +109,7 @@ def main(argv=None) -> None:
     parser.add_argument("--tune", action="store_true", help="find learning rates instead, in half as many steps")
     args = parser.parse_args(argv)
     if args.tune:
-        return tune(args.steps // 2, args.jobs)
+        return print(tune(args.steps // 2, args.jobs))
     arms = [arm for arm in ARMS if arm in (PLAIN, *args.arms)]
     by_seed = run_by_seed(lambda seed: plan(args.steps, arms, seed), args.seeds, args.jobs)
     runs = {arm: [found[arm] for found in by_seed] for arm in by_seed[0]}

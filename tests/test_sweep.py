@@ -17,7 +17,7 @@ import yaml
 
 from analysis import claims, runner, sweep
 from analysis.claims import EXPIRES, take
-from analysis.progress import Display, why
+from analysis.progress import Display, share_done, why
 from analysis.runner import Runner, Work, cpu_places, cuda_places
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
 from analysis.trial import Trial, folder_of, status_of
@@ -277,6 +277,13 @@ def test_a_run_whose_claim_was_taken_over_is_ended(fake, monkeypatch):
     found = Runner(fake, Work([trial]), cpu_places(1), wait=False)
     found.run(tell)
     assert found.state(trial) == "elsewhere" and not (folder / "done.json").exists() and not found.running
+
+
+def test_of_a_branch_the_share_is_of_what_it_adds(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for step, share in ((0, 0.9), (640, 0.5)):
+        log.write_text(json.dumps({"kind": "start", "step": step, "conditions": {"flops": 100}}) + "\n" + json.dumps({"kind": "train", "step": step, "flops": 80}) + "\n")
+        assert share_done(log, {"flops": 90}) == share
 
 
 def test_what_others_have_is_left_to_them(fake):
