@@ -19,13 +19,12 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from analysis.letter_counting import verdict
+from analysis.estimates import Estimate, verdict
 from analysis.rates import best_rate, rates_table, try_rates
 from analysis.runner import Place, cuda_places, gpus
 from analysis.trials import SHAPE, TUNED, Result, Trial, cost_with, flops_per_token, nats_per_bpb, pictures, run_trials, study_parser
@@ -68,7 +67,6 @@ CLAIMED = ((0.15, 0.8), (0.2, 0.9))  # share of the tokens, share of the gain
 TASKS = ("nli-prompt", "nli-probe")
 TUNING_SEED = 41  # no other run's
 VALIDATIONS = 40  # in a run
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 95 %, by degrees of freedom
 
 
 # -----------------------------------------------------------------------------
@@ -118,25 +116,6 @@ def tune(size: Size, steps: int, jobs: int, places: list[Place] | None) -> dict[
 
 # -----------------------------------------------------------------------------
 # Estimates and claims
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, and half of its 95 % interval; infinite if nothing tells it."""
-
-    value: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], error: float = 0.0) -> "Estimate":
-        """Of one value a seed. error: a standard error that more seeds would not lower, such as that of the rows of a test; the wider of the two intervals counts."""
-        n = len(values)
-        seeds = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-        return cls(statistics.mean(values), max(seeds, 1.96 * error))
-
-    def shown(self, digits: int, sign: bool = True) -> str:
-        value = f"{self.value:{'+' if sign else ''}.{digits}f}"
-        return value if math.isinf(self.half) else f"{value} ± {self.half:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.estimates import verdict
 from analysis.letters import ARMS, BETTER, TASKS, Outcome, Run, Text, finish, use
 from analysis.rates import best_rate, try_rates
 from analysis.trials import pictures, study_parser
@@ -125,11 +126,6 @@ def gain(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def variance_ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """That of x by that of y. What differs by rounding alone, or in a resample of one seed, counts as equal."""
     return (x.var(-1) + 1e-12) / (y.var(-1) + 1e-12)
-
-
-def verdict(low: float, high: float, nothing: float = 0.0) -> str:
-    """On a claim that the true value is above `nothing`."""
-    return "confirmed" if low > nothing else "opposite" if high < nothing else "not confirmed"
 
 
 # -----------------------------------------------------------------------------

@@ -26,37 +26,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from analysis.rates import best_rate, rates_table, try_rates
-from analysis.sweep_config import check_runs, read_sweep
-from analysis.trial import Result, Trial
-from analysis.trials import nats_per_bpb, pictures, run_trials, study_parser
+from analysis.arms import RATE, Configuration, configurations, reported_seeds, run_arms
+from analysis.trial import Result
+from analysis.trials import nats_per_bpb, pictures, study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int
-from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
 
 DEFAULT = Path(__file__).parent / "sweeps" / "rank_depth.toml"
-HORIZONS = ("target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
-RATE = "matrix-lr"
 COSTS = {"flops": "training FLOPs", "params": "parameters", "memory": "peak memory, MiB", "seconds": "seconds of training"}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What is tuned as one."""
-
-    name: str
-    tuning: tuple[Trial, ...]  # one for each rate
-
-    def trial(self, unit: float, **flags: Any) -> Trial:
-        """One of its runs with a budget of so many units, validated as often as with one."""
-        flags = {**self.tuning[0].flags, **flags}
-        horizon = next(flag for flag in HORIZONS if float(flags.get(flag, -1)) > 0)
-        return Trial(flags if unit == 1 else {**flags, horizon: flags[horizon] * unit, "eval-every": round(flags["eval-every"] * unit)})
-
-    def rates(self) -> list[float]:
-        return [trial.flags[RATE] for trial in self.tuning]
 
 
 @dataclass(frozen=True)
@@ -77,55 +55,6 @@ class Point:
     seconds: float
     flops_to_threshold: float | None
     seconds_to_threshold: float | None
-
-
-# -----------------------------------------------------------------------------
-# What is run
-
-
-def configurations(path: Path, flags: str = "") -> list[Configuration]:
-    """Those of a sweep's file, in its order. Raises UsageError for a file that is no such study."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({error}); give the TOML file of a sweep, such as {DEFAULT}") from error
-    sweep = read_sweep(path.name, text, flags)
-    trials = sweep.trials({})
-    if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
-        raise UsageError(f"{path.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take {DEFAULT.name} as a pattern")
-    if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and trial.flags.get("eval-every", -1) > 0 for trial in trials):
-        raise UsageError(f"{path.name}: give a positive {' or '.join(HORIZONS)}, of which --units are multiples, and eval-every")
-    check_runs(sweep, trials)
-    names = [flag for flag in sweep.swept if flag not in (RATE, "seed", "aspect-ratio")]
-    found: dict[str, list[Trial]] = {}
-    for trial in trials:
-        rest = {flag: value for flag, value in trial.flags.items() if flag != RATE}
-        found.setdefault(json.dumps(rest, sort_keys=True), []).append(trial)
-    found_ones = [Configuration(" ".join(f"{flag}={group[0].flags[flag]}" for flag in names if flag in group[0].flags), tuple(group)) for group in found.values()]
-    if len({tuple(one.rates()) for one in found_ones}) > 1 or len({one.name for one in found_ones}) < len(found_ones):
-        raise UsageError(f"{path.name}: {RATE} belongs into [grid], so that all are tried with the same ones, and configurations must differ in more than aspect-ratio")
-    return found_ones
-
-
-def reported_seeds(found: Sequence[Configuration], count: int) -> list[int]:
-    """From 42 on, without the one that rates are tuned with."""
-    tuning = found[0].tuning[0].flags["seed"]
-    return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
-
-
-def run(found: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
-    """By number of the configuration and budget: the rate, and the results of the seeds."""
-    arms = {f"{one.name}, {unit:g} units": (i, unit) for i, one in enumerate(found) for unit in units}
-
-    def losses(asked: list[tuple[str, float]]) -> list[float]:
-        trials = [found[arms[arm][0]].trial(arms[arm][1], **{RATE: rate}) for arm, rate in asked]
-        return [result.final for result in run_trials(get_base_dir(), trials, jobs)]
-
-    tried = try_rates(list(arms), found[0].rates(), losses)
-    print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
-    rates = {arms[arm]: best_rate(one) for arm, one in tried.items()}
-    results = iter(run_trials(get_base_dir(), [found[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs))
-    return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -227,7 +156,7 @@ def main(argv=None) -> None:
     parser.add_argument("--threshold", type=positive_float, help="perplexity to which the way is measured (default: 1.1 times the first configuration's at the smallest budget)")
     args = parser.parse_args(argv)
     found = configurations(args.config, args.flags)
-    runs = run(found, list(dict.fromkeys(args.units)), reported_seeds(found, args.seeds), args.jobs)
+    runs = run_arms(found, list(dict.fromkeys(args.units)), reported_seeds(found, args.seeds), args.jobs)
     points, threshold = points_of(found, runs, nats_per_bpb(), args.threshold)
     print(table(points, threshold))
     if args.out:

@@ -104,7 +104,7 @@ class Table:
         return out.getvalue()
 
 
-def dials(sweep: Sweep, done: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def panels_of(sweep: Sweep, done: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """What varies but seeds and objectives, by name: the alternatives of a flag, or of flags that change together."""
     drawn = [[{flag: value} for value in dict.fromkeys(row[flag] for row in done)] for flag in sweep.search]
     groups = []
@@ -118,13 +118,13 @@ def dials(sweep: Sweep, done: list[dict[str, Any]]) -> dict[str, list[dict[str, 
 
 
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each dial: a dot a finished run, and a line through the best of each value, by the mean of the seeds. Losses of different objectives are no rivals: each has
+    """One panel for each of them: a dot a finished run, and a line through the best of each value, by the mean of the seeds. Losses of different objectives are no rivals: each has
     a color and a line of its own."""
     done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
     if not done:
         raise UsageError("no run is done yet, so there is nothing to draw")
     objectives = list(dict.fromkeys(row.get("objective") for row in done))
-    panels = dials(sweep, done)
+    panels = panels_of(sweep, done)
     with pictures(path, 4.5 * len(panels), 4, len(panels)) as drawn:
         for axes, (name, values) in zip(drawn, panels.items()):
             of_value = lambda some, value: [row for row in some if all(row[flag] == one for flag, one in value.items())]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from analysis import pareto, runner
+from analysis import arms, pareto, runner
 from analysis.trial import Result
 from nanochat.run_log import FILENAME
 from tests import fake_runs, tiny
@@ -60,11 +60,11 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
             return abs(flags["matrix-lr"] - liked)
         return [Result(trial.flags, [1], [loss(trial.flags)], [100.0], 1.0, 7) for trial in trials]
 
-    monkeypatch.setattr(pareto, "run_trials", run_trials)
-    found = pareto.configurations(config)
+    monkeypatch.setattr(arms, "run_trials", run_trials)
+    found = arms.configurations(config)
     assert [one.name for one in found] == ["depth=2 rank=0", "depth=4 rank=8"]
-    seeds = pareto.reported_seeds(found, 2)
-    runs = pareto.run(found, [1, 5], seeds, 2)
+    seeds = arms.reported_seeds(found, 2)
+    runs = arms.run_arms(found, [1, 5], seeds, 2)
     assert seeds == [42, 43] and {key: rate for key, (rate, _) in runs.items()} == {(0, 1): 8, (1, 1): 8, (0, 5): 2, (1, 5): 2}
     assert {flags["seed"] for flags in asked} == {41, 42, 43} and len(asked) == 2 * (3 + 2) + 2 * 3 + 2 * 2 * 2, "8 and 16 were tried too"
     assert {(flags["target-flops"], flags["eval-every"]) for flags in asked} == {(100, 1), (500, 5)}
@@ -74,18 +74,18 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
 
 def test_a_reported_seed_is_never_the_one_of_the_tuning(config):
     config.write_text(SWEEP.replace("41", "43"))
-    assert pareto.reported_seeds(pareto.configurations(config), 3) == [42, 44, 45]
+    assert arms.reported_seeds(arms.configurations(config), 3) == [42, 44, 45]
 
 
 def test_tokens_per_parameter_of_each_model_s_own(config):
-    (one, _) = pareto.configurations(config, "--target-flops=-1 --target-param-data-ratio=1")
+    (one, _) = arms.configurations(config, "--target-flops=-1 --target-param-data-ratio=1")
     flags = one.trial(5).flags
     assert flags["target-flops"] == -1 and flags["target-param-data-ratio"] == 5
 
 
 @pytest.mark.parametrize("before, after, message", [
     ("seed = 41\n", "", "the one `seed` of the tuning"), ("seed = 41\n", "seed = 1\n[search]\nmethod = 'random'\nruns = 2\nflags.head-dim = [8, 16]\n", "without [search]"),
-    ("target-flops = 100\n", "", "give a positive target-flops"), ("eval-every = 1\n", "", "and eval-every"), ("eval-every = 1\n", "eval-every = -1\n", "and eval-every"),
+    ("target-flops = 100\n", "", "give a positive num-iterations, target-flops or"), ("eval-every = 1\n", "", "and eval-every"), ("eval-every = 1\n", "eval-every = -1\n", "and eval-every"),
     ("matrix-lr", "embedding-lr", "needs a matrix-lr"), ("depth = [2, 4]", "depth = [2]", "equally long"), ("rank = [0, 8]", "n-layer = [0, 8]", "no flag --n-layer")])
 def test_files_that_are_no_such_study(before, after, message, config, base_dir, capsys):
     assert before in SWEEP

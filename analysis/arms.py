@@ -1,0 +1,90 @@
+"""The arms of a study that a sweep's file describes: its configurations, each with a learning rate of its own."""
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.rates import best_rate, rates_table, try_rates
+from analysis.sweep_config import check_runs, read_sweep
+from analysis.trial import Result, Trial
+from analysis.trials import run_trials
+from nanochat.cli import UsageError
+from nanochat.common import get_base_dir
+
+HORIZONS = ("num-iterations", "target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
+RATE = "matrix-lr"
+NO_NAMES = (RATE, "seed", "eval-tasks")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is tuned as one."""
+
+    name: str
+    tuning: tuple[Trial, ...]  # one for each rate
+
+    def trial(self, unit: float, **flags: Any) -> Trial:
+        """One of its runs with a budget of so many units, validated as often as with one."""
+        flags = {**self.tuning[0].flags, **flags}
+        for flag in (next(flag for flag in HORIZONS if float(flags.get(flag, -1)) > 0), "eval-every"):
+            flags[flag] = round(flags[flag] * unit) if isinstance(flags[flag], int) else flags[flag] * unit
+        return Trial(flags)
+
+    def rates(self) -> list[float]:
+        return [trial.flags[RATE] for trial in self.tuning]
+
+
+def configurations(path: Path, flags: str = "", objective: str | None = None) -> list[Configuration]:
+    """Those of a sweep's file (-: standard input), in its order, named by what varies; of one objective, if it has several. Raises UsageError for a file that is no such study."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({error}); give the TOML file of a sweep, such as those of analysis/sweeps") from error
+    sweep = read_sweep(path.name, text, flags)
+    trials = sweep.trials({})
+    if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
+        raise UsageError(f"{sweep.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take analysis/sweeps/rank_depth.toml as a pattern")
+    if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and trial.flags.get("eval-every", -1) > 0 for trial in trials):
+        raise UsageError(f"{sweep.name}: give a positive {', '.join(HORIZONS[:-1])} or {HORIZONS[-1]}, and eval-every")
+    check_runs(sweep, trials)
+    if objective is not None:
+        objectives = {trial.flags.get("objective", "next-token") for trial in trials}
+        if objective not in objectives:
+            raise UsageError(f"--objective={objective}: {sweep.name} has {' and '.join(sorted(objectives))}")
+        trials = [trial for trial in trials if trial.flags.get("objective", "next-token") == objective]
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {flag: value for flag, value in trial.flags.items() if flag != RATE}
+        found.setdefault(json.dumps(rest, sort_keys=True), []).append(trial)
+    names = [flag for flag in sweep.swept if flag not in NO_NAMES and len({str(trial.flags.get(flag)) for trial in trials}) > 1]
+    arms = [Configuration(" ".join(f"{flag}={group[0].flags[flag]}" for flag in names if flag in group[0].flags), tuple(group)) for group in found.values()]
+    if len({tuple(arm.rates()) for arm in arms}) > 1:
+        raise UsageError(f"{sweep.name}: {RATE} belongs into [grid], so that all configurations are tried with the same ones")
+    return arms
+
+
+def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
+    """From 42 on, without the one that rates are tuned with."""
+    tuning = arms[0].tuning[0].flags["seed"]
+    return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
+
+
+def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int, tuning: float = 1.0) -> dict[tuple[int, float], tuple[float, list[Result]]]:
+    """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates.
+
+    tuning: the share of a budget that rates are tuned with; other evaluations than that of the loss are left out there.
+    """
+    keys = {f"{arm.name}, {unit:g} units": (i, unit) for i, arm in enumerate(arms) for unit in units}
+
+    def losses(asked: list[tuple[str, float]]) -> list[float]:
+        runs = [arms[i].trial(unit * tuning, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
+        runs = [Trial({flag: value for flag, value in run.flags.items() if flag != "eval-tasks"}) for run in runs]
+        return [result.final for result in run_trials(get_base_dir(), runs, jobs)]
+
+    tried = try_rates(list(keys), arms[0].rates(), losses)
+    print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
+    rates = {keys[key]: best_rate(found) for key, found in tried.items()}
+    results = iter(run_trials(get_base_dir(), [arms[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs))
+    return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}

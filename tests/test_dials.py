@@ -1,0 +1,81 @@
+"""The study of a small model's dials: fair rates, paired differences, table and picture."""
+import json
+import math
+
+import pytest
+
+from analysis import arms, dials
+from analysis.trial import Result
+
+SWEEP = """
+[fixed]
+num-iterations = 4
+eval-every = 2
+seed = 41
+[grid]
+matrix-lr = [1, 2]
+[[together]]
+objective = ["next-token", "mlm"]
+eval-tasks = ["blimp", "blimp:20"]
+[[together]]
+depth = [4, 2, 6]
+aspect-ratio = [32, 64, 16]
+"""
+LOSSES, LIKED = {4: 2.0, 2: 2.1, 6: 1.9}, {4: 2, 2: 0.5, 6: 1}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The flags of all runs: deeper ones end lower, each likes another rate, and the noise of a seed is the same for all but the deepest."""
+    found = []
+
+    def run(trial):
+        flags, depth = trial.flags, trial.flags["depth"]
+        noise = (flags["seed"] - 43) * (0.01 if depth != 6 else 0.5)
+        value = {"value": 0.5 + depth / 100, "n": 100, "se": 0.001, "metric": "accuracy", "label": "BLiMP"}
+        rows = {"blimp/pairs": value, "blimp/pairs/field/syntax": {"value": 0.1, "label": ""}, "decode/cpu": {"value": 10.0 * depth, "se": None, "metric": "tokens/s", "label": "decoded"}}
+        return Result(flags, [0, 4], [3.0, LOSSES[depth] + noise + abs(math.log2(flags["matrix-lr"] / LIKED[depth]))], [0.0, 1.0], 2.0, 7, tokens=1000,
+                      rows=rows if "eval-tasks" in flags else {})
+
+    def run_trials(base_dir, trials, jobs):
+        found.extend(trial.flags for trial in trials)
+        return [run(trial) for trial in trials]
+    monkeypatch.setattr(arms, "run_trials", run_trials)
+    return found
+
+
+@pytest.fixture
+def config(tmp_path, base_dir):
+    path = tmp_path / "blocks.toml"
+    path.write_text(SWEEP)
+    return path
+
+
+def test_each_configuration_has_its_own_rate_and_is_told_from_the_first_by_paired_seeds(asked, config, tmp_path, capsys):
+    assert dials.main([str(config), f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    out = capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in out[out.index("| configuration"):].splitlines())}
+    assert list(rows)[2:] == ["depth=4 aspect-ratio=32", "depth=2 aspect-ratio=64", "depth=6 aspect-ratio=16"]
+    first, shallow, deep = list(rows.values())[2:]
+    assert (first[0], shallow[0], deep[0]) == ("2", "0.5", "1")
+    assert first[4:7] == ["2.0000", "1.9900, 2.0000, 2.0100", ""] and shallow[6] == "+0.1000 ± 0.0000: worse"
+    assert deep[6].startswith("-0.1000 ± 1.2") and deep[6].endswith(": not told apart"), "the mean is better, by one seed"
+    assert first[7:] == ["54.0", "40.0"] and shallow[7:] == ["52.0 (-2.0 ± 0.3)", "20.0 (-20.0 ± 0.0)"]
+    tuning, reported = ([flags for flags in asked if (flags["seed"] == 41) == wanted] for wanted in (True, False))
+    assert {flags["num-iterations"] for flags in tuning} == {2} and not any("eval-tasks" in flags for flags in tuning)
+    assert [(flags["depth"], flags["seed"], flags["num-iterations"]) for flags in reported] == [(depth, seed, 4) for depth in (4, 2, 6) for seed in (42, 43, 44)]
+    assert {flags["objective"] for flags in asked} == {"next-token"}
+    assert len(json.loads((tmp_path / "numbers.json").read_text())["depth=4 aspect-ratio=32"]["runs"]) == 3
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_tells_nothing_apart(asked, config, capsys):
+    assert dials.main([str(config), "--seeds=1", "--objective=mlm"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not told apart") == 2 and "inf" not in out and {flags["objective"] for flags in asked} == {"mlm"}
+
+
+def test_what_the_file_does_not_have(asked, config, capsys):
+    assert dials.main([str(config), "--objective=mixed"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --objective=mixed: blocks has mlm and next-token\n" and not asked
