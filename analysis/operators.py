@@ -81,8 +81,8 @@ def main(argv=None) -> None:
     units = sorted({1, args.follow})
     print(f"Grown to 4x128 after {TRUNK} tokens per parameter. Bits per byte, mean of {args.seeds} seeds\n")
     after = " | ".join([*(f"after {n}" for n in units), *(f"finished after {n}" for n in units)])
-    print(f"| start | operator | before | right after | {after} | nats per token above the first operator | FLOPs, of 4x128's |")
-    print("|---|---|" + "---:|" * (4 + 2 * len(units)))
+    print(f"| start | operator | before | right after | {after} | nats per token above the first operator | by seed | FLOPs, of 4x128's |")
+    print("|---|---|" + "---:|" * (5 + 2 * len(units)))
     mean = lambda function: statistics.mean(map(function, by_seed))
     for start, operators in OPERATORS.items():
         for label, name in finished_runs(start, args.follow):
@@ -92,7 +92,8 @@ def main(argv=None) -> None:
                 losses = [f"{mean(loss):.4f}" for loss in (lambda runs: runs[grown].grown[0], lambda runs: runs[grown].grown[1], *(lambda runs, n=n: at(runs[grown], TRUNK + n) for n in units),
                                                            *(lambda runs, n=n: runs[f"{grown}, decayed after {n}"].final for n in units[:-1]))]
             cost = mean(lambda runs: runs[name].flops[-1] / runs[f"{start}, 4x128 from scratch"].flops[-1])
-            cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", told(gaps(by_seed, start, name, args.follow, nats)), f"{cost:.2f}"]
+            found = gaps(by_seed, start, name, args.follow, nats)
+            cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", told(found), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
             print("| " + " | ".join(cells) + " |")
     if args.out:
         write_text_atomic(args.out, json.dumps(by_seed, default=vars))
