@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import evaluations, train_loop
+from nanochat import dataloader, evaluations, train_loop
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from scripts import base_train
 from tests import tiny
 from tests.golden.fixtures import HERE
 
@@ -132,6 +133,17 @@ def test_the_share_of_the_data_that_is_used(base, capsys):
 
 # -----------------------------------------------------------------------------
 # Nothing is lost
+
+
+def test_every_validation_reads_the_same_batches_which_are_drawn_once(base, monkeypatch):
+    begun, draw = [], base_train.batches_in_turn
+    monkeypatch.setattr(base_train, "batches_in_turn", lambda *args: begun.append(args) or draw(*args))
+    assert tiny.train("--save-every=-1") == 0
+    assert len(begun) == 1
+    monkeypatch.setattr(dataloader, "MOST_KEPT", 0)
+    assert tiny.train("--save-every=-1", "--model-tag=drawn") == 0
+    assert len(begun) == 1 + 3
+    assert tiny.losses(base) == tiny.losses(base, "drawn")
 
 
 @pytest.mark.parametrize("what", ["evaluate_bpb", "evaluate_core", "sample_prompts"])
