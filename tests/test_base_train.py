@@ -1,5 +1,4 @@
 """Pretraining as its users meet it: it learns, repeats itself and refuses bad input in one line."""
-import gc
 import json
 import os
 import re
@@ -27,8 +26,7 @@ from tests.golden.fixtures import HERE
 @pytest.fixture(autouse=True)
 def base(base_dir):
     tiny.prepare(base_dir)
-    yield base_dir
-    gc.enable()  # a run that ends early leaves the collector off
+    return base_dir
 
 
 @pytest.fixture
@@ -173,13 +171,14 @@ def test_the_weights_come_before_the_evaluations(base, monkeypatch, what):
     assert {record["kind"] for record in read_run_log(folder / "log.jsonl") if record["step"] == 8} == {"start", "eval", "core", "evals", "sample", "end"}
 
 
+@pytest.mark.slow
 def test_samples_on_a_narrow_terminal_and_a_closed_pipe(base):
     """The model writes any character, and nobody may be there to read it."""
-    command = f'"{sys.executable}" -m scripts.base_train {" ".join(tiny.FLAGS)} --sample-every=4'
+    command = f'"{sys.executable}" -m scripts.base_train {" ".join(tiny.FLAGS)} --sample-every=4 --num-iterations=4 --eval-every=-1'
     for tag, how in (("narrow", " >/dev/null"), ("pipe", " | head -c 1"), ("closed", " <&- >&- 2>&-")):
         subprocess.run(["bash", "-c", f"{command} --model-tag={tag}{how}; exit ${{PIPESTATUS[0]}}"], cwd=tiny.ROOT, check=True, timeout=300,
                        env={**os.environ, **tiny.ENV, "NANOCHAT_BASE_DIR": str(base), "PYTHONIOENCODING": "ascii"})
-        assert checkpoints.list_steps(tiny.folder(base, tag)) == [4, 8]
+        assert checkpoints.list_steps(tiny.folder(base, tag)) == [4]
 
 
 def test_one_run_at_a_time_in_a_folder(trained, capsys):
