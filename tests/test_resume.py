@@ -56,6 +56,7 @@ def test_kill_9_between_saves(base, finished_run):
     assert_same(base, finished_run)
 
 
+@pytest.mark.slow
 def test_a_run_too_short_to_compile_goes_on_eagerly(base):
     """What was decided is kept, as compiled code rounds differently."""
     done = tiny.run(base, TORCHDYNAMO_DISABLE="")
