@@ -140,7 +140,7 @@ class Pretraining(TrainLoop):
         self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static", causal_share=1.0))
         self.rows = self.tokenizer, plan.rows, self.settings.max_seq_len  # what batches are made of
         self.my_streams = range(self.rank, plan.streams, self.world_size)
-        self.validation = FirstBatches(self.draw_validation, max(self.eval_steps, plan.check_steps), plan.rows * self.settings.max_seq_len)
+        self.validation = FirstBatches(self.draw_validation, self.eval_steps if self.eval_every > 0 else plan.check_steps, plan.rows * self.settings.max_seq_len)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
         settings.check_folder(self.folder)
