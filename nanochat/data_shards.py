@@ -66,7 +66,7 @@ class Shard:
     def documents(self, row_group: int) -> list[str]:
         """The texts of one row group. Null rows are left out, with one warning."""
         try:
-            column = self._file.read_row_group(row_group, columns=["text"]).column("text")
+            column = self._file.read_row_group(row_group, columns=["text"], use_threads=False).column("text")
             texts = [text.decode() if isinstance(text, bytes) else text for text in column.to_pylist()]
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(f"row group {row_group} of {self.path}", error) from error

@@ -30,7 +30,7 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
-from nanochat.dataloader import TrainingData, batches_in_turn
+from nanochat.dataloader import FirstBatches, TrainingData, batches_in_turn
 from nanochat.dataset import data_source
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
@@ -140,6 +140,7 @@ class Pretraining(TrainLoop):
         self.prepare_validation = objective.prepare(self.tokenizer, replace(settings, masking="static", causal_share=1.0))
         self.rows = self.tokenizer, plan.rows, self.settings.max_seq_len  # what batches are made of
         self.my_streams = range(self.rank, plan.streams, self.world_size)
+        self.validation = FirstBatches(self.draw_validation, self.eval_steps if self.eval_every > 0 else plan.check_steps, plan.rows * self.settings.max_seq_len)
         depth = self.growth.stages[-1].shape.depth if self.growth else self.model.config.n_layer
         self.folder = Path(get_base_dir(), "base_checkpoints", settings.model_tag or (str(settings.branch_from) if settings.branch_from else f"d{depth}"))
         settings.check_folder(self.folder)
@@ -335,9 +336,12 @@ class Pretraining(TrainLoop):
         """A brief validation, by which a growth is decided."""
         return self.measure(self.plan.check_steps)
 
-    def validation_batches(self) -> Iterator:
+    def draw_validation(self) -> Iterator:
         batches = batches_in_turn(*self.rows, "val", self.device, self.my_streams, self.plan.streams)
         return (self.prepare_validation(x, y, 0)[:2] for x, y, _ in batches)
+
+    def validation_batches(self) -> Iterator:
+        return iter(self.validation)
 
     def subject(self) -> Subject:
         settings = self.settings

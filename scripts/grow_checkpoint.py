@@ -30,6 +30,7 @@ from nanochat.cli import (
     seed,
 )
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
+from nanochat.dataloader import FirstBatches
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.files import check_writable, locked
 from nanochat.gpt import GPT
@@ -98,10 +99,11 @@ class Comparison:
         self.rows = max(1, 8192 // config.sequence_len)
         self.steps = max(1, eval_tokens // (self.rows * config.sequence_len))
         self.sequence_len = config.sequence_len
+        self.batches = FirstBatches(self.draw, self.steps, self.rows * self.sequence_len)
         try:
             self.tokenizer: Any = get_tokenizer()
             self.token_bytes = get_token_bytes(device=self.device)
-            next(self.batches())
+            next(iter(self.batches))
         except (UsageError, OSError) as error:
             print0(f"No validation text to compare on ({error}): logits of random tokens it is")
             self.tokenizer = None
@@ -110,7 +112,7 @@ class Comparison:
             raise UsageError(f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}: "
                              "use the base directory that the model was trained in")
 
-    def batches(self):
+    def draw(self):
         loader = data_loader(self.tokenizer, self.rows, self.sequence_len, split="val", device=self.device)
         return ((x, y) for x, y, _ in loader)
 
@@ -119,7 +121,7 @@ class Comparison:
         """(bits per byte or None, logits)."""
         if self.tokenizer is None:
             return None, model(self.tokens)
-        return evaluate_bpb(model, with_progress(self.batches(), self.steps, "Validation"), self.steps, self.token_bytes), model(self.tokens)
+        return evaluate_bpb(model, with_progress(self.batches, self.steps, "Validation"), self.steps, self.token_bytes), model(self.tokens)
 
 
 @command

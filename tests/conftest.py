@@ -19,12 +19,24 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdi
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
+from types import SimpleNamespace  # noqa: E402
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 # the same examples in every run; `--hypothesis-seed=random` looks for new ones
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def collector():
+    """Runs in this process leave the garbage collector alone. To them the process is theirs, but here it holds all of pytest and every test's modules: each of
+    their collections takes half a second, and a run that ends early leaves the collector off. Runs in processes of their own do it all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.train_loop.collect_garbage_rarely", lambda step, first_step: None)
+        patch.setattr("nanochat.growth.controller.gc", SimpleNamespace(collect=lambda: 0, unfreeze=lambda: None))
+        yield
 
 
 @pytest.fixture

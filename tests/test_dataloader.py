@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.cli import UsageError
-from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
+from nanochat.dataloader import MOST_KEPT, FirstBatches, tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 
 BOS = 0
@@ -325,3 +325,21 @@ def test_the_share_that_is_used(base_dir):
     for number, (_, _, state) in enumerate(batches, 1):
         assert state["used"] == 8 * number
         assert state["used"] <= state["read"] <= 1.5 * state["used"]
+
+
+@pytest.mark.parametrize("tokens, begun", [(15, 1), (MOST_KEPT, 4)], ids=["kept", "too many to keep"])
+def test_the_first_batches_again_and_again(letters, tokens, begun):
+    """A first look at some of them, then all, twice: batches that are kept need no second loader, and are the same."""
+    calls = []
+
+    def begin():
+        calls.append(1)
+        return data_loader(LetterTokenizer(), 3, 5, "train", device="cpu", buffer_size=2)
+
+    expected = take(begin(), 4)
+    calls.clear()
+    batches = FirstBatches(begin, 4, tokens)
+    next(iter(batches))
+    assert same(take(batches, 2), expected[:2])
+    assert same(list(batches), expected) and same(list(batches), expected)
+    assert len(calls) == begun

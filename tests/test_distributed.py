@@ -1,4 +1,5 @@
 """Training under torchrun on the CPU (gloo): as many ranks as you like, the same model, and no rank that goes its own way."""
+import functools
 import json
 import shutil
 
@@ -78,11 +79,25 @@ def test_resuming_on_two_ranks_is_exact(base, tmp_path_factory):
 LOW_RANK = ("--rank=8", "--rank-schedule=linear")  # matrices are dealt
 
 
-@pytest.mark.parametrize("before, after, flags", [
-    (2, 1, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2, ()), (2, 4, ()), (2, 1, LOW_RANK), (1, 2, LOW_RANK), (2, 4, LOW_RANK)))])
-def test_resuming_on_another_number_of_ranks(base, before, after, flags):
-    flags = (*STREAMS, *flags)
-    assert_ok(tiny.run(base, *flags, ranks=before))
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(ranks, flags) -> the base directory of such a run, which is made once; not to be written to."""
+    @functools.cache
+    def run(ranks: int, flags: tuple[str, ...]):
+        directory = tmp_path_factory.mktemp("whole")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+            tiny.prepare(directory)
+        assert_ok(tiny.run(directory, *flags, ranks=ranks))
+        return directory
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after, flags", [(2, 1, ()), (2, 4, ()), (1, 2, ()), (2, 1, LOW_RANK), (2, 4, LOW_RANK), (1, 2, LOW_RANK)])
+def test_resuming_on_another_number_of_ranks(whole_run, base_dir, before, after, flags):
+    flags, base = (*STREAMS, *flags), base_dir
+    shutil.copytree(whole_run(before, flags), base, dirs_exist_ok=True)
     uninterrupted = tiny.losses(base)
     assert uninterrupted[-1][:2] == ("eval", 8)
     done = tiny.run(base, *flags, "--resume-from-step=4", ranks=after)
@@ -95,17 +110,17 @@ def test_resuming_on_another_number_of_ranks(base, before, after, flags):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_out_among_other_ranks(base):
+def test_what_cannot_be_shared_out_among_other_ranks(base, capsys):
     assert_ok(tiny.run(base, "--num-iterations=4", ranks=2))
-    done = tiny.run(base, "--resume")
-    assert done.returncode == 2 and "the checkpoint was written with --data-streams=2, not 1; use the same number" in done.stderr
+    assert tiny.train("--resume") == 2
+    assert "the checkpoint was written with --data-streams=2, not 1; use the same number" in capsys.readouterr().err
     flags = ("--resume", "--data-streams=2", "--device-batch-size=1")
     (tiny.folder(base) / "optim_000004_rank1.pt").unlink()
-    done = tiny.run(base, *flags)
-    assert done.returncode == 2 and "rank1.pt, though 2 ranks have written step 4; bring it back, or use another step" in done.stderr
+    assert tiny.train(*flags) == 2
+    assert "rank1.pt, though 2 ranks have written step 4; bring it back, or use another step" in capsys.readouterr().err
     shutil.copy(tiny.folder(base) / "state_000004_rank1.pt", tiny.folder(base) / "optim_000004_rank1.pt")
-    done = tiny.run(base, *flags)
-    assert done.returncode == 2 and "does not fit this model: no 'param_groups'; use another step" in done.stderr
+    assert tiny.train(*flags) == 2
+    assert "does not fit this model: no 'param_groups'; use another step" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -120,6 +120,7 @@ print("attends")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_pytorch_held_below_what_the_cpu_can(capability):
     """Its kernel asks the CPU and not the limit, and on some raises."""

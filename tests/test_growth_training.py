@@ -1,4 +1,6 @@
 """Growing inside base_train: decisions, exact resumption, ranks, and flags that contradict each other."""
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -28,6 +30,17 @@ def base(base_dir):
     return base_dir
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """(the base directory of a run that has grown, not to be written to; what the run has printed)."""
+    directory, printed = tmp_path_factory.mktemp("grown"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        tiny.prepare(directory)
+        assert tiny.train(*AT) == 0
+    return directory, printed.getvalue()
+
+
 def grows(base_dir, tag: str = "d3") -> list[dict]:
     return [record for record in read_run_log(tiny.folder(base_dir, tag) / "log.jsonl") if record["kind"] == "grow"]
 
@@ -36,25 +49,25 @@ def last_step(base_dir, tag: str = "d3") -> int:
     return checkpoints.list_steps(tiny.folder(base_dir, tag))[-1]
 
 
-def test_a_growth_at_a_share_of_the_budget_changes_no_loss(base):
-    assert tiny.train(*AT) == 0
+def test_a_growth_at_a_share_of_the_budget_changes_no_loss(grown, monkeypatch):
+    base, _ = grown
     (grow,) = grows(base)
     assert grow["share"] == pytest.approx(0.4, abs=0.1) and grow["share"] >= 0.4
     assert grow["loss_after"] == pytest.approx(grow["loss_before"], abs=1e-5)
     meta = checkpoints.load_meta(tiny.folder(base), last_step(base))
     assert meta["growth"] == [{**meta["growth"][0], "from": "2x64", "to": "3x96", "step": grow["step"]}]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     model, _, _ = checkpoints.load_model("base", torch.device("cpu"), phase="eval")
     assert (model.config.n_layer, model.config.n_embd) == (3, 96)
 
 
-def test_the_budget_is_that_of_the_final_model_alone(base):
+def test_the_budget_is_that_of_the_final_model_alone(grown, finished_run):
     """The run ends with the step that spends it, and takes more steps, since those of the small model are cheaper."""
-    assert tiny.train("--head-dim=32", "--model-tag=scratch") == 0 and tiny.train(*AT) == 0
-    scratch, grown = ([record for record in read_run_log(tiny.folder(base, tag) / "log.jsonl") if record["kind"] == "end"][0] for tag in ("scratch", "d3"))
-    start = next(record for record in read_run_log(tiny.folder(base, "scratch") / "log.jsonl") if record["kind"] == "start")
+    scratch, ours = ([record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "end"][0] for base in (finished_run, grown[0]))
+    start = next(record for record in read_run_log(tiny.folder(finished_run) / "log.jsonl") if record["kind"] == "start")
     per_step = start["flops_per_token"] * start["total_batch_size"]
-    assert scratch["total_flops"] <= grown["total_flops"] < scratch["total_flops"] + per_step
-    assert grown["step"] > scratch["step"]
+    assert scratch["total_flops"] <= ours["total_flops"] < scratch["total_flops"] + per_step
+    assert ours["step"] > scratch["step"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -126,9 +139,9 @@ def test_fp8_grows(base, capsys):
     assert "FP8 on a CPU is a simulation" in capsys.readouterr().out
 
 
-def test_a_growing_run_does_not_claim_a_number_of_steps(base):
+def test_a_growing_run_does_not_claim_a_number_of_steps(grown):
     """It ends with its FLOPs; a report in the middle must not say step 12 of 8."""
-    assert tiny.train(*AT) == 0
+    base, _ = grown
     start = next(record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "start")
     assert start["num_iterations"] is None and last_step(base) > 8
 
@@ -177,9 +190,9 @@ def test_kappa_validates_briefly_without_any_other_validation(base, monkeypatch)
     assert len(grows(base)) == 1 and set(tokens) == {1} and 3 <= len(tokens) <= 6
 
 
-def test_the_line_of_a_step_tells_the_flops_that_are_spent(base, capsys):
-    assert tiny.train(*AT) == 0
-    shown = [float(share) for share in re.findall(r"step \d+ \((\d+\.\d+)%\)", capsys.readouterr().out)]
+def test_the_line_of_a_step_tells_the_flops_that_are_spent(grown):
+    base, printed = grown
+    shown = [float(share) for share in re.findall(r"step \d+ \((\d+\.\d+)%\)", printed)]
     train = [record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "train"]
     assert shown == [pytest.approx(100 * min(1.0, record["flops"] / budget_of(base)), abs=0.01) for record in train]
     assert shown == sorted(shown) and shown[-1] == 100
@@ -235,8 +248,8 @@ def test_contradictions(base, capsys, flags, reason):
     assert not list(base.glob("base_checkpoints/*/model_*.pt"))
 
 
-def test_another_plan_does_not_continue_a_grown_checkpoint(base, capsys):
-    assert tiny.train(*AT) == 0
+def test_another_plan_does_not_continue_a_grown_checkpoint(grown, base_dir, capsys):
+    shutil.copytree(grown[0], base_dir, dirs_exist_ok=True)
     assert tiny.train(*AT, "--grow-path=2x64,4x96", "--model-tag=d3", "--resume") == 2
     assert "another shape" in capsys.readouterr().err
 

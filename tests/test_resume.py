@@ -56,6 +56,7 @@ def test_kill_9_between_saves(base, finished_run):
     assert_same(base, finished_run)
 
 
+@pytest.mark.slow
 def test_a_run_too_short_to_compile_goes_on_eagerly(base):
     """What was decided is kept, as compiled code rounds differently."""
     done = tiny.run(base, TORCHDYNAMO_DISABLE="")
@@ -74,12 +75,24 @@ def test_kill_9_after_any_line(base, finished_run, line):
             break
     process.kill()
     process.communicate()
-    assert tiny.run(base, "--resume").returncode == 0
+    assert tiny.train("--resume") == 0
     assert_same(base, finished_run)
 
 
-def train_and_die(rename: int) -> None:
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["scripts.base_train"])  # PyTorch is imported once
+
+
+def killed_run(base, rename: int) -> None:
     """A run that is killed before it renames a finished file for the `rename`-th time."""
+    process = PROCESSES.Process(target=train_and_die, args=(str(base), rename))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def train_and_die(base: str, rename: int) -> None:
+    os.environ["NANOCHAT_BASE_DIR"] = base  # the server's environment is that of the first test
     replace, calls = os.replace, []
 
     def replace_or_die(*args):
@@ -98,10 +111,7 @@ def train_and_die(rename: int) -> None:
     (5, []), (9, [4]), *(pytest.param(*case, marks=pytest.mark.slow)
                          for case in ((1, []), (2, []), (3, []), (4, []), (6, [4]), (7, [4]), (8, [4]), (10, [4]), (11, [4, 8])))])
 def test_kill_9_during_a_save(base, finished_run, rename, steps):
-    process = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(rename,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killed_run(base, rename)
     folder = tiny.folder(base)
     assert checkpoints.list_steps(folder) == steps
     for step in steps:
@@ -172,10 +182,7 @@ def test_a_new_run_over_an_old_one(finished, finished_run, capsys):
 
 def test_a_checkpoint_is_never_of_two_runs(finished):
     """Killed while it replaces an older run's checkpoint: incomplete rather than mixed."""
-    process = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(4,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killed_run(finished, 4)
     assert checkpoints.list_steps(tiny.folder(finished)) == [8]
 
 

@@ -427,6 +427,7 @@ def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
     assert rows(fake, "best")[:24] == before and len(rows(fake, "best")) == 26
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked, got", [(None, "0"), ("1", "1")])
 def test_runs_that_are_compared_are_all_compiled_or_none(tmp_path, monkeypatch, asked, got):
     """base_train itself would decide it for each by its length and the machine's load."""
@@ -506,14 +507,14 @@ def test_two_runners_share_the_work(twelve, base_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_children(twelve, base_dir, number, status):
-    process = start(base_dir, twelve, "--jobs=2", "--flags=--num-iterations=100000")
-    wait_for(process, "2 running", 1)
+    process = start(base_dir, twelve, "--jobs=2")
+    wait_for(process, ": done", 1)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 3
+    assert len(children) >= 2  # one has just ended
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == status and not psutil.wait_procs(children, timeout=30)[1]
-    assert not list(base_dir.glob("base_checkpoints/*/done.json"))
+    assert 1 <= len(list(base_dir.glob("base_checkpoints/*/done.json"))) < 12
 
 
 @pytest.mark.slow

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "analysis" / "tour.ipynb"
 
 
+@pytest.mark.slow
 def test_every_cell_runs():
     """As in Jupyter, in the notebook's own folder, but without its kernel: cells are plain Python."""
     cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]

@@ -1,5 +1,4 @@
 """What all trainings share: full memory changes nothing but the speed, and wandb is optional."""
-import gc
 import json
 import sys
 import types
@@ -19,8 +18,7 @@ from tests.golden.fixtures import batch, build_model
 @pytest.fixture
 def base(base_dir):
     tiny.prepare(base_dir)
-    yield base_dir
-    gc.enable()  # a run that ends early leaves the collector off
+    return base_dir
 
 
 def train_losses(base, tag: str = "d3") -> list[float]:
