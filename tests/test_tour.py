@@ -1,5 +1,6 @@
 """The notebook runs from its first cell to its last."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def test_every_cell_runs():
     cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert cells
     code = "\n\n".join(cells)
-    done = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOK.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOK.parent, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sum("have a twin" in line for line in lines) == 2
