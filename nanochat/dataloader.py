@@ -12,7 +12,7 @@
 import itertools
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ Reference = tuple[int, int, int, int]  # place and length in tokens with BOS, by
 Position = tuple[int, int, int, int]  # place of the next document and epoch
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
 
-MOST_KEPT = 2 ** 20  # tokens of validation, 16 MiB with their targets
 CHARS_PER_TOKEN = 128  # no usual vocabulary has a longer token, so of a document no more is encoded than this for each place in a row
 
 
@@ -200,30 +199,6 @@ def batches_in_turn(tokenizer: Any, B: int, T: int, split: str, device: str | to
                                                                         num_streams=num_streams)
                for stream, position in zip(streams, positions or [None] * len(streams), strict=True)]
     return itertools.chain.from_iterable(zip(*loaders, strict=True))
-
-
-class FirstBatches:
-    """The first `count` batches of `begin()`, the same ones each time they are gone through.
-
-    If they have at most MOST_KEPT tokens (`tokens` each), they are kept once they are drawn: to begin anew is to fill a buffer with a thousand documents.
-    """
-
-    def __init__(self, begin: Callable[[], Iterator], count: int, tokens: int):
-        self._begin, self._count, self._keep = begin, count, count * tokens <= MOST_KEPT
-        self._kept: list = []
-        self._rest: Iterator | None = None  # of a loader that has begun
-
-    def __iter__(self) -> Iterator:
-        if not self._keep:
-            yield from itertools.islice(self._begin(), self._count)
-            return
-        yield from self._kept
-        while len(self._kept) < self._count:
-            self._rest = self._rest or self._begin()
-            self._kept.append(next(self._rest))
-            if len(self._kept) == self._count:
-                self._rest = None  # and its buffer
-            yield self._kept[-1]
 
 
 class TrainingData:

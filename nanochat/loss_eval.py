@@ -1,12 +1,14 @@
 """Bits per byte: the loss measured in units of text instead of tokens, so that tokenizers can be compared."""
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from nanochat.common import is_ddp_initialized
+
+MOST_KEPT = 2 ** 20  # tokens of validation, 16 MiB with their targets
 
 
 @torch.no_grad()
@@ -31,3 +33,27 @@ def evaluate_bpb(model, batches: Iterable, steps: int, token_bytes: torch.Tensor
         dist.all_reduce(totals)
     nats, num_bytes = totals.tolist()
     return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+
+
+class FirstBatches:
+    """The first `count` batches of `begin()`, the same ones each time they are gone through.
+
+    If they have at most MOST_KEPT tokens (`tokens` each), they are kept once they are drawn: to begin anew is to fill a buffer with a thousand documents.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator], count: int, tokens: int):
+        self._begin, self._count, self._keep = begin, count, count * tokens <= MOST_KEPT
+        self._kept: list = []
+        self._rest: Iterator | None = None  # of a loader that has begun
+
+    def __iter__(self) -> Iterator:
+        if not self._keep:
+            yield from itertools.islice(self._begin(), self._count)
+            return
+        yield from self._kept
+        while len(self._kept) < self._count:
+            self._rest = self._rest or self._begin()
+            self._kept.append(next(self._rest))
+            if len(self._kept) == self._count:
+                self._rest = None  # and its buffer
+            yield self._kept[-1]

@@ -30,7 +30,7 @@ from nanochat.cli import (
     parse_settings,
 )
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
-from nanochat.dataloader import FirstBatches, TrainingData, batches_in_turn
+from nanochat.dataloader import TrainingData, batches_in_turn
 from nanochat.dataset import data_source
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine
@@ -42,6 +42,7 @@ from nanochat.gpt import GPT
 from nanochat.growth import family
 from nanochat.growth.optimizer import leave_out_frozen
 from nanochat.layered_gpt import build_gpt
+from nanochat.loss_eval import FirstBatches
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
 from nanochat.origin import as_json

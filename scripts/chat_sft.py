@@ -39,6 +39,7 @@ from nanochat.distributed import share_weights
 from nanochat.engine import Engine, check_causal
 from nanochat.files import locked
 from nanochat.gpt import GPT
+from nanochat.loss_eval import FirstBatches
 from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier
 from nanochat.schedules import sft_muon_momentum as muon_momentum
@@ -176,6 +177,7 @@ class FineTuning(TrainLoop):
         self.eval_steps = settings.eval_tokens // unit
         if self.eval_every > 0 and self.eval_steps == 0:
             raise UsageError(f"--eval-tokens={settings.eval_tokens} is less than one batch; use at least {unit}")
+        self.validation = FirstBatches(self.draw_validation, self.eval_steps, B * T)
         print0(f"Total batch size {self.total_batch_size:,} => gradient accumulation steps: {self.accumulation}")
 
         # Optimizer
@@ -236,9 +238,12 @@ class FineTuning(TrainLoop):
     def step_record(self) -> dict:
         return dict(progress=self.share)
 
-    def validation_batches(self) -> Iterator:
+    def draw_validation(self) -> Iterator:
         batches = pack_conversations(self.val_data, self.tokenizer, self.B, self.T, self.device)
         return ((x, y) for x, y, _ in batches)
+
+    def validation_batches(self) -> Iterator:
+        return iter(self.validation)
 
     def evaluate_tasks(self) -> None:
         """Accuracy by task; before them, where all of its tasks are there, chatcore_metric and chatcore_cat (multiple choice only)."""

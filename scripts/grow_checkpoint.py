@@ -30,7 +30,6 @@ from nanochat.cli import (
     seed,
 )
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
-from nanochat.dataloader import FirstBatches
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.files import check_writable, locked
 from nanochat.gpt import GPT
@@ -39,7 +38,7 @@ from nanochat.growth.modes import MODES, width_mode
 from nanochat.growth.optimizer import OPTIMIZER_MODES
 from nanochat.growth.plan import Shape, describe, growth_record, parse_path, plan_stages
 from nanochat.growth.target import DEPTH_MODES
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import FirstBatches, evaluate_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 

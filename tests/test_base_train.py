@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import dataloader, evaluations, train_loop
+from nanochat import evaluations, loss_eval, train_loop
 from nanochat.cli import UsageError
 from nanochat.run_log import read_run_log
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -138,7 +138,7 @@ def test_every_validation_reads_the_same_batches_which_are_drawn_once(base, monk
     monkeypatch.setattr(base_train, "batches_in_turn", lambda *args: begun.append(args) or draw(*args))
     assert tiny.train("--save-every=-1") == 0
     assert len(begun) == 1
-    monkeypatch.setattr(dataloader, "MOST_KEPT", 0)
+    monkeypatch.setattr(loss_eval, "MOST_KEPT", 0)
     assert tiny.train("--save-every=-1", "--model-tag=drawn") == 0
     assert len(begun) == 1 + 3
     assert tiny.losses(base) == tiny.losses(base, "drawn")

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.cli import UsageError
-from nanochat.dataloader import MOST_KEPT, FirstBatches, tokenizing_distributed_data_loader_bos_bestfit
+from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
+from nanochat.loss_eval import MOST_KEPT, FirstBatches
 
 BOS = 0
 
