@@ -138,6 +138,7 @@ def draw(by_seed: list[dict[str, Result]], path: Path, follow: int, nats: float)
             axes.set_yticks(range(len(names)), [label for label, _ in names])
             axes.invert_yaxis()
             axes.set_title(f"{start} → 4x128")
+            axes.locator_params(axis="x", nbins=5)
             axes.set_xlabel("nats per token above the first operator")
 
 
