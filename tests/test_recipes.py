@@ -359,8 +359,7 @@ def test_recipe_goes_from_an_empty_folder_to_a_chat_and_a_report(toy, recipe, en
     ranks = int(env.get("NPROC_PER_NODE", 1))
     for stage in ("base_checkpoints", "chatsft_checkpoints"):
         assert len(list((toy.base / stage / "d2").glob("optim_*_rank*.pt"))) == ranks
-    answer = done.stdout.split("=== Spell apple")[1].split("=== report")[0]
-    assert answer.strip()
+    assert "=== report" in done.stdout.split("=== Spell apple")[1]  # what so small a model answers in between may be nothing but line ends
     report = (toy.project / "report.md").read_text()
     for section in ("Tokenizer training", "Tokenizer evaluation", "Base model evaluation", "Chat SFT", "Chat evaluation sft"):
         assert f"## {section}\n" in report
