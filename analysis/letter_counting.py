@@ -255,7 +255,7 @@ def draw(study: Study, path: Path) -> None:
         right.set_xlabel(f"epochs before the growth from {first // 2} to {first}, of {study.epochs}")
         for axes in (left, right):
             axes.set_ylabel(measure)
-            axes.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # for both
 
 
 def positive_floats(text: str) -> list[float]:
