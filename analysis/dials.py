@@ -1,6 +1,6 @@
 """What does a dial of a small model do? Loss, grammar, fine-tuning, time and speed of configurations that differ in one thing (docs/sweeps.md).
 
-    python -m analysis.dials analysis/sweeps/dials/width.toml --flags="--blimp=FOLDER --nli=FOLDER" --plot=width.png         a core for an hour and a half
+    python -m analysis.dials analysis/sweeps/dials/width.toml --flags="--blimp=FOLDER --nli=FOLDER" --plot=width.png         CPU size
     python -m analysis.dials analysis/sweeps/dials/width.toml --objective=mlm --flags="--blimp=FOLDER --nli=FOLDER"          masked models (BERT-like)
     sed 's/= .*# 9M: /= /' analysis/sweeps/dials/width.toml | python -m analysis.dials - --plot=width_9m.png                 the real size, for a GPU
 

@@ -1,9 +1,11 @@
 """Which rank and which depth for this compute, these parameters, this memory, this time? Pareto fronts of dense and low-rank models.
 
-    python -m analysis.pareto --jobs=2 --plot=pareto.png                               rank of attention and MLP, and depth: 24 runs, 40 core-minutes
-    python -m analysis.pareto analysis/sweeps/deeper.toml                              deeper at equal parameters of the blocks: 15 more
-    python -m analysis.pareto analysis/sweeps/rank_schedules.toml                      schedules of the rank over depth at equal budget: 40 more
-    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets: 30 core-minutes per unit to tune, 10 per unit and seed
+    python -m analysis.pareto --seeds=3 --plot=pareto.png                              rank of attention and MLP, and depth: 6 configurations
+    python -m analysis.pareto analysis/sweeps/deeper.toml --seeds=3                    deeper at equal parameters of the blocks: 3, one of them the same
+    python -m analysis.pareto analysis/sweeps/rank_schedules.toml --seeds=3            schedules of the rank over depth at equal budget: 5
+    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets
+
+A configuration takes three runs or four to find its rate and one for each seed, of a minute and a half per unit on one core.
 
 The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
 the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the
