@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.rates import best_rate, rates_table, try_rates
+from analysis.runner import Place, cuda_places, default_device, gpus
 from analysis.sweep_config import check_runs, read_sweep
 from analysis.trial import Result, Trial
 from analysis.trials import run_trials
@@ -29,7 +30,7 @@ class Configuration:
         """One of its runs with a budget of so many units, validated as often as with one."""
         flags = {**self.tuning[0].flags, **flags}
         for flag in (next(flag for flag in HORIZONS if float(flags.get(flag, -1)) > 0), "eval-every"):
-            flags[flag] = round(flags[flag] * unit) if isinstance(flags[flag], int) else flags[flag] * unit
+            flags[flag] = max(1, round(flags[flag] * unit)) if flag in ("num-iterations", "eval-every") else flags[flag] * unit
         return Trial(flags)
 
     def rates(self) -> list[float]:
@@ -43,6 +44,8 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} ({error}); give the TOML file of a sweep, such as those of analysis/sweeps") from error
     sweep = read_sweep(path.name, text, flags)
+    if "device-type" not in sweep.fixed | sweep.overrides:
+        sweep.fixed["device-type"] = default_device()
     trials = sweep.trials({})
     if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
         raise UsageError(f"{sweep.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take analysis/sweeps/rank_depth.toml as a pattern")
@@ -65,6 +68,15 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
     return arms
 
 
+def places_of(device_type: str, jobs: int) -> list[Place] | None:
+    """One GPU a run, or (None) cores. Raises UsageError where there is no GPU."""
+    if device_type != "cuda":
+        return None
+    if not (found := cuda_places(gpus())[:jobs]):
+        raise UsageError("this is for a GPU with CUDA, and there is none here; ask for another size, or the flag device-type=cpu")
+    return found
+
+
 def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
     """From 42 on, without the one that rates are tuned with."""
     tuning = arms[0].tuning[0].flags["seed"]
@@ -76,15 +88,16 @@ def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Seque
 
     tuning: the share of a budget that rates are tuned with; other evaluations than that of the loss are left out there.
     """
+    places = places_of(arms[0].tuning[0].flags["device-type"], jobs)
     keys = {f"{arm.name}, {unit:g} units": (i, unit) for i, arm in enumerate(arms) for unit in units}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
         runs = [arms[i].trial(unit * tuning, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
         runs = [Trial({flag: value for flag, value in run.flags.items() if flag != "eval-tasks"}) for run in runs]
-        return [result.final for result in run_trials(get_base_dir(), runs, jobs)]
+        return [result.final for result in run_trials(get_base_dir(), runs, jobs, places)]
 
     tried = try_rates(list(keys), arms[0].rates(), losses)
     print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
     rates = {keys[key]: best_rate(found) for key, found in tried.items()}
-    results = iter(run_trials(get_base_dir(), [arms[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs))
+    results = iter(run_trials(get_base_dir(), [arms[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs, places))
     return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}

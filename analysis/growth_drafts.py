@@ -7,7 +7,7 @@ The drafts (not published) grow a 64M nGPT by HyperCloning (2409.12903) and by B
 grows by fractions too; they report SNLI and MNLI (nanochat/evals/nli.py) and say that 15 to 20 % of the tokens bring 80 to 90 % of the gain. Their configuration is not
 known. Here `64m` has 8 layers of width 512, 8 heads and 63.0M parameters, embeddings and value embeddings among them, and 20 tokens for each of the 31M in blocks and
 head; the default is its twin, with as many heads, a quarter of the width and half of the layers. All arms have the FLOPs of the standard run, the same text in the same
-order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of the steps (rates.py), for the largest model, whose rate all that become it
+order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of a run (rates.py), for the largest model, whose rate all that become it
 have, and for the small model alone. A stage ends by --kappa, the share of its gain that is left; what the smallest model would end with is known from the runs of it alone (so
 begin with all seeds that you want), later stages foretell it. The small model alone reads 2.5 times the tokens of the standard one: give it text enough.
 
@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.arms import places_of
 from analysis.estimates import Estimate, verdict
 from analysis.rates import best_rate, rates_table, try_rates
-from analysis.runner import Place, cuda_places, gpus
+from analysis.runner import Place
 from analysis.trials import SHAPE, TUNED, Result, Trial, cost_with, flops_per_token, nats_per_bpb, pictures, run_trials, study_parser
 from nanochat.cli import UsageError, command, fraction, positive_int
 from nanochat.common import get_base_dir
@@ -83,6 +84,8 @@ def plan(size: Size, steps: int, rates: dict[str, float], kappa: float, evaluati
     flags = {**shared, **evaluations}
     longer = round(steps / small_share)
     alone = {STANDARD: Trial(flags), ALONE: Trial({**flags, **size.small, "matrix-lr": rates[ALONE], "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})}
+    if rates[ALONE] != rates[STANDARD]:  # kappa knows the end of a stage from runs of the same rates only
+        alone["small, for kappa"] = Trial({**shared, **size.small, "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})
     for share in SHARES:
         length = max(1, round(steps * share))
         alone[shorter(share)] = Trial({**shared, "num-iterations": length, "eval-every": length})
@@ -101,16 +104,17 @@ def results_of(plans: list[dict[str, Trial]], jobs: int, places: list[Place] | N
     return found
 
 
-def tune(size: Size, steps: int, jobs: int, places: list[Place] | None) -> dict[str, float]:
-    """The rates of the matrices, by runs of so many steps."""
-    shapes = {STANDARD: {}, ALONE: size.small}
-    shared = {**size.flags, "num-iterations": steps, "eval-every": steps, "seed": TUNING_SEED}
+def tune(size: Size, steps: int, small_share: float, jobs: int, places: list[Place] | None) -> dict[str, float]:
+    """The rates of the matrices, by runs of half as many steps as each will have."""
+    lengths = {STANDARD: max(1, steps // 2), ALONE: max(1, round(steps / small_share / 2))}
+    shapes = {name: {**(size.small if name == ALONE else {}), "num-iterations": length, "eval-every": length} for name, length in lengths.items()}
+    shared = {**size.flags, "seed": TUNING_SEED}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
         return [found.final for found in run_trials(get_base_dir(), [{**shared, **shapes[name], "matrix-lr": rate} for name, rate in asked], jobs, places)]
 
     tried = try_rates(list(shapes), size.rates, losses)
-    print(f"Bits per byte after {steps} steps, by --matrix-lr\n\n{rates_table(tried)}\n")
+    print(f"Bits per byte after half of the steps, by --matrix-lr\n\n{rates_table(tried)}\n")
     return {name: best_rate(found) for name, found in tried.items()}
 
 
@@ -275,16 +279,6 @@ def check_vocabulary(name: str) -> int:
     return wanted
 
 
-def places_of(size: Size, jobs: int) -> list[Place] | None:
-    """One GPU a run, or (None) cores."""
-    if size.flags.get("device-type") != "cuda":
-        return None
-    found = cuda_places(gpus())[:jobs]
-    if not found:
-        raise UsageError("this size is for a GPU with CUDA, and there is none; --size=cpu is for a CPU")
-    return found
-
-
 def nli_flags(folder: Path | None) -> dict:
     """For the evaluation at the end of each run; none without data."""
     path = folder or Path(get_base_dir(), "nli")
@@ -305,11 +299,11 @@ def main(argv=None) -> None:
     parser.add_argument("--nli", type=Path, help="folder of SNLI and MNLI, as for base_eval (default: nli in the base directory, if it is there)")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
-    steps, places = args.steps or size.steps, places_of(size, args.jobs)
+    steps, places = args.steps or size.steps, places_of(size.flags.get("device-type", "cpu"), args.jobs)
     vocabulary = check_vocabulary(args.size)
     evaluations = nli_flags(args.nli)
     small_share = flops_per_token({**size.flags, **size.small}, vocabulary) / flops_per_token(size.flags, vocabulary)
-    rates = tune(size, max(1, steps // 2), args.jobs, places)
+    rates = tune(size, steps, small_share, args.jobs, places)
     plans = [plan(size, steps, rates, args.kappa, evaluations, small_share, seed) for seed in range(42, 42 + args.seeds)]
     # in this order, so that kappa finds the same finished runs whatever is interrupted
     alone, grown = (results_of(list(found), args.jobs, places) for found in zip(*plans))

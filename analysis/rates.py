@@ -14,8 +14,10 @@ def try_rates(arms: Sequence[Arm], rates: Sequence[float], losses: Callable[[lis
 
     The grid goes on beyond its ends, by its own factors, until the best rate has a worse one on either side. A single rate is taken as it is.
 
-    losses: trains those asked for; infinite or NaN for what diverged. Raises UsageError for an arm that always does.
+    losses: trains those asked for; infinite or NaN for what diverged. Raises UsageError for an arm that always does, and for rates that are not above 0.
     """
+    if min(rates) <= 0:
+        raise UsageError(f"the rate {min(rates):g}: give some above 0, of which the best is taken")
     tried: dict[Arm, dict[float, float]] = {arm: {} for arm in arms}
     grid = sorted(set(rates))
     asked = [(arm, rate) for arm in tried for rate in grid]

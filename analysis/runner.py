@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.claims import BEAT, Claim, take
-from analysis.trial import Trial, diverged, folder_of, status_of, weights
+from analysis.trial import Trial, folder_of, says_diverged, status_of, weights
 from nanochat.cli import UsageError
 from nanochat.files import locked, write_text_atomic
 
@@ -56,6 +56,11 @@ def gpus() -> list[str]:
     import torch
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [name for name in visible.split(",") if name] if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def default_device() -> str:
+    import torch
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:
@@ -241,7 +246,9 @@ class Runner:
             self.kept[trial.name] = self.kept.get(trial.name, set()) | weights(folder)  # of branches that are not asked for now
             (folder / "done.json").unlink()
         place = self.free.pop(0)
-        resume = ["--resume"] if weights(folder) else []
+        have = weights(folder)
+        wanted = self.kept.get(trial.name, set()) - have
+        resume = ["--resume"] if have and all(step > max(have) for step in wanted) else []  # one that is missing before them takes a new run
         process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))
         with _environment(place.environment):
             process.start()
@@ -270,11 +277,11 @@ class Runner:
         if not running.claim.beat():  # the result is another's to write
             self.states[trial.name] = "elsewhere"
             return
-        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
-        if not trial.tag and (status == 0 or diverged(self.base_dir, trial)):  # else there may be something to go on from
-            for path in folder.glob("*.pt"):
+        if not trial.tag and (status == 0 or says_diverged(folder, status)):  # else there may be something to go on from
+            for path in sorted(folder.glob("*.pt")):  # the model first: without it there is no checkpoint, whatever ends this
                 if int(re.findall(r"\d+", path.stem)[0]) not in self.kept.get(trial.name, ()):
                     path.unlink()
+        write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
         running.claim.release()
         self.seconds.append(time.monotonic() - running.started)
         self.states[trial.name] = "failed" if status else "done"

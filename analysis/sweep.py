@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from analysis.progress import Display, why
-from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, gpus
+from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep
 from analysis.sweep_search import Search
 from analysis.trial import Trial, folder_of, status_of
@@ -174,10 +173,6 @@ def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place
         jobs = jobs or 1
     jobs = jobs or max(1, usable_cpus() // (sweep.ranks * max(1, threads)))
     return cpu_places(jobs, threads or max(1, usable_cpus() // (jobs * sweep.ranks)), sweep.ranks)
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:

@@ -118,7 +118,12 @@ def diverged(base_dir: str, trial: Trial) -> bool:
     """Whether it would do so again, by itself or with what it begins with."""
     if trial.parent is not None and diverged(base_dir, trial.parent):
         return True
-    return status_of(base_dir, trial) == REFUSED and DIVERGED in (folder_of(base_dir, trial) / "out.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
+    return says_diverged(folder_of(base_dir, trial), status_of(base_dir, trial))
+
+
+def says_diverged(folder: Path, status: int | None) -> bool:
+    """Of a run that ended so, by its last words."""
+    return status == REFUSED and DIVERGED in (folder / "out.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def last_record(log: Path) -> dict | None:

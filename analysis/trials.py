@@ -52,7 +52,10 @@ def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, pla
         runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), places or cpu_places(jobs), kept, again=True)
         runner.run(Display("trials").show)
     results = [read(base_dir, trial) for trial in trials]
-    if died := [folder_of(base_dir, trial) / "out.txt" for trial, result in zip(trials, results) if result is None]:
+    def culprit(trial: Trial) -> Trial:
+        return culprit(trial.parent) if trial.parent is not None and read(base_dir, trial.parent) is None else trial
+
+    if died := [folder_of(base_dir, culprit(trial)) / "out.txt" for trial, result in zip(trials, results) if result is None]:
         raise UsageError(f"{len(died)} of {len(trials)} trials died, see {died[0]}; the same command tries them again")
     return results  # type: ignore[return-value]
 

@@ -126,7 +126,7 @@ def test_what_failed_but_did_not_diverge_is_tried_again(base_dir, monkeypatch):
     diverged, killed = Trial({"seed": fake_runs.REFUSED}), Trial({"seed": fake_runs.KILLED})
     assert [found.final for found in trials.run_trials(str(base_dir), [diverged, diverged.branch(1, seed=9)])] == [float("inf")] * 2
     branch = killed.branch(1, seed=9)
-    with pytest.raises(UsageError, match="1 of 1 trials died"):
+    with pytest.raises(UsageError, match=f"1 of 1 trials died, see .*{killed.name}"):
         trials.run_trials(str(base_dir), [branch])
     assert not (folder_of(str(base_dir), branch) / "out.txt").exists()
     full = folder_of(str(base_dir), diverged) / "out.txt"
@@ -180,6 +180,8 @@ def test_branches_begin_where_their_parents_stand(base_dir, monkeypatch):
     assert trials.run_trials(str(base_dir), [decayed], jobs=1)[0].bpb == first.bpb
     other = trials.run_trials(str(base_dir), [grown.branch(8, warmdown_steps=1)], jobs=1)[0]
     assert other.steps[-1] == 9 and times(trunk) == before[0] and times(grown) != before[1], "only the parent that lacked the step was trained again"
+    early = trials.run_trials(str(base_dir), [trunk.branch(2, warmdown_steps=1)], jobs=1)[0]
+    assert early.steps[-1] == 3 and left(trunk) == ["model_000002.pt", "model_000004.pt"], "from its beginning, where the step comes before those that it has"
 
 
 def test_what_a_small_models_token_is_worth():
@@ -296,7 +298,7 @@ def test_the_drafts_claims_get_the_verdicts_that_the_numbers_give(drafts, base_d
     assert claims["HyperCloning, in one step, is better than standard on snli by prompt (points)"] == ["-10.0 ± 2.8", "+0.5", "opposite"]
     assert claims["HyperCloning, in one step, is worse than standard on mnli by prompt (points)"] == ["-10.0 ± 2.8", "-1.5", "confirmed"]
     kept = json.loads((tmp_path / "numbers.json").read_text())
-    assert [len(runs) for runs in kept["runs"]] == [10, 10, 10] and len(kept["claims"]) == len(claims)
+    assert [len(runs) for runs in kept["runs"]] == [11, 11, 11] and len(kept["claims"]) == len(claims)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -341,14 +343,14 @@ def test_the_drafts_arms_have_equal_flops_and_flags_that_base_train_takes(name, 
 def test_the_drafts_runs_that_kappa_learns_from_come_first(drafts):
     assert growth_drafts.main(["--seeds=2"]) == 0
     first, second = drafts[-2:]
-    assert len(first) == 12 and not any("kappa" in trial.flags for trial in first)
+    assert len(first) == 14 and not any("kappa" in trial.flags for trial in first)
     assert len(second) == 8 and all("kappa" in trial.flags for trial in second)
 
 
 def test_the_drafts_study_says_what_it_lacks(drafts, base_dir, monkeypatch, capsys):
     refused = lambda *flags: growth_drafts.main(list(flags)) == 2 and capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "this size is for a GPU with CUDA, and there is none; --size=cpu" in refused("--size=64m")
+    assert "this is for a GPU with CUDA, and there is none" in refused("--size=64m")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert "--size=64m is meant for a vocabulary of 12,288, and the tokenizer in" in refused("--size=64m")
     assert "has no file NAME_test.jsonl" in refused(f"--nli={base_dir / 'nothing'}")
@@ -360,7 +362,7 @@ def test_the_drafts_study_says_what_it_lacks(drafts, base_dir, monkeypatch, caps
 def test_the_drafts_rates_are_tried_on_a_seed_of_their_own(drafts, capsys):
     assert growth_drafts.main(["--steps=100"]) == 0
     tried = [trial for call in drafts[:-2] for trial in call]
-    assert {trial.flags["seed"] for trial in tried} == {41} and {trial.flags["num-iterations"] for trial in tried} == {50}
+    assert {trial.flags["seed"] for trial in tried} == {41} and {trial.flags["num-iterations"] < 200 for trial in tried} == {True}
     others = [trial for call in drafts[-2:] for trial in call]
     assert 41 not in {trial.flags["seed"] for trial in others}
     assert [trial.flags["aspect-ratio"] for trial in others if trial.flags["matrix-lr"] == 1.6] == [16], "the small model alone has its own rate"

@@ -37,7 +37,7 @@ def asked(monkeypatch):
         return Result(flags, [0, 4], [3.0, LOSSES[depth] + noise + abs(math.log2(flags["matrix-lr"] / LIKED[depth]))], [0.0, 1.0], 2.0, 7, tokens=1000,
                       rows=rows if "eval-tasks" in flags else {})
 
-    def run_trials(base_dir, trials, jobs):
+    def run_trials(base_dir, trials, jobs, places):
         found.extend(trial.flags for trial in trials)
         return [run(trial) for trial in trials]
     monkeypatch.setattr(arms, "run_trials", run_trials)

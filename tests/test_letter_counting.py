@@ -150,6 +150,18 @@ def test_an_interrupted_study_goes_on(text, monkeypatch):
     assert [len(runs) for runs in again] == [1, 2, 2] and not any(runs in trained for runs in again), "one rate of an arm, then two seeds of each arm"
 
 
+@pytest.mark.parametrize("task, best", [("counting", 0.04), ("language", 0.01)])
+def test_the_rate_of_the_better_score_is_taken(task, best, text, monkeypatch):
+    """Of accuracies the highest, of bits per character the lowest; by the seeds of the tuning alone, and beyond the grid."""
+    def outcomes(runs, text, jobs, label):
+        liked = best if runs and runs[0].seed in letter_counting.TUNING_SEEDS else 0.02
+        sign = 1 if task == "counting" else -1
+        return [letters.Outcome(run, 0.5 - sign * abs(np.log2(run.rate / liked)) / 10, 0.5, 1.0) for run in runs]
+    monkeypatch.setattr(letter_counting, "outcomes", outcomes)
+    study = letter_counting.Study(task, [64], ["plain", "bus"], 2, 16, 5, [0.015, 0.02, 0.04] if task == "counting" else [0.02, 0.04], [1.0], 1, text)
+    assert study.rates == {(64, "plain"): best, (64, "bus"): best}
+
+
 def test_whole_seeds_are_trained_first(monkeypatch):
     monkeypatch.setattr(letter_counting, "TOGETHER", 2)
     runs = [Run("counting", "", arm, 64, 0.02, seed, 1, 5, 2) for arm in ("plain", "bus") for seed in range(3)]

@@ -52,7 +52,7 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
     """Seed 41 likes 8 best, beyond the grid, the others 1; more budget moves what it likes."""
     asked = []
 
-    def run_trials(base_dir, trials, jobs):
+    def run_trials(base_dir, trials, jobs, places):
         asked.extend(trial.flags for trial in trials)
 
         def loss(flags):

@@ -33,6 +33,11 @@ def test_a_single_rate_is_taken_as_it_is():
     assert search({"arm": 30.0}, [2.0])[1] == [("arm", 2.0)]
 
 
+def test_a_rate_of_nothing():
+    with pytest.raises(UsageError, match="the rate 0: give some above 0"):
+        search({"arm": 1.0}, [0.0, 0.1])
+
+
 def test_rates_that_diverge_are_not_the_best_and_lower_ones_are_tried():
     tried, _ = search({"arm": 4.0}, most=0.3)
     assert best_rate(tried["arm"]) == 0.25 and tried["arm"][0.5] == math.inf
