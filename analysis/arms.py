@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.rates import best_rate, rates_table, try_rates
-from analysis.runner import Place, cuda_places, default_device, gpus
+from analysis.runner import Place, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import check_runs, read_sweep
 from analysis.trial import Result, Trial
 from analysis.trials import run_trials
@@ -69,9 +69,9 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
 
 
 def places_of(device_type: str, jobs: int) -> list[Place] | None:
-    """One GPU a run, or (None) cores. Raises UsageError where there is no GPU."""
+    """One GPU a run, one run at a time on MPS, or (None) cores. Raises UsageError where there is no GPU."""
     if device_type != "cuda":
-        return None
+        return cpu_places(1) if device_type == "mps" else None
     if not (found := cuda_places(gpus())[:jobs]):
         raise UsageError("this is for a GPU with CUDA, and there is none here; ask for another size, or the flag device-type=cpu")
     return found

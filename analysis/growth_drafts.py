@@ -1,6 +1,6 @@
 """Do models end better that have grown? The claims of the drafts on growing, with what they must be measured against, for normalized models (nGPT, 2410.01131).
 
-    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x128, vocabulary 2,048: 35 core-minutes a seed, and 15 for the rates
+    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x128, vocabulary 2,048, on a CPU
     python -m analysis.growth_drafts --size=64m --seeds=3 --plot=drafts.png    8x512, vocabulary 12,288: a GPU for 3 hours a seed (by its FLOPs; runs/growth_drafts.sh)
 
 The drafts (not published) grow a 64M nGPT by HyperCloning (2409.12903) and by BUS, which tiles a matrix, cuts it to size and scales it by old width / new width, and so

@@ -5,7 +5,7 @@
     python -m analysis.pareto analysis/sweeps/rank_schedules.toml --seeds=3            schedules of the rank over depth at equal budget: 5
     python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets
 
-A configuration takes three runs or four to find its rate and one for each seed, of some two minutes per unit on one core.
+A configuration takes three runs or four to find its rate and one for each seed.
 
 The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
 the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the

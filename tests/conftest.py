@@ -51,8 +51,5 @@ def finished_run(tmp_path_factory):
     """The base directory of a tiny run that nobody interrupted, with checkpoints of steps 4 and 8; not to be written to."""
     from tests import tiny
     directory = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory)
-        assert tiny.train() == 0
+    tiny.train_apart(directory)
     return directory

@@ -9,6 +9,7 @@ from analysis.trial import Result
 
 SWEEP = """
 [fixed]
+device-type = "cpu"
 num-iterations = 4
 eval-every = 2
 seed = 41

@@ -23,10 +23,7 @@ def base(base_dir):
 def trunk(tmp_path_factory):
     """A base directory with a trunk of eight steps; not to be written to."""
     directory = tmp_path_factory.mktemp("trunk")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        tiny.prepare(directory)
-        assert tiny.train(*TRUNK) == 0
+    tiny.train_apart(directory, *TRUNK)
     return directory
 
 

@@ -12,6 +12,7 @@ from tests import fake_runs, tiny
 
 SWEEP = """
 [fixed]
+device-type = "cpu"
 target-flops = 100
 eval-every = 1
 seed = 41
@@ -138,7 +139,7 @@ def test_budgets_share_the_fronts_of_what_they_differ_in():
 def test_a_study_of_tiny_models(tmp_path, base_dir, capsys):
     tiny.prepare(base_dir)
     config = tmp_path / "tiny.toml"
-    config.write_text("[fixed]\naspect-ratio = 32\nhead-dim = 32\nmax-seq-len = 64\nwindow-pattern = 'L'\ndevice-batch-size = 2\ntotal-batch-size = 128\ntarget-flops = 1e9\n"
+    config.write_text("[fixed]\ndevice-type = 'cpu'\naspect-ratio = 32\nhead-dim = 32\nmax-seq-len = 64\nwindow-pattern = 'L'\ndevice-batch-size = 2\ntotal-batch-size = 128\ntarget-flops = 1e9\n"
                       "eval-every = 2\neval-tokens = 128\nseed = 41\n[grid]\nmatrix-lr = [0.02]\n[[together]]\ndepth = [1, 1]\nattn-rank = [0, 4]\n")
     assert pareto.main([str(config), "--threshold=1e9", f"--out={tmp_path / 'numbers.json'}"]) == 0
     dense, low_rank = json.loads((tmp_path / "numbers.json").read_text())["points"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from nanochat.run_log import read_run_log
@@ -39,6 +40,14 @@ def prepare(base_dir, as_they_are: bool = False) -> None:
 def train(*flags: str) -> int:
     """base_train in this process: the exit status. Later flags override the tiny ones."""
     return base_train.main([*FLAGS, *flags])
+
+
+def train_apart(base_dir, *flags: str) -> None:
+    """`prepare` and `train` in a base directory that is not the one of NANOCHAT_BASE_DIR, for tests to share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+        prepare(base_dir)
+        assert train(*flags) == 0
 
 
 def start(base_dir, *flags: str, ranks: int = 0, script: list[str] | None = None, **env: str) -> subprocess.Popen:
