@@ -17,6 +17,7 @@ from nanochat.common import get_base_dir
 HORIZONS = ("num-iterations", "target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
 RATE = "matrix-lr"
 NO_NAMES = (RATE, "seed", "eval-tasks")
+TUNING = 0.5  # of a budget, for each rate: twice the arms for the same time
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,13 @@ def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
     return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
 
 
-def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int, tuning: float = 1.0) -> dict[tuple[int, float], tuple[float, list[Result]]]:
-    """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates.
-
-    tuning: the share of a budget that rates are tuned with; other evaluations than that of the loss are left out there.
-    """
+def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
+    """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates, which are tuned without other evaluations than that of the loss."""
     places = places_of(arms[0].tuning[0].flags["device-type"], jobs)
     keys = {f"{arm.name}, {unit:g} units": (i, unit) for i, arm in enumerate(arms) for unit in units}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
-        runs = [arms[i].trial(unit * tuning, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
+        runs = [arms[i].trial(unit * TUNING, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
         runs = [Trial({flag: value for flag, value in run.flags.items() if flag != "eval-tasks"}) for run in runs]
         return [result.final for result in run_trials(get_base_dir(), runs, jobs, places)]
 

@@ -101,7 +101,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     chosen = configurations(args.config, args.flags, args.objective)
     seeds = reported_seeds(chosen, args.seeds)
-    runs = run_arms(chosen, [1.0], seeds, args.jobs, tuning=0.5)
+    runs = run_arms(chosen, [1.0], seeds, args.jobs)
     if diverged := [one.name for one, (_, results) in zip(chosen, runs.values()) if not all(result.bpb for result in results)]:
         raise UsageError(f"{diverged[0]} diverged, at a rate that did well for half of the steps: give lower ones")
     first = next(iter(runs.values()))[1]

@@ -5,11 +5,11 @@
     python -m analysis.pareto analysis/sweeps/rank_schedules.toml --seeds=3            schedules of the rank over depth at equal budget: 5
     python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets
 
-A configuration takes three runs or four to find its rate and one for each seed.
+A configuration takes three half runs or four to find its rate and a run for each seed.
 
 The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
-the matrices they are tuned, with which seed and budget; `python -m analysis.sweep FILE` runs that part alone. The best rate of each configuration for each budget, by the
-last validation of that one seed, then trains other seeds, which alone are reported (on the same validation text). The list of rates goes on by its own factor where the best is
+the matrices they are tuned, with which seed and budget. The best rate of each configuration for each budget, by the
+last validation of that one seed after half of it, then trains other seeds, which alone are reported (on the same validation text). The list of rates goes on by its own factor where the best is
 at an end (rates.py): long budgets want lower ones than short ones, and a wide model others than a deep one. There is no weight decay: base_train's depends on depth and aspect
 ratio, by a factor of 90 between the configurations here, and would be what is compared.
 

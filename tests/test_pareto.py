@@ -57,7 +57,7 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
         asked.extend(trial.flags for trial in trials)
 
         def loss(flags):
-            liked = 1 if flags["seed"] != 41 else 8 if flags["target-flops"] == 100 else 2
+            liked = 1 if flags["seed"] != 41 else 8 if flags["target-flops"] <= 100 else 2
             return abs(flags["matrix-lr"] - liked)
         return [Result(trial.flags, [1], [loss(trial.flags)], [100.0], 1.0, 7) for trial in trials]
 
@@ -68,7 +68,7 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
     runs = arms.run_arms(found, [1, 5], seeds, 2)
     assert seeds == [42, 43] and {key: rate for key, (rate, _) in runs.items()} == {(0, 1): 8, (1, 1): 8, (0, 5): 2, (1, 5): 2}
     assert {flags["seed"] for flags in asked} == {41, 42, 43} and len(asked) == 2 * (3 + 2) + 2 * 3 + 2 * 2 * 2, "8 and 16 were tried too"
-    assert {(flags["target-flops"], flags["eval-every"]) for flags in asked} == {(100, 1), (500, 5)}
+    assert {(flags["target-flops"], flags["eval-every"]) for flags in asked} == {(50, 1), (100, 1), (250, 2), (500, 5)}, "half a budget for the rates"
     for key, (rate, results) in runs.items():
         assert [(result.flags["seed"], result.flags["matrix-lr"], result.flags["depth"]) for result in results] == [(seed, rate, 2 + 2 * key[0]) for seed in seeds]
 

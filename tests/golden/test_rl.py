@@ -1,5 +1,6 @@
 """nanochat's reinforcement learning on a numpy model, with what the engine generates given."""
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
@@ -20,7 +21,7 @@ GOLDEN = load("rl")
 class GivenEngine:
     """Answers each call with the next of the fixture's, after a look at what is asked."""
 
-    calls = iter(GOLDEN["engine_calls"])
+    calls: Iterator[dict]  # set by `run`, which a worker that takes tests from another may set up twice
 
     def __init__(self, model, tokenizer):
         self.model = model
@@ -61,11 +62,12 @@ def run(tmp_path_factory):
     original_setup, original_step = GPT.setup_optimizer, MuonAdamW.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        patch.setattr(GivenEngine, "calls", iter(GOLDEN["engine_calls"]), raising=False)
         patch.setattr(chat_rl, "Engine", GivenEngine)
         patch.setattr(GPT, "setup_optimizer", setup_optimizer)
         patch.setattr(MuonAdamW, "step", step)
         assert chat_rl.main(GOLDEN["flags"]) == 0
-    assert next(GivenEngine.calls, None) is None, "every call was made"
+        assert next(GivenEngine.calls, None) is None, "every call was made"
     return directory / "chatrl_checkpoints" / "d3", setup[0], steps
 
 
