@@ -31,7 +31,7 @@ class Configuration:
         """One of its runs with a budget of so many units, validated as often as with one."""
         flags = {**self.tuning[0].flags, **flags}
         for flag in (next(flag for flag in HORIZONS if float(flags.get(flag, -1)) > 0), "eval-every"):
-            flags[flag] = max(1, round(flags[flag] * unit)) if flag in ("num-iterations", "eval-every") else flags[flag] * unit
+            flags[flag] = max(1, round(float(flags[flag]) * unit)) if flag in ("num-iterations", "eval-every") else float(flags[flag]) * unit
         return Trial(flags)
 
     def rates(self) -> list[float]:
@@ -50,7 +50,7 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
     trials = sweep.trials({})
     if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
         raise UsageError(f"{sweep.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take analysis/sweeps/rank_depth.toml as a pattern")
-    if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and trial.flags.get("eval-every", -1) > 0 for trial in trials):
+    if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and float(trial.flags.get("eval-every", -1)) > 0 for trial in trials):
         raise UsageError(f"{sweep.name}: give a positive {', '.join(HORIZONS[:-1])} or {HORIZONS[-1]}, and eval-every")
     check_runs(sweep, trials)
     if objective is not None:

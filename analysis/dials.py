@@ -8,7 +8,6 @@ A file of analysis/sweeps/dials asks one question: to ask another, change a line
 (rates.py), other seeds are reported, and compared with the first configuration, seed by seed. All read the same text in the same order. Every evaluation of --eval-tasks is a
 column. Seconds and decoding speed are of this machine, with whatever else it does.
 """
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from analysis.estimates import Estimate
 from analysis.trial import Result
 from analysis.trials import pictures, study_parser
 from nanochat.cli import UsageError, command, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 LOSS = "bits per byte"
 
@@ -109,7 +108,7 @@ def main(argv=None) -> None:
     print(f"{args.objective}, {first[0].tokens:,} tokens, seeds {', '.join(map(str, seeds))}; ± half of a 95 % interval of the difference to the first\n")
     print(table(arms))
     if args.out:
-        write_text_atomic(args.out, json.dumps({arm.name: {"rate": arm.rate, "runs": arm.runs} for arm in arms}, default=vars))
+        write_text_atomic(args.out, to_json({arm.name: {"rate": arm.rate, "runs": arm.runs} for arm in arms}))
     if args.plot:
         draw(arms, args.plot)
 

@@ -6,7 +6,6 @@ On the data and the tokenizer in NANOCHAT_BASE_DIR. From scratch and every way t
 batches in the same order and with the same seeds. Learning rates are those tuned for the model from scratch (Muon's hold at any width).
 The budget at which the model from scratch has a contestant's loss is interpolated on its own curve of final losses over budgets.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 SCRATCH = (0.45, 0.6, 0.8, 1.0)  # budgets: shares of the FLOPs of STEPS steps of the last model
 WIDTH = {"grow-path": "4x64,4x128", "grow-at": "0.6"}
@@ -78,7 +77,7 @@ def main(argv=None) -> None:
             print(f"| {name} | {budget:g} | {statistics.mean(losses) * nats:.3f} | {', '.join(f'{loss * nats:.3f}' for loss in losses)} | "
                   f"{statistics.mean(flops):.2f} | {', '.join(f'{x:.2f}' for x in flops)} | {statistics.mean(seconds):.2f} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(runs, default=vars))
+        write_text_atomic(args.out, to_json(runs))
     if args.plot:
         draw(runs, nats, args.plot)
 

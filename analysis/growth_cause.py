@@ -5,14 +5,13 @@
 4x64 grows to 4x128 after 0.5 and 0.8 of the tokens, under a warm-down over 0.65 of the run (nanochat's) and over 0.15. Scratch has each of the two as well, and the same tokens
 in the same order. The FLOPs that scratch needs for a loss are read off its own runs of 0.5, 0.75 and all of the tokens. Beside them 4x64 alone, for as many FLOPs as the grown runs.
 """
-import json
 import statistics
 import sys
 
 from analysis.mixing import FLOPS_SHARE, LARGE, SMALL, steps
 from analysis.trials import Trial, cost_with, nats_per_bpb, picture, run_by_seed, study_parser
 from nanochat.cli import command, positive_float, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 WARMDOWNS = (0.65, 0.15)
 MOMENTS = (0.5, 0.8)
@@ -54,7 +53,7 @@ def main(argv=None) -> None:
         share, loss, gap, cost = (statistics.mean(row[i] for row in rows) for i in range(4))
         print(f"| {name} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {cost:.2f} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+        write_text_atomic(args.out, to_json(by_seed))
     if args.plot:
         with picture(args.plot, 7, 5) as axes:
             for i, warmdown in enumerate(WARMDOWNS):

@@ -15,7 +15,6 @@ Measured: validation loss over FLOPs and seconds (of which the first steps of a 
 around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the tokens with schedules of their own, has an arm's loss;
 NLI by prompt and by probe, where --nli has the data; the share of the gain that a share of the tokens brings.
 """
-import json
 import math
 import statistics
 import sys
@@ -32,7 +31,7 @@ from analysis.trials import SHAPE, TUNED, Result, Trial, cost_with, flops_per_to
 from nanochat.cli import UsageError, command, fraction, positive_int
 from nanochat.common import get_base_dir
 from nanochat.evals.nli import DRAFTS, read_sets
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
 
 
@@ -316,7 +315,7 @@ def main(argv=None) -> None:
     print(study.claims_table())
     if args.out:
         claims = [{"claim": claim.text, "effect": asdict(claim.effect), "drafts": claim.drafts, "verdict": claim.verdict()} for claim in study.claims()]
-        write_text_atomic(args.out, json.dumps({"runs": study.by_seed, "claims": claims}, default=vars))
+        write_text_atomic(args.out, to_json({"runs": study.by_seed, "claims": claims}))
     if args.plot:
         draw(study, args.plot)
 

@@ -8,7 +8,6 @@ tokens as alone, those of the smaller ones included; in the *long* one it sees m
 **Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again or
 half of them, for some lengths; always beside the small one simply trained on for as many FLOPs.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from analysis.mixing import FLOPS_SHARE, LARGE, steps
 from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_float, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
 DECAY = 0.15  # share of a run's steps
@@ -91,7 +90,7 @@ def main(argv=None) -> None:
         needed = [cost_with(runs[scratch].final, [spent(runs, name) for name in names], [runs[name].final for name in names]) for runs in by_seed]
         print(f"| {way}, to the loss of 4x128 from scratch | {statistics.mean(needed):.2f} ({', '.join(f'{x:.2f}' for x in needed)}) | | |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+        write_text_atomic(args.out, to_json(by_seed))
     if args.plot:
         draw(by_seed[0], args.plot)
 

@@ -6,7 +6,6 @@
 Trunks of 4x64 and 4x128 at a constant rate over some epochs, with branches that decay after so many; and 4x64 grown to 4x128 after half and most of the epochs. What growth must
 beat is the best of all others: any size, any number of epochs.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from analysis.mixing import DECAY, LARGE, SMALL
 from analysis.trials import Result, Trial, nats_per_bpb, picture, run_by_seed, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.dataset import parquets_iter_batched
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
 
 MOMENTS = (0.5, 0.8)  # of the epochs, at which to grow
@@ -63,7 +62,7 @@ def main(argv=None) -> None:
         print(f"| {name} | {by_seed[0][name].flops[-1]:.2e} | {statistics.mean(runs[name].final for runs in by_seed):.4f} | {statistics.mean(gaps):+.4f} | "
               f"{', '.join(f'{gap:+.4f}' for gap in gaps)} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+        write_text_atomic(args.out, to_json(by_seed))
     if args.plot:
         draw(by_seed, args.epochs, args.plot)
 

@@ -41,7 +41,7 @@ from analysis.rates import best_rate, try_rates
 from analysis.trials import pictures, study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, with_progress
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 TOGETHER = 5  # seeds
 TUNING_SEEDS = tuple(range(1000, 1000 + TOGETHER))
@@ -291,7 +291,7 @@ def main(argv=None) -> None:
         print(f"\n{study.best_moment()}")
     if args.out:
         found = [dataclasses.asdict(outcome) for seeds in study.found.values() for outcome in seeds]
-        write_text_atomic(args.out, json.dumps(dict(comparisons=study.comparisons(), outcomes=found)))
+        write_text_atomic(args.out, to_json(dict(comparisons=study.comparisons(), outcomes=found)))
     if args.plot:
         draw(study, args.plot)
 

@@ -5,7 +5,6 @@
 On the data and the tokenizer in NANOCHAT_BASE_DIR. Every contestant has learning rates tuned at this size (dev/LOG.md has the
 grids), sees the same batches in the same order, and runs with the same seeds. The rank is a quarter of the width.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from analysis.trials import SHAPE, STEPS, TUNED, Result, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 LOW_RANK = {**TUNED, "matrix-lr": 0.24}
 RANK = 32
@@ -63,7 +62,7 @@ def main(argv=None) -> None:
         print(f"| {name} | {', '.join(f'{r.final:.4f}' for r in found)} | {statistics.mean(gaps):+.4f} | {', '.join(f'{g:+.3f}' for g in gaps)} | "
               f"{found[0].flops[-1] / rows['dense'][0].flops[-1]:.2f} | {found[0].params:,} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(rows, default=vars))
+        write_text_atomic(args.out, to_json(rows))
     if args.plot:
         draw(rows, nats, args.plot)
 

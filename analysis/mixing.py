@@ -11,7 +11,6 @@ model is looked up on the trunk's own curve: it is worth as many tokens D_eff as
 so 1 says that the small model's tokens count as the large one's would have, and 0 that they were lost. Growth pays at a constant rate as long as rho exceeds the
 small model's share of the FLOPs per token. Everything on fresh text (no token twice), all in the same order. Losses in bits per byte.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
 LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,
@@ -135,7 +134,7 @@ def main(argv=None) -> None:
             share, loss, gap, needed = (statistics.mean(row[i] for row in rows) for i in range(4))
             print(f"| {name} | {seeds[0].steps[-1] / UNIT:g} | {share:.2f} | {loss:.4f} | {gap:+.4f} | {needed:.2f} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(runs, default=vars))
+        write_text_atomic(args.out, to_json(runs))
     if args.plot:
         draw(runs, args.plot)
 

@@ -7,7 +7,6 @@ grids); batches, their order and the seeds are the same. Each contestant is trai
 loss in the middle of a long schedule says little about a short one; the steps to the pre-norm model's loss at the full horizon are
 interpolated between them.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 CONTESTANTS: dict[str, dict] = {
     "pre-norm, Muon": TUNED,
@@ -56,7 +55,7 @@ def main(argv=None) -> None:
         print(f"| {name} | " + " | ".join(f"{statistics.mean(seed[i].final for seed in found) * nats:.4f}" for i in range(len(lengths)))
               + f" | {statistics.mean(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {statistics.median(pace):.2f} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(runs, default=vars))
+        write_text_atomic(args.out, to_json(runs))
     if args.plot:
         draw(runs, nats, args.plot)
 

@@ -7,7 +7,6 @@ A trunk of each start trains at a constant rate; every operator grows it to 4x12
 finished by a decay after one and after `--follow` tokens per parameter. Beside them 4x128 from scratch and the start that simply goes on, for as many FLOPs each as the
 grown runs had in the end. Some 70 minutes of one core for each seed, and twice that with `--follow=2`. An operator is a line in OPERATORS: a name and base_train's flags.
 """
-import json
 import math
 import statistics
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from analysis.mixing import LARGE, UNIT, steps
 from analysis.trials import Result, Trial, nats_per_bpb, pictures, run_by_seed, study_parser
 from nanochat.cli import command, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 TRUNK = 4  # tokens per parameter before the growth
 DECAY = UNIT // 2  # steps
@@ -96,7 +95,7 @@ def main(argv=None) -> None:
             cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", told(found), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
             print("| " + " | ".join(cells) + " |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(by_seed, default=vars))
+        write_text_atomic(args.out, to_json(by_seed))
     if args.plot:
         draw(by_seed, args.plot, args.follow, nats)
 

@@ -21,19 +21,18 @@ ratio, by a factor of 90 between the configurations here, and would be what is c
 * **Threshold.** FLOPs and seconds until a perplexity is reached, by a straight line between the validations of the log. The rates fall for the whole budget, so a run
   that is asked for less would have been there sooner.
 """
-import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.arms import RATE, Configuration, configurations, reported_seeds, run_arms
 from analysis.trial import Result
 from analysis.trials import nats_per_bpb, pictures, study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 DEFAULT = Path(__file__).parent / "sweeps" / "rank_depth.toml"
 COSTS = {"flops": "training FLOPs", "params": "parameters", "memory": "peak memory, MiB", "seconds": "seconds of training"}
@@ -162,7 +161,7 @@ def main(argv=None) -> None:
     points, threshold = points_of(found, runs, nats_per_bpb(), args.threshold)
     print(table(points, threshold))
     if args.out:
-        write_text_atomic(args.out, json.dumps({"threshold": threshold, "points": [asdict(point) for point in points]}, indent=1))
+        write_text_atomic(args.out, to_json({"threshold": threshold, "points": points}, indent=1))
     if args.plot:
         draw(points, args.plot)
 

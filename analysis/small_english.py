@@ -8,7 +8,6 @@ The model has 4 layers of width 192 and a vocabulary of 8,192: 8.0 million param
 and 3.1 in two value embeddings. Loops are free of parameters and not of FLOPs (2.16 times as many here with three), so the plain model is also trained for as
 many FLOPs. All arms see the same text in the same order, with one pass of four masked where the objective is mixed. BLiMP plays no part in any choice.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from analysis.trials import Result, Trial, flops_per_token, pictures, run_by_see
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.compare import paired_test
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
 
 MODEL = {"depth": 4, "aspect-ratio": 48, "head-dim": 64, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 4, "total-batch-size": 4096, "save-every": 10,
@@ -115,7 +114,7 @@ def main(argv=None) -> None:
     runs = {arm: [found[arm] for found in by_seed] for arm in by_seed[0]}
     print(table(runs))
     if args.out:
-        write_text_atomic(args.out, json.dumps(runs, default=vars))
+        write_text_atomic(args.out, to_json(runs))
     if args.plot:
         draw(runs, args.plot)
 

@@ -11,7 +11,6 @@ two seeds of one model, models trained differently (a quarter of the rate, half 
 by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers; errors are those of the mean over seeds.
 """
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -25,7 +24,7 @@ from analysis.trials import SHAPE, STEPS, TUNED, Trial, pictures, run_trials, st
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.target import grown_config
@@ -152,7 +151,7 @@ def main(argv=None) -> None:
         print(f"| {name} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
     print("\n" + verdict(rows))
     if args.out:
-        write_text_atomic(args.out, json.dumps({"distances": rows, "bpb": losses}))
+        write_text_atomic(args.out, to_json({"distances": rows, "bpb": losses}))
     if args.plot:
         draw(models[0], args.widths, rows, args.plot)
 

@@ -26,7 +26,7 @@ from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep
 from analysis.sweep_search import Search
 from analysis.trial import Trial, folder_of, status_of
 from analysis.trials import pictures
-from nanochat.cli import UsageError, command, flag, parse_settings, positive_int
+from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir, usable_cpus
 from nanochat.files import check_writable, write_text_atomic
 from nanochat.run_log import FILENAME, read_run_log
@@ -42,7 +42,7 @@ class Settings:
     retry: bool = flag(False, "Run those again that failed")
     no_wait: bool = flag(False, "End when nothing is left to take, without waiting for what other runners have")
     list: bool = flag(False, "Say which runs there are and how they stand, and end")
-    plot: Path | None = flag(None, "Draw the results over each flag that varies into this picture", type=Path)
+    plot: Path | None = flag(None, "Draw the results over each flag that varies into this picture", type=picture_path)
     export: tuple | None = flag(None, "Write the sweep to FILE as one of wandb, and end", nargs=2, metavar=("wandb", "FILE"))
     submit: int | None = flag(None, "Hand the sweep to Slurm as an array of so many runners, and end; needs nanochat[sweep]", type=positive_int)
 

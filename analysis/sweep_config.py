@@ -124,7 +124,11 @@ def words_as_flags(text: str) -> dict[str, Any]:
     """Of `--a=1 --b 2 --c`; numbers become numbers, so that a run is the same as one whose flags stand in the file."""
     flags: dict[str, Any] = {}
     name = ""
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--flags={text!r}: {str(error).lower()}; write --flags='--depth=4 --fp8'") from error
+    for word in words:
         if match := re.fullmatch(r"--([\w-]+)(?:=(.*))?", word, re.DOTALL):
             name = match[1].replace("_", "-")
             flags[name] = True if match[2] is None else _value(match[2])

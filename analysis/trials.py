@@ -9,7 +9,7 @@ import torch
 from analysis.progress import Display
 from analysis.runner import Place, Runner, Work, cpu_places
 from analysis.trial import Result, Trial, folder_of, read, weights
-from nanochat.cli import ArgumentParser, UsageError, parse_settings, positive_int
+from nanochat.cli import ArgumentParser, UsageError, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
 from nanochat.files import atomic_path
@@ -76,7 +76,7 @@ def study_parser(doc: str) -> ArgumentParser:
     parser = ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw them into this picture")
+    parser.add_argument("--plot", type=picture_path, help="draw them into this picture")
     return parser
 
 

@@ -4,13 +4,12 @@
 
 On the data and the tokenizer in NANOCHAT_BASE_DIR. A learning rate that transfers has its minimum at the same place for every width.
 """
-import json
 import sys
 
 from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.common import get_base_dir
-from nanochat.files import write_text_atomic
+from nanochat.files import to_json, write_text_atomic
 
 
 @command
@@ -30,7 +29,7 @@ def main(argv=None) -> None:
     for width, found in losses.items():
         print(f"| {width} | " + " | ".join(f"{loss:.4f}" for loss in found) + f" | {args.matrix_lrs[found.index(min(found))]:g} |")
     if args.out:
-        write_text_atomic(args.out, json.dumps(runs, default=vars))
+        write_text_atomic(args.out, to_json(runs))
     if args.plot:
         with picture(args.plot, 6, 4) as axes:
             for width, found in losses.items():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import kernel_choice
-from nanochat.cli import command
+from nanochat.cli import command, positive_int
 from nanochat.common import COMPUTE_DTYPE, compute_init
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.gpt import linear
@@ -77,8 +77,8 @@ def compare(name: str, works: dict[str, Callable], choice: str, rounds: int) -> 
 @command
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
+    parser.add_argument("--rounds", type=positive_int, default=11)
+    parser.add_argument("--threads", type=positive_int, help="default: one for each core; 1: CPU time counts, for a machine on which others work")
     parser.add_argument("--small", action="store_true", help="sizes that take a second, to see that it runs")
     args = parser.parse_args(argv)
     if args.threads:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanochat.cli import ArgumentParser, UsageError, command, positive_float, positive_int
+from nanochat.cli import ArgumentParser, UsageError, command, picture_path, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.compiler import compile_model, why_not_compile
 from nanochat.files import atomic_path, write_text_atomic
@@ -33,8 +33,6 @@ from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import LayerChanges, gpt_config
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def parse_args(argv):
@@ -53,10 +51,8 @@ def parse_args(argv):
     add("--measured-depth", type=positive_int, default=4, help="of the smaller models, of the same rank / width, that --memory trains for a few steps")
     add("--device-type", default="", help="cuda, mps or cpu (default: autodetect)")
     add("--out", type=Path, help="write the raw numbers to this JSON file")
-    add("--plot", type=Path, help="draw the ratios into this picture")
+    add("--plot", type=picture_path, help="draw the ratios into this picture")
     args = parser.parse_args(argv)
-    if args.plot and args.plot.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot={args.plot} is none of the known kinds of picture; end it in {', '.join(PICTURES)}")
     if args.plot and args.memory:
         raise UsageError("--memory is a table without a picture; leave out --plot")
     for width in () if args.memory else args.widths:
@@ -363,7 +359,7 @@ def draw(summaries: list[list[dict[str, Any]]], path: Path, machine: str) -> Non
     panels[0].legend(fontsize=9)
     figure.suptitle(f"One layer against a dense one, {machine}", fontsize=11)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
 
 
 def describe(device: torch.device) -> str:

@@ -11,12 +11,12 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals": "#14b8a6", "tasks": "#a855f7", "scripts": "#e8853d"}
+FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals": "#14b8a6", "nanochat.export": "#f59e0b", "tasks": "#a855f7", "scripts": "#e8853d"}
 EVERYBODYS = 12  # a file with as many importers is not drawn with its arrows
 
 
 def modules() -> dict[str, Path]:
-    paths = [*ROOT.glob("nanochat/*.py"), *ROOT.glob("nanochat/growth/*.py"), *ROOT.glob("nanochat/evals/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tasks/*.py")]
+    paths = [*ROOT.glob("nanochat/*.py"), *ROOT.glob("nanochat/growth/*.py"), *ROOT.glob("nanochat/evals/*.py"), *ROOT.glob("nanochat/export/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tasks/*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(paths) if path.stem != "__init__"}
 
 

@@ -381,10 +381,10 @@ def run_section(args) -> int:
 class Section:
     """A section that is running."""
 
-    def __init__(self, name: str, flags: list[str], limit: int):
+    def __init__(self, name: str, flags: list[str], limit: int, turns: str):
         self.name, self.output, self.started, self.limit = name, tempfile.TemporaryFile("w+"), time.perf_counter(), limit
-        self.turn = tempfile.mktemp(prefix="gpu-check-")  # a file that is there when it may measure
-        env = {**os.environ, "GPU_CHECK_TURN": self.turn}
+        self.turn = Path(turns, name)  # a file that is there when it may measure
+        env = {**os.environ, "GPU_CHECK_TURN": str(self.turn)}
         self.process = subprocess.Popen([sys.executable, "-u", "-m", "dev.gpu_check", *flags, "--section", name], cwd=ROOT, stdout=self.output,
                                         stderr=subprocess.STDOUT, start_new_session=True, env=env)
         self.seconds = 0.0
@@ -392,15 +392,18 @@ class Section:
     def finished(self) -> bool:
         """Whether it has ended, which at its limit it has to."""
         self.seconds = time.perf_counter() - self.started
-        if self.process.poll() is None and self.seconds > self.limit:
+        if self.seconds > self.limit:
+            self.kill()
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # it may have started processes itself
             self.process.wait()
-        return self.process.poll() is not None
 
     def report(self) -> bool:
         """Prints what it said, all of it if it failed, and the verdict."""
         passed = self.process.returncode == 0
-        Path(self.turn).unlink(missing_ok=True)
         self.output.seek(0)
         lines = self.output.read().splitlines()
         print(f"=== {self.name}")
@@ -436,14 +439,20 @@ def main(argv=None) -> int:
     wanted = [name for name in SECTIONS if name in (args.only or SECTIONS)]
     passed: dict[str, bool] = {}
     started = time.perf_counter()
-    running = [Section(name, flags, args.limit) for name in wanted]
-    while running:
-        time.sleep(0.2)
-        for section in [section for section in running if section.finished()]:
-            running.remove(section)
-            passed[section.name] = section.report()
-        if running and all(section.name in MEASURING for section in running):
-            Path(running[0].turn).touch()
+    running: list[Section] = []
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as turns:
+        try:
+            running += [Section(name, flags, args.limit, turns) for name in wanted]
+            while running:
+                time.sleep(0.2)
+                for section in [section for section in running if section.finished()]:
+                    running.remove(section)
+                    passed[section.name] = section.report()
+                if running and all(section.name in MEASURING for section in running):
+                    running[0].turn.touch()
+        finally:  # interrupted: a section that waits for its turn would keep its memory for ever
+            for section in running:
+                section.kill()
     print(", ".join(f"{name} {'PASS' if good else 'FAIL'}" for name, good in passed.items()), f"({time.perf_counter() - started:.0f} s)")
     return 0 if all(passed.values()) else 1
 

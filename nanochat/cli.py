@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -100,6 +101,14 @@ def folder_name(text: str) -> str:
     if text in (".", "..") or "/" in text or "\\" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
+
+
+def picture_path(text: str) -> Path:
+    """Of a picture to be drawn, which its ending says the kind of."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -185,6 +194,12 @@ def harden_streams() -> None:
         setattr(sys, name, stream)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class of RuntimeError for it; MPS, cuBLAS and the CPU's allocator raise plain ones."""
+    texts = "allocate memory|out of memory|not enough memory|STATUS_ALLOC_FAILED|[Ss]ize calculation overflowed|multiplication overflow"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
+
+
 def command(main: Callable) -> Callable[..., int]:
     """Decorator of a script's `main(argv=None)`: a `UsageError` becomes one line on stderr and exit status 2.
 
@@ -204,8 +219,8 @@ def command(main: Callable) -> Callable[..., int]:
             message = f"{error.strerror}: {error.filename or 'while writing'}"
             if not isinstance(error, FileNotFoundError):
                 message += "; fix permissions, free space or choose another NANOCHAT_BASE_DIR"
-        except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
-            if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|[Ss]ize calculation overflowed|multiplication overflow", str(error))):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             message = f"out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); ask for a smaller model, context or batch"
         except KeyboardInterrupt:

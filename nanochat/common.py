@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import functools
+import http.client
 import logging
 import os
 import random
@@ -125,14 +126,24 @@ def _end_live_line() -> None:
 PROGRESS_SECONDS = 30
 
 
+def telling(label: str) -> Callable[[float], None]:
+    """A function that is told the fraction that is done, and says from time to time how long the rest will take."""
+    started = shown = time.perf_counter()
+
+    def tell(fraction: float) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if fraction and now - shown > PROGRESS_SECONDS:
+            shown = now
+            print0(f"{label}: {fraction:.0%}, eta {(now - started) * (1 - fraction) / fraction / 60:.1f}m", flush=True)
+    return tell
+
+
 def with_progress(batches: Iterable, steps: int, label: str) -> Iterator:
     """The same batches; says from time to time how many of `steps` are done."""
-    started = shown = time.perf_counter()
+    tell = telling(label)
     for done, batch in enumerate(batches):
-        now = time.perf_counter()
-        if done and now - shown > PROGRESS_SECONDS:
-            shown = now
-            print0(f"{label}: {done / steps:.0%}, eta {(now - started) * (steps - done) / done / 60:.1f}m", flush=True)
+        tell(done / steps)
         yield batch
 
 
@@ -174,9 +185,9 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[s
     with FileLock(path + ".lock"):
         if not os.path.exists(path):
             try:
-                with urllib.request.urlopen(url) as response:
+                with urllib.request.urlopen(url, timeout=60) as response:
                     content = response.read()
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:  # the latter where it ends too soon
                 raise UsageError(f"cannot download {url} ({error}); check the network, or put the file at {path}") from error
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
 
 from nanochat.cli import UsageError
-from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized, print0
+from nanochat.common import COMPUTE_DTYPE, get_base_dir, print0
 from nanochat.files import write_text_atomic
 
 
@@ -48,6 +47,7 @@ def _without_a_bad_cache() -> str:
 _BAD_CACHE = _without_a_bad_cache()
 import torch._dynamo  # noqa: E402
 
+from nanochat.distributed import agreed  # noqa: E402
 from nanochat.kernel_choice import machine  # noqa: E402 (imports the compiler too)
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,8 @@ def decide(device_type: str, flops: float, before: bool | None = None) -> None:
     if device_type != "cpu" or os.environ.get("TORCHDYNAMO_DISABLE"):
         return
     if before is None:
-        box = [expected_seconds(flops)]
-        if is_ddp_initialized():
-            dist.broadcast_object_list(box, src=0)
-        _decided = "" if box[0] * SAVED > COMPILING else f"in a run of about {box[0]:.0f} s compiling takes longer than it saves (TORCHDYNAMO_DISABLE=0 compiles all the same)"
+        seconds = agreed(expected_seconds(flops))
+        _decided = "" if seconds * SAVED > COMPILING else f"in a run of about {seconds:.0f} s compiling takes longer than it saves (TORCHDYNAMO_DISABLE=0 compiles all the same)"
     elif not before:
         _decided = "this run began so (TORCHDYNAMO_DISABLE=0 compiles all the same)"
 

@@ -86,7 +86,8 @@ def path_groups(path: Path) -> Iterator[list[str]]:
         return
     found = [path] if path.is_file() else list(_files_below(path))
     files = [file for file in found if file.is_file() and kind(file) in readers]
-    if others := [str(file.relative_to(path)) if file != path else file.name for file in found if file not in files]:
+    known = set(files)
+    if others := [str(file.relative_to(path)) if file != path else file.name for file in found if file not in known]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         print(f"Left out, as neither .txt, .jsonl nor .parquet (nor these as .gz or .zst): {', '.join(others[:5])}{more}", flush=True)
     if not files:

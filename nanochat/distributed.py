@@ -30,6 +30,15 @@ def share_weights(model: torch.nn.Module) -> None:
         share(p.data)
 
 
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Of a tensor on the CPU, on the CPU."""
+    if not is_ddp_initialized():
+        return values
+    values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values)
+    return values.cpu()
+
+
 def agreed(value: Any) -> Any:
     """What rank 0 has decided, on every rank. For what a rank by itself could see otherwise: files, the clock, sums in another order."""
     if not is_ddp_initialized():

@@ -139,7 +139,9 @@ def _read_task_list(path: Path) -> list[tuple[str, str, dict]]:
     except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not a list of CORE tasks ({type(error).__name__}: {error}): each entry of icl_tasks needs label, "
                          "dataset_uri, num_fewshot as a list, and icl_task_type") from error
-    for label, _, meta in tasks:
+    for label, uri, meta in tasks:
+        if not all(isinstance(text, str) for text in (label, uri, meta["task_type"], meta["continuation_delimiter"])):
+            raise UsageError(f"{path}: label, dataset_uri, icl_task_type and continuation_delimiter of task {label!r} must be texts; put them into quotes")
         if meta["task_type"] not in FIELDS:
             raise UsageError(f"{path}: task {label} has the unknown icl_task_type {meta['task_type']!r}: use one of {', '.join(FIELDS)}")
         if type(meta["num_fewshot"]) is not int or meta["num_fewshot"] < 0:

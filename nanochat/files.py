@@ -1,7 +1,9 @@
 """Files that are whole or not there at all, folders that one process at a time writes to, text in any wrapping."""
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -46,6 +48,12 @@ def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
         yield
 
 
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced to disk and renamed onto `path`.
@@ -62,9 +70,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp makes it private to the user
         os.replace(temporary, path)
         if os.name == "posix":  # make the rename itself durable
             directory = os.open(path.parent, os.O_RDONLY)
@@ -88,6 +94,25 @@ def open_text(path: str | os.PathLike) -> io.TextIOWrapper:
         import pyarrow
         content = pyarrow.CompressedInputStream(content, compression)
     return io.TextIOWrapper(content, encoding="utf-8-sig")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: tensors, numpy's scalars and dataclasses become what they hold, NaN and infinity null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -27,11 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized
+from nanochat.distributed import agreed
 from nanochat.files import write_text_atomic
 
 # The first alternative is taken unless another one is clearly faster
@@ -71,10 +71,7 @@ def settle() -> None:
                 measured = measure()
                 source = f"measured in {time.perf_counter() - started:.1f} s"
                 _remember(measured)
-        if is_ddp_initialized():
-            box = [measured]
-            dist.broadcast_object_list(box, src=0)
-            measured = box[0]
+        measured = agreed(measured)
     _settled.update(measured | forced)
     _say(source)
 

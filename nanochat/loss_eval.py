@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 
-from nanochat.common import is_ddp_initialized
+from nanochat.distributed import sum_over_ranks
 
 MOST_KEPT = 2 ** 20  # tokens of validation, 16 MiB with their targets
 
@@ -28,10 +27,7 @@ def evaluate_bpb(model, batches: Iterable, steps: int, token_bytes: torch.Tensor
         num_bytes = token_bytes[y.clamp(min=0)] * (y >= 0)
         sums.append(torch.stack((torch.where(num_bytes > 0, nats, 0).sum(dtype=sum_dtype), num_bytes.sum().to(sum_dtype))))
     totals = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
-    if is_ddp_initialized():
-        totals = totals.to(device if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(totals)
-    nats, num_bytes = totals.tolist()
+    nats, num_bytes = sum_over_ranks(totals).tolist()
     return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
 
 

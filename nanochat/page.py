@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from nanochat.markdown import markdown_tree
 
@@ -50,7 +51,10 @@ def page_router() -> APIRouter:
         """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`. A page elsewhere cannot declare JSON without the browser asking first."""
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send JSON with the header Content-Type: application/json")
-        body = await http.body()
+        try:
+            body = await http.body()
+        except ClientDisconnect:
+            raise HTTPException(400, "the client went away before it had sent its request") from None
         async with one_at_a_time:
             try:
                 return Response(await asyncio.to_thread(_render, body), media_type="application/json")

@@ -5,34 +5,19 @@ most one broken last line, which reading ignores. A resumed run drops what it is
 file always reads like the log of a run that was never interrupted.
 """
 import errno
-import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from nanochat.cli import UsageError
 from nanochat.common import logger
-from nanochat.files import parse_json, write_text_atomic
+from nanochat.files import parse_json, to_json, write_text_atomic
 
 FILENAME = "log.jsonl"  # in the checkpoint directory of its run
 
 
-def _plain(value: Any) -> Any:
-    """`value` as strict JSON: tensors and numpy scalars become numbers, NaN and infinity null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _dumps(record: dict) -> str:
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+def _line(record: dict) -> str:
+    return to_json(record) + "\n"
 
 
 class RunLog:
@@ -50,14 +35,14 @@ class RunLog:
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_run_log(path) if record["step"] < resume_step]
-        write_text_atomic(path, "".join(map(_dumps, kept)))
+        write_text_atomic(path, "".join(map(_line, kept)))
         self._file = open(path, "ab", buffering=0)
 
     def log(self, kind: str, step: int, **fields: Any) -> None:
         """Appends one record. Tensors of any size become numbers or lists of numbers. What a full disk does not take is left out: training goes on."""
         if self._file is None:
             return
-        record, end = _dumps({"kind": kind, "step": step, **fields}).encode(errors="replace"), self._file.seek(0, os.SEEK_END)
+        record, end = _line({"kind": kind, "step": step, **fields}).encode(errors="replace"), self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(record) != len(record):
                 self._file.truncate(end)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanochat import compiler, kernel_choice
 from nanochat.checkpoint_manager import list_steps
-from nanochat.cli import UsageError, flag, int_or_off, step_or_off
+from nanochat.cli import UsageError, flag, int_or_off, is_out_of_memory, step_or_off
 from nanochat.common import COMPUTE_DTYPE, DummyWandb, get_base_dir, is_ddp_initialized, print0
 from nanochat.distributed import check_agreement
 from nanochat.files import check_writable
@@ -168,12 +168,6 @@ def set_exact_state(state: dict, device: torch.device, scaler) -> None:
 
 # -----------------------------------------------------------------------------
 # One optimizer step, in passes that fit into memory
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; MPS, cuBLAS and the CPU's allocator raise a plain RuntimeError."""
-    texts = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def release_memory(device: torch.device) -> None:

@@ -12,11 +12,6 @@ set -euo pipefail
 : "${NPROC_PER_NODE=1}" "${DEVICE_TYPE=cuda}" "${DATASET=-n 40}" "${TOK_TRAIN=--vocab-size=12288}" "${GROWTH_DRAFTS=--size=64m --seeds=3}"
 # shellcheck source=runs/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-
-if [[ -z ${SKIP_SETUP-} ]]; then
-    python -m nanochat.dataset $DATASET
-    python -m scripts.tok_train $TOK_TRAIN
-fi
+begin_recipe
+get_text
 python -m analysis.growth_drafts --jobs="$NPROC_PER_NODE" --out="$NANOCHAT_BASE_DIR/growth_drafts.json" --plot="$NANOCHAT_BASE_DIR/growth_drafts.png" $GROWTH_DRAFTS

@@ -15,14 +15,8 @@ set --  # setup.sh has arguments of its own
 : "${BASE_TRAIN=--core-metric-every=999999 --core-metric-max-per-task=-1 --sample-every=-1 --save-every=-1}"
 # shellcheck source=runs/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
-export OMP_NUM_THREADS=1
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-
-if [[ -z ${SKIP_SETUP-} ]]; then
-    python -m nanochat.dataset $DATASET
-    python -m scripts.tok_train $TOK_TRAIN
-fi
+begin_recipe
+get_text
 BATCHES=""
 for DEPTH in $DEPTHS; do BATCHES+="$((DEPTH >= 28 ? 8 : DEPTH >= 20 ? 16 : 32)), "; done
 results() { python -m analysis.scaling miniseries "$SERIES_NAME"; }

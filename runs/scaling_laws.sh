@@ -16,14 +16,8 @@ set -euo pipefail
 : "${BASE_TRAIN=--eval-tokens=52428800 --core-metric-every=999999 --core-metric-max-per-task=-1 --sample-every=-1 --save-every=-1}"
 # shellcheck source=runs/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
-export OMP_NUM_THREADS=1
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-
-if [[ -z ${SKIP_SETUP-} ]]; then
-    python -m nanochat.dataset $DATASET
-    python -m scripts.tok_train $TOK_TRAIN
-fi
+begin_recipe
+get_text
 results() { python -m analysis.scaling scaling_laws "$LABEL"; }
 trap results EXIT  # what is finished is in the table, whatever happens
 python -m analysis.sweep - --flags="$BASE_TRAIN" <<END

@@ -79,5 +79,21 @@ if found < wanted:
 END
 }
 
+# Of a recipe: ends it without the GPUs that it asks for, and settles where everything goes.
+begin_recipe() {
+    if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
+    export OMP_NUM_THREADS=1
+    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+}
+
+# The recipe's text and tokenizer, unless SKIP_SETUP says that they are there.
+# shellcheck disable=SC2086  # the flags in a variable are words
+get_text() {
+    if [[ -z ${SKIP_SETUP-} ]]; then
+        python -m nanochat.dataset $DATASET
+        python -m scripts.tok_train $TOK_TRAIN
+    fi
+}
+
 setup_venv "$@"
 export PATH="$PWD/.venv/bin:$PATH"

@@ -16,9 +16,7 @@ FIRST_DATA="${DATASET--n 8}"
 : "${CHAT_SFT=}" "${CHAT_EVAL=}"
 # shellcheck source=runs/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ $DEVICE_TYPE == cuda ]]; then require_gpus "$NPROC_PER_NODE"; fi
-export OMP_NUM_THREADS=1
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+begin_recipe
 
 python -m nanochat.report reset
 

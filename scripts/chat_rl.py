@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import (
@@ -33,8 +32,8 @@ from nanochat.cli import (
     parse_settings,
     positive_int,
 )
-from nanochat.common import get_dist_info, is_ddp_initialized, live_line, print0, with_progress
-from nanochat.distributed import share_weights
+from nanochat.common import get_dist_info, live_line, print0, with_progress
+from nanochat.distributed import share_weights, sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.files import locked
 from nanochat.objectives import policy_gradient
@@ -84,18 +83,16 @@ def run_gsm8k_eval(task, tokenizer, engine: Engine, max_examples: int | None = N
         yield {"idx": index, "outcomes": outcomes}
 
 
-def mean_over_ranks(sums: torch.Tensor, count: int, device: torch.device) -> list[float]:
+def mean_over_ranks(sums: torch.Tensor, count: int) -> list[float]:
     """sums / count, both added up over the ranks."""
-    values = torch.cat((sums.float(), torch.tensor([float(count)]))).to(device)
-    if is_ddp_initialized():
-        dist.all_reduce(values)
+    values = sum_over_ranks(torch.cat((sums.float(), torch.tensor([float(count)]))))
     return (values[:-1] / values[-1]).tolist()
 
 
-def pass_at_k(records: list[dict], k_max: int, device: torch.device) -> list[float]:
+def pass_at_k(records: list[dict], k_max: int) -> list[float]:
     """For k = 1 to k_max, the share of problems (over all ranks) that one of the first k samples solves."""
     correct = torch.tensor([[outcome["is_correct"] for outcome in record["outcomes"]] for record in records], dtype=torch.bool).view(-1, k_max)
-    return mean_over_ranks(correct.cummax(dim=1).values.sum(dim=0) if len(correct) else torch.zeros(k_max), len(correct), device)
+    return mean_over_ranks(correct.cummax(dim=1).values.sum(dim=0) if len(correct) else torch.zeros(k_max), len(correct))
 
 
 class Rollout:
@@ -205,7 +202,7 @@ class Reinforcement(TrainLoop):
             for rows in torch.arange(self.settings.num_samples, device=self.device).split(self.settings.device_batch_size):
                 self.rewards.append(rollout.rewards[rows].mean().item())
                 yield rollout.inputs[rows], rollout.targets[rows], rollout.advantages[rows]
-        self.reward, self.sequence_length = mean_over_ranks(totals, self.examples_per_rank * self.settings.num_samples, self.device)
+        self.reward, self.sequence_length = mean_over_ranks(totals, self.examples_per_rank * self.settings.num_samples)
 
     def schedule(self) -> float:
         multiplier = 1 - self.step / self.num_steps
@@ -237,7 +234,7 @@ class Reinforcement(TrainLoop):
             problems = run_gsm8k_eval(self.test_task, self.tokenizer, self.engine, max_examples=settings.eval_examples,
                                       num_samples=settings.device_batch_size, temperature=1.0)
             records = list(with_progress(problems, -(-min(len(self.test_task), settings.eval_examples) // self.world_size), "Evaluation"))
-        scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, settings.device_batch_size, self.device), 1)}
+        scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, settings.device_batch_size), 1)}
         print0(f"Step {self.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)
         self.log.log("eval", self.step, **scores)
         self.wandb_run.log({"step": self.step, **scores})

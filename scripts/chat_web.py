@@ -56,8 +56,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(1024)  # now: until one of them listens, two servers may bind the same port
         return sock
-    except OSError as error:
-        raise UsageError(f"cannot serve at {host} port {port}: {error.strerror}; choose another --port or --host") from error
+    except (OSError, UnicodeError) as error:  # the latter of a name with an empty part
+        raise UsageError(f"cannot serve at {host} port {port}: {getattr(error, 'strerror', None) or 'that is no name of a machine'}; choose another --port or --host") from error
 
 
 def check_key(key: str | None) -> str | None:

@@ -31,7 +31,7 @@ from nanochat.cli import (
 )
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
-from nanochat.files import check_writable, locked
+from nanochat.files import check_writable, current_umask, locked
 from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.modes import MODES, width_mode
@@ -92,7 +92,7 @@ def optimizer_shards(optimizer: MuonAdamW, ranks: int) -> list[dict]:
 class Comparison:
     """Bits per byte of validation text, where there is a tokenizer and data for the model, and logits of random tokens anywhere."""
 
-    def __init__(self, model: GPT, eval_tokens: int):
+    def __init__(self, model: GPT, meta: dict, eval_tokens: int):
         config, self.device = model.config, model.get_device()
         self.tokens = torch.randint(config.vocab_size, (2, min(config.sequence_len, 256)), generator=torch.Generator().manual_seed(0)).to(self.device)
         self.rows = max(1, 8192 // config.sequence_len)
@@ -107,9 +107,7 @@ class Comparison:
             print0(f"No validation text to compare on ({error}): logits of random tokens it is")
             self.tokenizer = None
             return
-        if self.tokenizer.get_vocab_size() != config.vocab_size:
-            raise UsageError(f"the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}: "
-                             "use the base directory that the model was trained in")
+        checkpoints.check_tokenizer(self.tokenizer, config, meta)
 
     def draw(self):
         loader = data_loader(self.tokenizer, self.rows, self.sequence_len, split="val", device=self.device)
@@ -149,7 +147,7 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     check_free(parent / tag)
     optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step)
 
-    comparison = Comparison(model.eval(), settings.eval_tokens)
+    comparison = Comparison(model.eval(), meta, settings.eval_tokens)
     check_writable(parent)
 
     grown, grown_optimizer = grow(model, after.config, optimizer, mode=settings.mode, depth_mode=settings.depth_mode, layers=after.layers,
@@ -176,7 +174,7 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
 
 
 def check_free(folder: Path) -> None:
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder} exists already and is not overwritten; choose another --to-tag")
 
 
@@ -194,12 +192,6 @@ def write_folder(folder: Path, step: int, model: GPT, shards: list, meta: dict, 
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 if __name__ == "__main__":

@@ -22,7 +22,17 @@ import torch
 import torch.nn as nn
 
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import UsageError, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int, positive_ints
+from nanochat.cli import (
+    UsageError,
+    command,
+    flag,
+    is_out_of_memory,
+    non_negative_float,
+    non_negative_int,
+    parse_settings,
+    positive_int,
+    positive_ints,
+)
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_peak_bandwidth, get_peak_flops
 from nanochat.engine import Engine
 from nanochat.lowrank import DECODE_ROWS, LowRankLinear
@@ -159,7 +169,9 @@ def main(argv=None) -> None:
         try:
             bench_generate(engine, prompt, batch_size, min(WARM_UP_TOKENS, settings.decode_tokens), settings.temperature)
             run = bench_generate(engine, prompt, batch_size, settings.decode_tokens, settings.temperature)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             print(f"{batch_size:5} out of memory: left out")
             continue
         tpot = statistics.median(run["step_times"]) if run["step_times"] else None  # None: the first token ended the answer

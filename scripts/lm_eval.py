@@ -18,7 +18,7 @@ from typing import Any
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
 from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir
-from nanochat.files import check_writable, parse_json, write_text_atomic
+from nanochat.files import check_writable, locked, parse_json, write_text_atomic
 
 
 def task_names(text: str) -> list[str]:
@@ -52,8 +52,8 @@ def harness():
     return lm_eval
 
 
-def load_tasks(names: list[str], include_path: str | None) -> tuple[Any, list[str]]:
-    """(task manager, names) after a look at every task's file and data. Raises UsageError for a task that is not there or cannot be loaded."""
+def load_tasks(names: list[str], include_path: str | None) -> Any:
+    """The task manager, after a look at every task's file and data. Raises UsageError for a task that is not there or cannot be loaded."""
     lm_eval = harness()
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"--include-path={include_path} is no folder")
@@ -71,7 +71,7 @@ def load_tasks(names: list[str], include_path: str | None) -> tuple[Any, list[st
         manager.load(names)
     except Exception as error:  # files that are missing, data that cannot be downloaded, columns that are not there
         raise UsageError(f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error})") from error
-    return manager, names
+    return manager
 
 
 @command
@@ -84,12 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ddp:
             raise UsageError("lm_eval runs as one process: start it without torchrun")
         folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
+        manager = load_tasks(settings.tasks, settings.include_path)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
-        manager, names = load_tasks(settings.tasks, settings.include_path)
         path = Path(get_base_dir(), "lm_eval", f"{settings.source}_{folder.name}_{step:06d}.json")
         check_writable(path.parent)
+        read_saved(path)
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        found = lm_eval.simple_evaluate(NanochatLM(model, tokenizer, settings.batch_size), tasks=list(names), task_manager=manager, num_fewshot=settings.num_fewshot,
+        found = lm_eval.simple_evaluate(NanochatLM(model, tokenizer, settings.batch_size), tasks=list(settings.tasks), task_manager=manager, num_fewshot=settings.num_fewshot,
                                         limit=settings.limit, log_samples=False, bootstrap_iters=0)
         print(lm_eval.utils.make_table(found))
         if found.get("groups"):
@@ -99,14 +100,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_cleanup()
 
 
+def read_saved(path: Path) -> dict:
+    """What the file has, nothing where there is none. Raises UsageError for one that is no such file."""
+    try:
+        known = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{path} is not a file of results ({error}); delete it") from error
+    if not isinstance(known, dict):
+        raise UsageError(f"{path} is not a file of results; delete it")
+    return known
+
+
 def save(path: Path, results: dict, settings: Settings) -> None:
     """Adds the tasks' results to the file of the checkpoint."""
     options = {"num_fewshot": settings.num_fewshot, "limit": settings.limit}
-    try:
-        known = parse_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        known = {}
-    write_text_atomic(path, json.dumps({**known, **{name: {**numbers, **options} for name, numbers in results.items()}}, indent=2, default=str) + "\n")
+    with locked(path):
+        known = read_saved(path) | {name: {**numbers, **options} for name, numbers in results.items()}
+        write_text_atomic(path, json.dumps(known, indent=2, default=str) + "\n")
     print(f"Written to {path}")
 
 

@@ -146,9 +146,10 @@ def batches_of(settings: Settings, text: Text, device: torch.device):
     def batches(config: GPTConfig, rows: int) -> Iterator[Batch]:
         if text.tokenizer is None or text.bytes_per_token is None or text.tokenizer.get_vocab_size() != config.vocab_size:
             yield from random_batches(config, rows, device)
-        prepare = OBJECTIVES[settings.objective].prepare(text.tokenizer, settings)
-        for number, (x, y) in enumerate(TrainingData(text.tokenizer, rows, config.sequence_len, device, range(1), 1).take(1_000_000)):
-            yield prepare(x, y, number)[:2]  # passes of all kinds take about as long
+        else:
+            prepare = OBJECTIVES[settings.objective].prepare(text.tokenizer, settings)
+            for number, (x, y) in enumerate(TrainingData(text.tokenizer, rows, config.sequence_len, device, range(1), 1).take(1_000_000)):
+                yield prepare(x, y, number)[:2]  # passes of all kinds take about as long
     return batches
 
 

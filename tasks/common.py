@@ -47,7 +47,7 @@ class HubDataset:
 
 
 def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train", columns: tuple[str, ...] = ()) -> HubDataset:
-    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or lack one of `columns`."""
+    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or lack one of `columns`, anywhere."""
     folder = Path(get_base_dir(), "task_data", repo_id.replace("/", "--"), subset, split)
     table = _read_folder(folder)
     if table is None:
@@ -65,6 +65,8 @@ def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train"
     if missing := [name for name in columns if name not in table.column_names]:
         raise UsageError(f"the rows of {repo_id} ({subset}, {split}) have no {', '.join(missing)}, but {', '.join(table.column_names)}; "
                          f"see {folder} for local files of another kind")
+    if empty := [f"{table[name].null_count:,} have no {name}" for name in columns if table[name].null_count]:
+        raise UsageError(f"of the {len(table):,} rows of {repo_id} ({subset}, {split}) {', '.join(empty)}; take them out of the files in {folder}")
     return HubDataset(table)
 
 
@@ -74,8 +76,8 @@ def _read_folder(folder: Path) -> pa.Table | None:
     try:
         tables = [pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist(list(read_jsonl(path))) for path in paths]
         return pa.concat_tables(tables, promote_options="default") if tables else None
-    except (pa.ArrowException, AttributeError, OverflowError, TypeError, ValueError) as error:  # also of numbers and texts that Arrow cannot hold
-        raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).splitlines()[0]}); put intact ones there") from error
+    except (pa.ArrowException, AttributeError, OSError, OverflowError, TypeError, ValueError) as error:  # also of numbers and texts that Arrow cannot hold
+        raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).partition(chr(10))[0]}); put intact ones there") from error
 
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -2,23 +2,20 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.distributed as dist
 
 from nanochat.batching import BatchedEngine, Request
-from nanochat.common import get_dist_info, is_ddp_initialized, with_progress
+from nanochat.common import get_dist_info, with_progress
+from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
-from nanochat.evals.scoring import logits_at
+from nanochat.evals.scoring import logits_at, stack_sequences
 from nanochat.sampling import Sampling
 from tasks.common import Task
 from tasks.registry import TASKS
 
 
-def _share(passed: int, total: int, device: torch.device) -> float:
+def _share(passed: int, total: int) -> float:
     """passed / total over all ranks."""
-    counts = torch.tensor([passed, total], device=device)
-    if is_ddp_initialized():
-        dist.all_reduce(counts)
-    passed, total = counts.tolist()
+    passed, total = sum_over_ranks(torch.tensor([passed, total])).tolist()
     return passed / max(total, 1)
 
 
@@ -71,7 +68,7 @@ def run_generative_eval(task_object: Task, tokenizer, model, engine: Engine, num
     passed = 0
     for number, answers in with_progress(drawn() if temperature > 0 else likeliest(), len(prompts), type(task_object).__name__):
         passed += any(task_object.evaluate(problems[number], tokenizer.decode(answer)) for answer in answers)
-    return _share(passed, len(prompts), model.get_device())
+    return _share(passed, len(prompts))
 
 
 @torch.inference_mode()
@@ -85,8 +82,7 @@ def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, m
     for first in with_progress(mine, len(mine), type(task_object).__name__):
         problems = [task_object[index] for index in range(first, min(first + batch_size, size))]
         prompts = [tokenizer.render_for_completion(problem) for problem in problems]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [bos] * (longest - len(prompt)) for prompt in prompts], device=device)
+        ids = stack_sequences(prompts, bos).to(device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         logits = logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()
         for problem, row in zip(problems, logits, strict=True):
@@ -95,7 +91,7 @@ def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, m
             choice = int(row[[letter_id[0] for letter_id in letter_ids]].argmax())
             passed += int(task_object.evaluate(problem, problem["letters"][choice]))
             total += 1
-    return _share(passed, total, device)
+    return _share(passed, total)
 
 
 def evaluate(task_object: Task, model, tokenizer, engine: Engine, batch_size: int = 1, num_samples: int = 1, max_new_tokens: int = 512,

@@ -184,7 +184,7 @@ def test_no_gradient_where_all_are_as_good(rollout):
 @pytest.mark.parametrize("outcomes, expected", [([[1, 0, 0], [0, 0, 1]], [0.5, 0.5, 1.0]), ([[0, 0, 0]], [0, 0, 0]), ([[0, 1, 0]], [0, 1, 1])])
 def test_pass_at_k(outcomes, expected):
     records = [{"idx": i, "outcomes": [{"is_correct": bool(correct)} for correct in row]} for i, row in enumerate(outcomes)]
-    assert chat_rl.pass_at_k(records, 3, torch.device("cpu")) == expected
+    assert chat_rl.pass_at_k(records, 3) == expected
 
 
 @pytest.mark.parametrize("flags, message", [

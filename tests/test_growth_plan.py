@@ -69,10 +69,8 @@ def test_bad_plans(path, reason):
 
 def test_no_stage_starves_the_final_model():
     for growths in (1, 2, 5):
-        ends = latest_growths(growths, 0.6)
-        assert len(ends) == growths and ends == sorted(ends) and ends[-1] == pytest.approx(0.4)
-    with pytest.raises(UsageError):
-        latest_growths(2, 1.0)
+        ends = latest_growths(growths)
+        assert len(ends) == growths and ends == sorted(ends) and ends[-1] == pytest.approx(0.75)
 
 
 def test_the_table_adds_up():

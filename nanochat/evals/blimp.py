@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from nanochat.cli import UsageError
+from nanochat.common import telling
 from nanochat.evals.jsonl import SUFFIXES, Rows, files_of, missing_text, plain_name, read_rows
 from nanochat.evals.results import Results, Row, average, mean_row
-from nanochat.evals.scoring import Example, find_common_length, max_positions, score_all, telling, token_nats
+from nanochat.evals.scoring import Example, find_common_length, max_positions, score_all, token_nats
 from nanochat.mlm import MASK, pseudo_log_likelihoods
 
 # What is spelled in several ways in the published files: the paper has 12 terms, in which s-selection is a part of argument structure, and 4 fields
@@ -31,8 +32,7 @@ def normalized(name: str) -> str:
 
 
 def _complaint(row: dict) -> str | None:
-    return missing_text(row, ("sentence_good", "sentence_bad")) or missing_text(
-        {"UID": "", **row}, [name for name in ("UID", "field", "linguistics_term") if row.get(name) is not None])
+    return missing_text(row, ("sentence_good", "sentence_bad", *(name for name in ("UID", "field", "linguistics_term") if row.get(name) is not None)))
 
 
 def read_set(path: Path, per_paradigm: int | None = None) -> tuple[dict[str, list[dict]], Rows]:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanochat.cli import flag, int_or_off, positive_float, positive_int
-from nanochat.common import is_ddp_initialized
+from nanochat.common import telling
+from nanochat.distributed import rank_and_world
 from nanochat.evals.results import Results
-from nanochat.evals.scoring import Example, batches_by_length, stack_sequences, telling
+from nanochat.evals.scoring import Example, batches_by_length, stack_sequences
 from nanochat.layered_gpt import build_gpt
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the probe: L2, on standardized states and mean losses
@@ -217,7 +218,7 @@ def predict(classifier: Classifier, items: Sequence[Item], batch: int = 32) -> t
 
 def share_jobs(jobs: Sequence[Callable[[], Results]]) -> Results:
     """What all of them find. Each rank does some of them; all ranks call this and get the same."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
+    rank, world_size = rank_and_world()
     mine = [jobs[i]() for i in range(rank, len(jobs), world_size)]
     everyones: list[Any] = [mine]
     if world_size > 1:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from nanochat.cli import UsageError
+from nanochat.common import telling
 from nanochat.core_eval import score_task
 from nanochat.evals.classification import FineTuning, Item, encode, features, finetune, predict, probe
 from nanochat.evals.jsonl import SUFFIXES, Rows, missing_text, read_rows
 from nanochat.evals.results import Results, Row, mean_row
-from nanochat.evals.scoring import telling
 
 LABELS = {"entailment": "True", "neutral": "Neither", "contradiction": "False"}
 # Test accuracy of the drafts on growing (64M parameters), in percent: what ours stand beside

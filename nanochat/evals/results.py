@@ -8,7 +8,6 @@ A row's key begins with the evaluation as it was asked for: `core:50/arc_easy` w
 A later measurement replaces the rows of its keys and no others.
 """
 import datetime
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from nanochat.cli import UsageError
-from nanochat.files import locked, parse_json, write_text_atomic
+from nanochat.files import locked, parse_json, to_json, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ def write_results(folder: Path, step: int, results: Results, **facts: Any) -> Pa
         rows = content["rows"] | {key: {name: value for name, value in asdict(row).items() if value not in (None, "", {})} | {"time": now}
                                   for key, row in results.items()}
         known = {name: value for name, value in facts.items() if value is not None}
-        text = json.dumps({"step": step, **content, **known, "rows": dict(sorted(rows.items()))}, indent=1, default=float)
-        write_text_atomic(path, re.sub(r"\b(NaN|-?Infinity)(?=,?\n)", "null", text))
+        write_text_atomic(path, to_json({"step": step, **content, **known, "rows": dict(sorted(rows.items()))}, indent=1))
     return path
 
 

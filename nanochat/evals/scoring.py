@@ -2,7 +2,6 @@
 
 The result is that of one example at a time: attention is causal, so what pads a row on the right changes nothing, up to the rounding of sums.
 """
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.common import PROGRESS_SECONDS, is_ddp_initialized, print0
+from nanochat.distributed import rank_and_world, sum_over_ranks
 
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384, "mps": 8192}  # padding included; small batches stay in a CPU's cache
 EXAMPLES_SORTED = 256  # how many are tokenized, sorted by length and batched at a time
@@ -124,28 +123,6 @@ def batches_by_length(examples: list[Example], max_tokens: int) -> Iterator[list
         yield batch
 
 
-def telling(label: str) -> Callable[[float], None]:
-    """A function that is told the fraction that is done, and says from time to time how long the rest will take."""
-    started = shown = time.perf_counter()
-
-    def tell(fraction: float) -> None:
-        nonlocal shown
-        now = time.perf_counter()
-        if fraction and now - shown > PROGRESS_SECONDS:
-            shown = now
-            print0(f"{label}: {fraction:.0%}, eta {(now - started) * (1 - fraction) / fraction / 60:.1f}m", flush=True)
-    return tell
-
-
-def sum_over_ranks(values: torch.Tensor, device) -> torch.Tensor:
-    """Of a tensor on the CPU, on the CPU."""
-    if not is_ddp_initialized():
-        return values
-    values = values.to(device if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(values)
-    return values.cpu()
-
-
 def score_all(count: int, prepare: Callable[[int], Example | None], score: Callable[[list[Example]], Sequence[float]], device,
               progress: Callable[[float], None] | None = None) -> tuple[torch.Tensor, dict[str, int]]:
     """(the score of each of `count` examples, float64 and NaN for those that cannot be prepared; how many examples have each note).
@@ -153,7 +130,7 @@ def score_all(count: int, prepare: Callable[[int], Example | None], score: Calla
     All ranks call it and get the same. prepare: an example by its number, or None. score: those of a batch that is to run in one forward pass.
     progress: is called with the fraction that this rank has done.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_ddp_initialized() else (0, 1)
+    rank, world_size = rank_and_world()
     mine = range(rank, count, world_size)
     scores, notes, done = torch.zeros(count, dtype=torch.float64), Counter[str](), 0
     for first in range(0, len(mine), EXAMPLES_SORTED):
@@ -172,4 +149,4 @@ def score_all(count: int, prepare: Callable[[int], Example | None], score: Calla
         everyones: list[Any] = [None] * world_size
         dist.all_gather_object(everyones, notes)
         notes = sum(everyones, Counter())
-    return sum_over_ranks(scores, device), dict(notes)
+    return sum_over_ranks(scores), dict(notes)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from nanochat.cli import UsageError
+from nanochat.common import telling
 from nanochat.evals.jsonl import read_text
 from nanochat.evals.results import Results, Row
-from nanochat.evals.scoring import Example, score_all, telling, token_nats
+from nanochat.evals.scoring import Example, score_all, token_nats
 
 
 def windows(tokens: list[int], bos: int, context: int, stride: int) -> list[Example]:

@@ -11,6 +11,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError
+from nanochat.files import current_umask
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -75,8 +76,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise UsageError(f"cannot write to {folder.absolute().parent} ({error.strerror}); choose another --out") from error
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
+        umask = current_umask()
         for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors make theirs private to the user
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         check_free(folder)  # nobody was faster

@@ -60,7 +60,7 @@ def shape_of(config: GPTConfig) -> tuple:
 def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | None = None) -> list[tuple[Path, float]]:
     """(log, last validation loss in bits per byte) of all finished runs of this shape that never grew; `runs` holds a folder for each run.
 
-    conditions: what their start records must have under `conditions` too, numbers to 2 %. Logs that do not tell do not count.
+    conditions: what their start records must have under `conditions` too, numbers to 2 %; logs that do not tell do not count. Without, all that began from scratch.
     """
     found = []
     for path in sorted(Path(runs).glob(f"*/{FILENAME}")):
@@ -72,10 +72,12 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | 
             start = next(record for record in records if record["kind"] == "start")
             if shape_of(read_config(start["model_config"])) != shape_of(read_config(config)):
                 continue
+            if conditions is None and any(start.get("config", {}).get(flag) for flag in ("branch_from", "init_from")):
+                continue  # it may be the decay of a model that grew
             if conditions is not None and not _alike(start["conditions"], conditions):
                 continue
             found.append((path, [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None][-1]))
-        except (UsageError, KeyError, IndexError, StopIteration, TypeError, ValueError, AssertionError):
+        except (UsageError, KeyError, IndexError, StopIteration, TypeError, AttributeError, ValueError, AssertionError):
             continue  # the log of something else
     return found
 

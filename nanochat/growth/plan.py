@@ -124,11 +124,9 @@ def _stage(shape: Shape, config: GPTConfig, layers: list[int | None]) -> Stage:
     return Stage(shape, config, layers, model.num_scaling_params()["total"], scaling_params(model), model.estimate_flops())
 
 
-def latest_growths(growths: int, final_share: float = FINAL_SHARE) -> list[float]:
-    """The shares of the budget by which each growth happens in any case, evenly spaced, so that `final_share` is left for the last model."""
-    if not 0 < final_share < 1:
-        raise UsageError(f"a share of {final_share} for the final model must lie between 0 and 1")
-    return [(1 - final_share) * (i + 1) / growths for i in range(growths)]
+def latest_growths(growths: int) -> list[float]:
+    """The shares of the budget by which each growth happens in any case, evenly spaced, so that FINAL_SHARE is left for the last model."""
+    return [(1 - FINAL_SHARE) * (i + 1) / growths for i in range(growths)]
 
 
 def show_plan(stages: Sequence[Stage], budget: float, growths_at: Sequence[float], fixed: bool = False) -> str:
