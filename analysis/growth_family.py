@@ -4,7 +4,7 @@
 
 **Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). It is compared with
 runs of its sizes alone, with schedules of the same kind and the same text; of a size's two losses the difference is told in nats. In the *short* family a size ends after as many
-tokens as alone, those of the smaller ones included; in the *long* one it sees more, as if a smaller one's token were worth 0.4 of its own (`analysis.mixing`).
+tokens as alone, those of the smaller ones included; in the *long* one it sees more, so much that the smaller ones end below runs of their own (found with seed 42: a smaller one's token had been taken to be worth 0.4, which was not enough).
 **Extension**: 4x64 is finished, its FLOPs are spent and do not count. What does it take from there to the loss of 4x128 from scratch? Grown to 4x128, at full rates again or
 half of them, for some lengths; always beside the small one simply trained on for as many FLOPs.
 """

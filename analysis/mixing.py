@@ -115,7 +115,15 @@ def main(argv=None) -> None:
     runs = {name: [seed[name] for seed in by_seed] for name in by_seed[0]}
     curves = [Curve.of(result) for result in runs["4x128"]]
     small = SHARE * HORIZON
-    print(f"Growth after {small:g} tokens per parameter of 4x128, at a constant rate. rho after so many more:\n")
+    seen = [3, 4, 6, 8, 10, 12, 16]
+    print("rho of what a small model alone has seen, in tokens per parameter of 4x128:\n")
+    print("| model | " + " | ".join(map(str, seen)) + " |\n|---|" + "---:|" * len(seen))
+    for name, seeds in runs.items():
+        if name != "4x128" and "->" not in name and "decayed" not in name:
+            small_curves = [Curve.of(seed) for seed in seeds]
+            worth = [statistics.mean(large.worth(np.interp(t, own.units, own.losses)) / t for large, own in zip(curves, small_curves)) for t in seen]
+            print(f"| {name} | " + " | ".join(f"{rho:.2f}" for rho in worth) + " |")
+    print(f"\nGrowth after {small:g} tokens per parameter of 4x128, at a constant rate. rho after so many more:\n")
     after = [0, 1, 2, 3, 6, 10]
     print("| growth | " + " | ".join(map(str, after)) + " |\n|---|" + "---:|" * len(after))
     for name, seeds in runs.items():

@@ -7,7 +7,7 @@
 
 A configuration takes three half runs or four to find its rate and a run for each seed.
 
-The questions are those of the low-rank proposal that this project began with. A file of analysis/sweeps says which configurations there are, at which learning rates of
+A file of analysis/sweeps says which configurations there are, at which learning rates of
 the matrices they are tuned, with which seed and budget. The best rate of each configuration for each budget, by the
 last validation of that one seed after half of it, then trains other seeds, which alone are reported (on the same validation text). The list of rates goes on by its own factor where the best is
 at an end (rates.py): long budgets want lower ones than short ones, and a wide model others than a deep one. There is no weight decay: base_train's depends on depth and aspect

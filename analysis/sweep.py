@@ -182,7 +182,7 @@ def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:
     try:
         import submitit
     except ImportError as error:
-        raise UsageError(f"--submit needs a package that is not installed ({error.name}): pip install 'nanochat[sweep]'") from error
+        raise UsageError(f"--submit needs a package that is not installed ({error.name}): pip install -e '.[sweep]'") from error
     options = {"name": sweep.name, "timeout_min": 24 * 60, **sweep.slurm}
     try:
         executor = submitit.AutoExecutor(folder / "slurm", cluster=options.pop("cluster", "slurm"))

@@ -20,7 +20,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UsageError(f'method = "optuna" needs a package that is not installed ({error.name}): pip install \'nanochat[sweep]\'') from error
+        raise UsageError(f'method = "optuna" needs a package that is not installed ({error.name}): pip install -e \'.[sweep]\'') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -97,7 +97,7 @@ class Page:
             pays = self.growth_pays()
             lower = "lower, but by less than the error" if self.growth.loss < best.loss else "no lower"
             notes.append(f"Growth, {self.growth.name}, is {'' if pays else 'not '}predicted to pay against {best.name} alone, assuming that a token of the small model is worth {planner.rho:g} to the large one (--rho)"
-                         + ("." if pays else f": its loss is {lower}.") + " Measured so far: 0.25 to 0.6, and no run that beat the best single size (docs/planning.md).")
+                         + ("." if pays else f": its loss is {lower}.") + " Measured so far: 0.25 to 0.6 in short runs, 0.7 to 0.3 and falling in a long one, and no run that beat the best single size (docs/planning.md).")
         if self.too_large:
             notes.append(f"Too large for the memory: {', '.join(self.too_large)}.")
         return notes

@@ -1,6 +1,6 @@
 """Grows a finished checkpoint, and says how much that moved the loss.
 
-    python -m scripts.grow_checkpoint --model-tag=d10 --to=15x960
+    python -m scripts.grow_checkpoint --model-tag=d10 --to=15x1024
     python -m scripts.grow_checkpoint --to=20x1280x128 --mode=lossless --noise=0.3 --to-tag=wide
 
 Works on any checkpoint of this pipeline and of nanochat itself, with the optimizer's state where there is one. The result is a new folder beside
@@ -45,7 +45,7 @@ from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
 @dataclass
 class Settings:
-    to: str = flag(REQUIRED, "Shape to grow to, depth x width or depth x width x rank: 15x960, 15x960x128; a rank of 0 is dense")
+    to: str = flag(REQUIRED, "Shape to grow to, depth x width or depth x width x rank: 15x1024, 15x1024x128; a rank of 0 is dense")
     source: str = flag("base", "Stage of training that the checkpoint comes from", choices=checkpoints.SOURCES)
     model_tag: str | None = flag(None, "Folder of the checkpoint (default: the largest model)", type=folder_name)
     step: int | None = flag(None, "Step of the checkpoint (default: the last)", type=non_negative_int)
@@ -136,7 +136,7 @@ def main(argv=None) -> None:
 def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     shapes = parse_path(settings.to)
     if len(shapes) != 1:
-        raise UsageError(f"--to={settings.to}: give one shape, such as 15x960")
+        raise UsageError(f"--to={settings.to}: give one shape, such as 15x1024")
     parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(settings, name)) is not None}
     width_mode(settings.mode, **parameters)  # checks them before anything takes time
     parent = Path(checkpoints.checkpoints_dir_of(settings.source))

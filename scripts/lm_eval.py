@@ -4,7 +4,7 @@
     python -m scripts.lm_eval --tasks=my_task --include-path=my_tasks --limit=100
 
 A task is a YAML file (docs/export.md shows one); its data may be a local file. The table is printed, and all results go to
-base_dir/lm_eval/<source>_<tag>_<step>.json, which a later call completes. Needs the harness: pip install 'nanochat[eval]'.
+base_dir/lm_eval/<source>_<tag>_<step>.json, which a later call completes. Needs the harness: pip install -e '.[eval]'.
 """
 import argparse
 import json
@@ -48,7 +48,7 @@ def harness():
         import lm_eval.tasks
         import lm_eval.utils
     except ImportError as error:
-        raise UsageError(f"the lm-evaluation-harness is not installed ({error}): pip install 'nanochat[eval]'") from error
+        raise UsageError(f"the lm-evaluation-harness is not installed ({error}): pip install -e '.[eval]'") from error
     return lm_eval
 
 

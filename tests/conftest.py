@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nanochat-tests-modules-")  # code that an exported model brings along
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 # kept from one call to the next, for each instruction set by itself: code for other registers fails or errs
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "nanochat-tests-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "best")))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"nanochat-tests-compiled-{os.getuid() if hasattr(os, 'getuid') else 0}-{os.environ.get('ATEN_CPU_CAPABILITY', 'best')}"))
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
@@ -23,6 +23,7 @@ from types import SimpleNamespace  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # the same examples in every run; `--hypothesis-seed=random` looks for new ones
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -37,6 +38,12 @@ def collector():
         patch.setattr("nanochat.train_loop.collect_garbage_rarely", lambda step, first_step: None)
         patch.setattr("nanochat.growth.controller.gc", SimpleNamespace(collect=lambda: 0, unfreeze=lambda: None))
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """What a test draws does not depend on those before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

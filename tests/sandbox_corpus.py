@@ -507,7 +507,8 @@ def running(parent: int) -> list[str]:
             arguments = path.read_bytes().decode().split("\0")
         except OSError:  # it has ended meanwhile
             continue
-        if str(parent) in arguments and any(Path(argument).name.startswith("sandbox") for argument in arguments):
+        script = next((i for i, argument in enumerate(arguments) if Path(argument).name.startswith("sandbox")), None)
+        if script is not None and arguments[script + 2:script + 3] == [str(parent)]:  # the script, its role, who started it
             found.append(path.parent.name)
     return found
 

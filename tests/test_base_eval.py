@@ -238,7 +238,7 @@ def test_without_network_the_error_says_where_to_put_it(base_dir, monkeypatch):
     (zipped("../outside.txt"), "outside"),
     (zipped("/tmp/outside.txt"), "outside"),
     (zipped(root="another"), "no folder eval_bundle"),
-])
+], ids=["no zip", "cut", "changed", "above", "elsewhere", "another folder"])  # they hold the time, which two workers do not share
 def test_bad_zips_leave_nothing_behind(base_dir, content, message):
     (base_dir / "inner").mkdir()
     path = base_dir / "inner" / "bad.zip"

@@ -184,7 +184,7 @@ def test_missing_packages_are_named(base, monkeypatch, capsys, to, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert exported.run(to, "stock", base / "out") == 2
     error = capsys.readouterr().err
-    assert package.partition(".")[0] in error and "pip install 'nanochat[export]'" in error and error.count("\n") == 1 and not (base / "out").exists()
+    assert package.partition(".")[0] in error and "pip install -e '.[export]'" in error and error.count("\n") == 1 and not (base / "out").exists()
 
 
 @pytest.mark.parametrize("size", ["5", "0GB", "-1MB", "many"])

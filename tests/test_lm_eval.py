@@ -3,6 +3,7 @@ import json
 import math
 import sys
 
+import datasets.config
 import lm_eval
 import pytest
 import torch
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("lm_eval")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
-        patch.setenv("HF_DATASETS_CACHE", str(directory / "datasets"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "datasets")
         exported.prepare(directory, {kind: exported.KINDS[kind] for kind in ("stock", "masked")})
         write_tasks(directory / "tasks")
         yield directory
@@ -171,7 +172,7 @@ def test_bad_flags(base, capsys, flags, reason):
 def test_without_the_harness(base, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert script.main(["--tasks=texts", "-g", "stock"]) == 2
-    assert "pip install 'nanochat[eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
 
 
 def test_no_such_folder_of_tasks(base, capsys):

@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from analysis.sweep_config import check_runs, read_sweep
 from nanochat.cli import ArgumentParser
+from nanochat.growth.plan import parse_path
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +69,10 @@ def test_every_dependency_is_imported():
 
 def commands():
     """(file, module, flags) of every `-m nanochat.X`, `-m scripts.X` or `-m analysis.X`; variables of flags have their defaults."""
-    for path in [*SCRIPTS, ROOT / "README.md"]:
-        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+    setup = (ROOT / "runs" / "setup.sh").read_text(encoding="utf-8")
+    get_text = re.search(r"^get_text\(\) \{\n(.*?)^\}", setup, re.MULTILINE | re.DOTALL)[1]
+    for path in [*(path for path in SCRIPTS if path.name != "setup.sh"), ROOT / "README.md"]:
+        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8").replace("\nget_text\n", f"\n{get_text}"))
         variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
         variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
         for module, rest in re.findall(r"-m ((?:nanochat|scripts|analysis)\.\w+)(.*)", text):
@@ -91,6 +94,17 @@ def test_commands_exist_and_take_their_flags(where, module, flags, monkeypatch):
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
     with pytest.raises(Parsed):
         importlib.import_module(module).main(flags)
+
+
+def test_growths_are_made_of_whole_heads():
+    found = 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "scripts" / "grow_checkpoint.py"]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            head_dim = int(re.search(r"--head-dim=(\d+)|$", line)[1] or 128)  # base_train's
+            for shapes in re.findall(r"--(?:grow-path|grow-to|to)=(\d[\dx,]+)", line) if "-m scripts." in line else ():
+                assert not [str(shape) for shape in parse_path(shapes) if shape.width % head_dim], line
+                found += 1
+    assert found > 8
 
 
 def test_commands_are_found():

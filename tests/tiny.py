@@ -60,8 +60,17 @@ def start(base_dir, *flags: str, ranks: int = 0, script: list[str] | None = None
 
 def run(base_dir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
     process = start(base_dir, *flags, **kwargs)
-    out, err = process.communicate(timeout=300)
+    out, err = ended(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ended(process: subprocess.Popen) -> tuple[str, str]:
+    """(stdout, stderr) of a process that ends. One that hangs is killed after a time that even a loaded machine does not need, and does not slow what comes after."""
+    try:
+        return process.communicate(timeout=1200)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def folder(base_dir, tag: str = "d3") -> Path:

@@ -57,7 +57,7 @@ def optional_packages() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UsageError(f"this format needs a package that is not installed ({error.name}): pip install 'nanochat[export]'") from error
+        raise UsageError(f"this format needs a package that is not installed ({error.name}): pip install -e '.[export]'") from error
 
 
 def check_free(folder: Path) -> None:

@@ -39,7 +39,7 @@ class GrowthSettings:
 
     grow_from: int | None = flag(None, "Depth of the first model; width and heads follow as for --depth (default: no growth)", type=positive_int)
     grow_stages: int = flag(1, "Growths between --grow-from and --depth", type=positive_int)
-    grow_path: str | None = flag(None, "Shapes instead of --grow-from, each depth x width [x rank], the first and the last included: 10x640,15x960,20x1280")
+    grow_path: str | None = flag(None, "Shapes instead of --grow-from, each depth x width [x rank], the first and the last included: 10x640,15x1024,20x1280")
     kappa: float | None = flag(None, "Share of the gain that the model can still make at which to grow: as soon as loss <= p + kappa (s - p)", type=fraction)
     kappa_final_loss: float | None = flag(None, "The p of --kappa in bits per byte (default: of a finished run like this stage without growth, else foretold)", type=positive_float)
     grow_at: str | None = flag(None, "Shares of the FLOPs at which to grow, instead of --kappa, one for each growth: 0.2,0.5")

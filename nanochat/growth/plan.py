@@ -27,12 +27,12 @@ class Shape:
 
 
 def parse_path(text: str) -> list[Shape]:
-    """`10x640,15x960x128`: depth x width [x rank] of each stage, the first one included, which may have no layers (0x640). Raises UsageError."""
+    """`10x640,15x1024x128`: depth x width [x rank] of each stage, the first one included, which may have no layers (0x640). Raises UsageError."""
     shapes = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)x(\d+)(?:x(\d+))?\s*", part)
         if match is None:
-            raise UsageError(f"{part.strip()!r} is not a shape; write depth x width or depth x width x rank, for example 10x640,15x960x128")
+            raise UsageError(f"{part.strip()!r} is not a shape; write depth x width or depth x width x rank, for example 10x640,15x1024x128")
         depth, width, rank = (number and int(number) for number in match.groups())
         if not width:
             raise UsageError(f"{part.strip()!r} is not a model; its width must be 1 or more")
