@@ -99,9 +99,7 @@ def test_ranks_share_the_jobs_in_their_order(monkeypatch):
     assert list(whole) == [f"job {i}" for i in range(5)]
     done = {}
     for rank in range(2):
-        monkeypatch.setattr(classification, "is_ddp_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(classification, "rank_and_world", lambda rank=rank: (rank, 2))
 
         def gather(everyones, mine, rank=rank):
             done[rank] = mine

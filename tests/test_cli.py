@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,13 @@ def test_numbers(capsys, name, good, bad):
         with pytest.raises(SystemExit):
             parser.parse_args([f"--x={text}"])
         assert "--x" in capsys.readouterr().err
+
+
+def test_pictures():
+    assert cli.picture_path("a/b.svg") == Path("a/b.svg")
+    for text in ("curve", "curve.doc", "curve.PNG.txt"):
+        with pytest.raises(argparse.ArgumentTypeError, match="does not end in .png"):
+            cli.picture_path(text)
 
 
 @pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), ("a/b", False), ("..", False), ("../x", False), ("a\\b", False)])

@@ -1,4 +1,5 @@
 """Files, devices, ranks and logging: what every module stands on. (Peak speeds: golden/test_small.py.)"""
+import http.client
 import io
 import logging
 import os
@@ -6,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,16 @@ def test_download_once(base_dir, tmp_path_factory):
     with pytest.raises(UsageError, match="cannot download"):
         common.download_file_with_lock(source.as_uri(), "other")
     assert not (base_dir / "other").exists()
+
+
+def test_a_download_that_ends_too_soon(base_dir, monkeypatch):
+    class Response(io.BytesIO):
+        def read(self):
+            raise http.client.IncompleteRead(b"half")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Response())
+    with pytest.raises(UsageError, match="cannot download"):
+        common.download_file_with_lock("https://example.org/x", "copy")
+    assert not (base_dir / "copy").exists()
 
 
 @pytest.mark.parametrize("name, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])

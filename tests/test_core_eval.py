@@ -264,6 +264,8 @@ def test_tasks_by_label(bundle):
     ("core.yaml", "icl_tasks:", "{", "core.yaml is not a list of CORE tasks"),
     ("core.yaml", "label: toy_schema", "name: toy_schema", "needs label"),
     ("core.yaml", "icl_task_type: schema", "icl_task_type: riddle", "'riddle'"),
+    ("core.yaml", "label: toy_schema", "label: 7", "must be texts"),
+    ("core.yaml", "icl_task_type: schema", "icl_task_type: [schema]", "must be texts"),
     ("core.yaml", "- 2\n", "- two\n", "num_fewshot 'two'"),
     ("core.yaml", "- 2\n", "- 20\n", "has only 20 rows"),
     ("eval_meta_data.csv", "toy_schema", "toy_scheme", "no row for the task toy_schema"),

@@ -175,6 +175,16 @@ def test_without_the_harness(base, monkeypatch, capsys):
     assert "pip install -e '.[eval]'" in capsys.readouterr().err
 
 
+def test_other_results_are_kept(base, capsys):
+    path = base / "lm_eval" / "base_masked_000007.json"
+    for content in ("[1]", "{"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        assert script.main(["--tasks=texts", "-g", "masked", "--device-type=cpu", f"--include-path={base / 'tasks'}"]) == 2
+        assert f"{path} is not a file of results" in capsys.readouterr().err and path.read_text() == content
+    path.unlink()
+
+
 def test_no_such_folder_of_tasks(base, capsys):
     assert script.main(["--tasks=texts", "-g", "stock", "--device-type=cpu", "--include-path=nowhere"]) == 2
     assert "is no folder" in capsys.readouterr().err

@@ -303,7 +303,8 @@ def series(sandbox, recipe, **env):
     sandbox.tool("python", f"""
         echo "$2" >> '{sandbox.calls_file}'
         if [[ $2 == analysis.sweep ]]; then printf '%s' "${{@: -1}}" > '{sandbox.project}/flags'; cat > '{sandbox.project}/sweep.toml'; fi""")
-    (sandbox.project / "runs" / "setup.sh").write_text("")
+    setup = sandbox.project / "runs" / "setup.sh"
+    setup.write_text(setup.read_text(encoding="utf-8").partition('\nsetup_venv "$@"')[0], encoding="utf-8")
     status, calls, stderr = sandbox.run(recipe, DEVICE_TYPE="cpu", **env)
     assert status == 0, stderr
     sweep = read_sweep("sweep.toml", (sandbox.project / "sweep.toml").read_text(), (sandbox.project / "flags").read_text().removeprefix("--flags="))

@@ -23,11 +23,11 @@ def here(base_dir, tmp_path_factory, monkeypatch):
     return base_dir
 
 
-def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None):
+def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None, **flags):
     """Writes the log of a made-up run that did `steps` of `planned` steps, and returns its records' path."""
     path = base_dir / "base_checkpoints" / tag / "log.jsonl"
     log = RunLog(path)
-    log.log("start", 0, config={"depth": 4, "run": "dummy"}, model_config=model_config or {"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
+    log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
             num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, dtype="float32", world_size=world_size)
     for step in range(steps + 1):
         if step % 5 == 0:
@@ -336,6 +336,7 @@ def test_the_same_model_from_scratch_is_drawn_beside_a_grown_one(here):
     alone = grown.picture()
     train(here, "wider", model_config=shape | {"n_embd": 64})
     train(here, "unfinished", steps=10, model_config=shape)
+    train(here, "branch", model_config=shape, branch_from="larger@15")
     assert grown.from_scratch() is None and grown.picture() == alone
     scratch = TrainingRun(train(here, "scratch", model_config=shape))
     assert grown.from_scratch().tag == "scratch"

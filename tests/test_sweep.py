@@ -203,6 +203,7 @@ def test_bad_files(text, message, tmp_path, base_dir, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere.toml"], "cannot read nowhere.toml"), (["SWEEP", "--flags=depth 4"], "'depth' belongs to no flag"), (["SWEEP", "--flags=--depht=4"], "no flag --depht; did you mean depth?"),
+    (["SWEEP", "--flags=--depth='4"], "no closing quotation"),
     (["SWEEP", "--flags=--depth=x"], "'x' is not a whole number"), (["SWEEP", "--export", "ray", "x.yaml"], "--export=ray is unknown"), (["SWEEP", "--submit=2"], "give the flag device-type under .fixed."),
 ])
 def test_bad_commands(arguments, message, tmp_path, base_dir, capsys):

@@ -100,6 +100,23 @@ def test_damaged_parquet(base_dir):
         GSM8K("main", "train")
 
 
+def test_parquet_whose_middle_is_damaged(base_dir):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[])
+    path = base_dir / "task_data/openai--gsm8k/main/train/rows.parquet"
+    pq.write_table(pa.table({"question": ["?"] * 999, "answer": [str(i) for i in range(999)]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="damaged"):
+        GSM8K("main", "train")
+
+
+def test_empty_columns(base_dir):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[{"question": "?", "answer": "1"}, {"question": None, "answer": "1"}])
+    with pytest.raises(UsageError, match="of the 2 rows of openai/gsm8k .* 1 have no question; take them out"):
+        GSM8K("main", "train")
+
+
 def test_missing_columns(base_dir):
     put(base_dir, "openai--gsm8k", "main", "train", rows=[{"question": "?", "solution": "1"}])
     with pytest.raises(UsageError, match="have no answer, but question, solution"):
