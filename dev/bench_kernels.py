@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from nanochat import kernel_choice
 from nanochat.cli import command, positive_int
 from nanochat.common import COMPUTE_DTYPE, compute_init
+from nanochat.compiler import compiled
 from nanochat.cross_entropy import softcap_cross_entropy
 from nanochat.gpt import linear
 from nanochat.kernel_choice import attention_trials, chosen, chosen_backward, decode_trials, in_turns, position_trials
@@ -40,9 +41,9 @@ def loss_trials(tokens: int, width: int, vocab: int) -> dict[str, Callable]:
     def plain(h, w):
         return F.cross_entropy(15 * torch.tanh(F.linear(h, w.to(h.dtype)).float() / 15), targets)
 
-    compiled = torch.compile(plain, dynamic=False)
+    fast = compiled(plain, dynamic=False)
     return {"chunked": lambda: softcap_cross_entropy(hidden, weight.to(hidden.dtype), targets, 15.0).backward(),
-            "whole": lambda: compiled(hidden, weight).backward()}
+            "whole": lambda: fast(hidden, weight).backward()}
 
 
 def weight_trials(rows: int, width: int, matrices: int = 24) -> dict[str, Callable]:

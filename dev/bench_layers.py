@@ -26,7 +26,7 @@ import torch
 
 from nanochat.cli import ArgumentParser, UsageError, command, picture_path, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
-from nanochat.compiler import compile_model, why_not_compile
+from nanochat.compiler import compile_model, compiled, why_not_compile
 from nanochat.files import atomic_path, write_text_atomic
 from nanochat.gpt import GPT, Linear, run_layer
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
@@ -163,7 +163,7 @@ class Layer:
         self.muon_flops = muon_flops(self.parameters)
         self.x, self.x0, self.upstream = (torch.randn(rows, length, width, device=device).to(COMPUTE_DTYPE) for _ in range(3))
         self.x.requires_grad_()
-        self.run_layer = run_layer if why_not_compile(device.type) else torch.compile(run_layer, dynamic=False)
+        self.run_layer = run_layer if why_not_compile(device.type) else compiled(run_layer, dynamic=False)
         self.sync = synchronizer(device)
 
     def forward(self) -> torch.Tensor:
@@ -230,9 +230,8 @@ def measure(width: int, args, device: torch.device) -> dict[str, Any]:
     tokens = tokens_at(width, args, device)
     layers: dict[str, Layer] = {}
     compile_seconds = {}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     specs = layer_kinds(width, args.head_dim, args.rank_divisors)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(specs))  # type: ignore
     for name, spec in specs.items():
         layers[name] = Layer(spec, width, tokens // args.max_seq_len, args.max_seq_len, device)
         started = time.perf_counter()

@@ -60,7 +60,7 @@ def make_stock(compiled: bool) -> None:
     import torch
     import torch.nn.functional as F
 
-    from nanochat import flash_attention, gpt, optim
+    from nanochat import compiler, flash_attention, gpt, optim
 
     def builtin_attention(q, k, v, causal=False, window_size=(-1, -1)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -72,14 +72,14 @@ def make_stock(compiled: bool) -> None:
 
     flash_attention.flash_attn.flash_attn_func = builtin_attention
     gpt.softcap_cross_entropy = full_cross_entropy
-    optim.muon_step_fused = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=False) if compiled else optim.muon_step_fused.__wrapped__
+    optim.muon_step_fused = compiler.compiled(optim.muon_step_fused.__wrapped__, dynamic=False) if compiled else optim.muon_step_fused.__wrapped__
 
 
 def worker(args) -> None:
     import torch
 
-    from nanochat.common import compute_init
-    from nanochat.compiler import CompiledLayers, compile_model
+    from nanochat.common import COMPUTE_DTYPE, compute_init
+    from nanochat.compiler import CompiledLayers, compile_model, compiled
     from nanochat.gpt import GPT
     from nanochat.recipe import gpt_config
     if not args.worker.startswith("ours"):
@@ -101,7 +101,7 @@ def worker(args) -> None:
     elif args.worker == "ours-layers":
         run = CompiledLayers(model)
     else:
-        run = compile_model(model, device.type) if args.worker.startswith("ours") else torch.compile(model, dynamic=False)
+        run = compile_model(model, device.type) if args.worker.startswith("ours") else compiled(model, dynamic=False)
     optimizer = model.setup_optimizer()
     idx = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
     targets = torch.randint(0, args.vocab_size, (args.rows, args.max_seq_len), device=device)
@@ -164,7 +164,7 @@ def worker(args) -> None:
     for line in sys.stdin:
         if line.strip() == "matmul":
             n = 8192 if device.type == "cuda" else 2048
-            a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+            a, b = (torch.randn(n, n, device=device).to(COMPUTE_DTYPE) for _ in range(2))  # a CPU that has no bf16 would take minutes for one
             seconds = []
             for _ in range(12):
                 sync()
@@ -172,7 +172,7 @@ def worker(args) -> None:
                 a @ b
                 sync()
                 seconds.append(time.perf_counter() - started)
-            print(json.dumps({"flops_per_second": 2 * n ** 3 / statistics.median(seconds[2:])}), flush=True)
+            print(json.dumps({"flops_per_second": 2 * n ** 3 / statistics.median(seconds[2:]), "dtype": str(COMPUTE_DTYPE).removeprefix("torch.")}), flush=True)
         elif line.strip() == "profile":
             print(json.dumps(profile()), flush=True)
         else:
@@ -243,14 +243,15 @@ def bench(args, depth: int, all_ready: Callable[[], None] = lambda: None) -> dic
             answer = contestant.ask(args.steps)
             contestant.times += answer["times"]
             answers[contestant.name] = answer
-        limits.append(contestants[-1].ask("matmul")["flops_per_second"])
+        product = contestants[-1].ask("matmul")
+        limits.append(product["flops_per_second"])
     limit = statistics.median(limits)
     tokens = args.rows * args.max_seq_len
     peak_flops = None
     if torch.cuda.is_available():
         from nanochat.common import get_peak_flops
         peak_flops = get_peak_flops(torch.cuda.get_device_name())
-    print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain bf16 matmul {limit / 1e9:,.0f} GFLOP/s\n")
+    print(f"\nd{depth}, {tokens:,} tokens a step of {args.max_seq_len}, vocabulary {args.vocab_size:,}; plain {product['dtype']} matmul {limit / 1e9:,.0f} GFLOP/s\n")
     print("| contestant | tokens/s | x first | forward ms | backward ms | optimizer ms | GFLOP/s | of matmul | ready after s | GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     results = {}

@@ -79,6 +79,7 @@ def attention(args, device) -> None:
     import torch
 
     from nanochat import flash_attention as fa
+    from nanochat.compiler import compiled
     tell(f"{fa.describe()}")
     T = 320 if args.small else 2048
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
@@ -89,7 +90,7 @@ def attention(args, device) -> None:
     def flash(q, k, v, window):
         return fa.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
 
-    inside = torch.compile(flash, dynamic=False, fullgraph=not fa.USE_FA3)
+    inside = compiled(flash, dynamic=False, fullgraph=not fa.USE_FA3)
     for dtype in dtypes:
         limit = {torch.bfloat16: 0.015, torch.float16: 0.003, torch.float32: 0.003}[dtype]  # float32 is TF32 in a kernel of Triton
         worst: dict[str, float] = {}
@@ -148,6 +149,7 @@ def attention(args, device) -> None:
 def fp8(args, device) -> None:
     import torch
 
+    from nanochat.compiler import compiled
     from nanochat.fp8 import Float8Linear
     from nanochat.gpt import Linear
     tokens, columns, rows = (64, 128, 256) if args.small else (32768, 768, 3072)
@@ -167,7 +169,7 @@ def fp8(args, device) -> None:
         for what, got, expected in zip(("forward", "grad x", "grad weight"), gradients(layer), want):
             check(f"{recipe} {what}", error(got, expected), 0.08)
         if device.type == "cuda":
-            run = torch.compile(gradients, dynamic=False)
+            run = compiled(gradients, dynamic=False)
             times = {}
             for name, candidate in (("bf16", linear), (recipe, layer)):
                 run(candidate), run(candidate)

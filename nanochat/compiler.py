@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from torch import nn
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, print0
+from nanochat.distributed import agreed
 from nanochat.files import write_text_atomic
+from nanochat.kernel_choice import chosen, machine
 
 
 def _without_a_bad_cache() -> str:
@@ -45,19 +48,38 @@ def _without_a_bad_cache() -> str:
 
 
 _BAD_CACHE = _without_a_bad_cache()
-import torch._dynamo  # noqa: E402
-
-from nanochat.distributed import agreed  # noqa: E402
-from nanochat.kernel_choice import machine  # noqa: E402 (imports the compiler too)
 
 logger = logging.getLogger(__name__)
 
 # Of one function. A model has two graphs in each stage of growth, of training and of evaluation, and so has a block for each shape of a layer: 200 for
 # five stages of 20 layers whose ranks all differ. PyTorch's own limit is 8, beyond which it runs the function eagerly, with a warning at most.
 MOST_GRAPHS = 1024
-torch._dynamo.config.recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
-torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
-torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[assignment]
+_before: list[Callable[[], Any]] = [lambda: torch.compiler.assume_constant_result(chosen)]
+
+
+def before_compiling(action: Callable[[], Any]) -> Callable[[], Any]:
+    """Has `action` done before the first compilation of this process: PyTorch's compiler, which it may import, takes longer to import than all else together."""
+    if _compiler.cache_info().currsize:
+        action()
+    else:
+        _before.append(action)
+    return action
+
+
+@functools.cache
+def _compiler() -> None:
+    import torch._dynamo
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
+    torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[assignment]
+    for action in _before:
+        action()
+
+
+def compiled(fn: Any, **options: Any) -> Any:
+    """`torch.compile` with our settings."""
+    _compiler()
+    return torch.compile(fn, **options)
 
 
 # The rule for short trainings on a CPU. Seconds of compiling with an empty cache on two cores, the share of an eager step that it saves, and a training's
@@ -206,7 +228,7 @@ def _failure(device_type: str) -> str:
 
 
 def _compile_a_line(device: torch.device) -> None:
-    torch.compile(lambda x: (2 * x).sin(), dynamic=False)(torch.ones(8, device=device))
+    compiled(lambda x: (2 * x).sin(), dynamic=False)(torch.ones(8, device=device))
 
 
 def _try_on_cpu(proof: Path) -> None:
@@ -243,14 +265,16 @@ def jit(*device_types: str, dynamic: bool = False):
     dynamic: one graph for all sizes, instead of one for each.
     """
     def decorate(fn):
-        compiled = torch.compile(fn, dynamic=dynamic)
+        @functools.cache
+        def fast():
+            return compiled(fn, dynamic=dynamic)
 
         @functools.wraps(fn)
         def call(tensor, *args, **kwargs):
             device_type = tensor.device.type
             if device_type not in device_types or torch.compiler.is_compiling() or why_not_compile(device_type):
                 return fn(tensor, *args, **kwargs)
-            return compiled(tensor, *args, **kwargs)
+            return fast()(tensor, *args, **kwargs)
         return call
     return decorate
 
@@ -279,7 +303,7 @@ class CompiledLayers:
     def __init__(self, model: Any, **options):
         self.model = model
         self.eager_layer: Any = model.run_layer
-        self.compiled_layer: Any = torch.compile(self.eager_layer, dynamic=False, **options)
+        self.compiled_layer: Any = compiled(self.eager_layer, dynamic=False, **options)
 
     def __call__(self, *args, **kwargs):
         self.model.run_layer = self.compiled_layer
@@ -297,4 +321,4 @@ def compile_model(model: nn.Module, device_type: str) -> Any:
     if reason := why_not_compile(device_type):
         print0(f"Running eagerly, without torch.compile: {reason}")
         return model
-    return torch.compile(model, dynamic=False) if device_type == "cuda" else CompiledLayers(model)
+    return compiled(model, dynamic=False) if device_type == "cuda" else CompiledLayers(model)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.common import COMPUTE_DTYPE, is_ddp_initialized
-from nanochat.compiler import why_not_compile
+from nanochat.compiler import compiled, why_not_compile
 from nanochat.fused_attention import empty, fused_backward, fused_forward, has_fused
 from nanochat.kernel_choice import chosen, chosen_backward
 
@@ -130,7 +130,7 @@ _cached_band = functools.lru_cache(maxsize=8)(_band)
 @functools.lru_cache(maxsize=1)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=True)  # prompts come in all lengths
+    return compiled(flex_attention, dynamic=True)  # prompts come in all lengths
 
 
 def _flex_attention(q, k, v, left: int, right: int, enable_gqa: bool):

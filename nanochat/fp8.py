@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from nanochat.cli import UsageError
 from nanochat.common import COMPUTE_DTYPE, print0
+from nanochat.compiler import before_compiling
 from nanochat.gpt import Linear
 
 EPS = 1e-12  # a tensor of zeros gets a finite scale
@@ -58,7 +59,6 @@ def _rowwise_mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, fast: 
     return _scaled_mm(a8.contiguous(), _to_col_major(b8), a_inv.contiguous(), b_inv.contiguous(), out_dtype, fast)
 
 
-@torch._dynamo.allow_in_graph
 class _Float8Matmul(torch.autograd.Function):
     """x (N, K), weight (O, K) -> x @ weight.T (N, O) in the dtype of x; tensorwise scales."""
 
@@ -78,7 +78,6 @@ class _Float8Matmul(torch.autograd.Function):
         return grad_x, grad_w
 
 
-@torch._dynamo.allow_in_graph
 class _Float8RowwiseMatmul(torch.autograd.Function):
     """x (N, K), weight (O, K) -> x @ weight.T (N, O) in the dtype of x; rowwise scales."""
 
@@ -91,6 +90,12 @@ class _Float8RowwiseMatmul(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return _rowwise_mm(grad, weight, grad.dtype, fast=False), _rowwise_mm(grad.t(), x, grad.dtype, fast=False)
+
+
+@before_compiling
+def _whole_in_graphs() -> None:
+    torch.compiler.allow_in_graph(_Float8Matmul)
+    torch.compiler.allow_in_graph(_Float8RowwiseMatmul)
 
 
 class Float8Linear(Linear):

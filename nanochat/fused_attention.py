@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nanochat.compiler import native
+from nanochat.compiler import before_compiling, native
 
 
 @functools.cache
@@ -23,10 +23,12 @@ def _library():
     return library
 
 
-@torch.compiler.assume_constant_result
 def has_fused() -> bool:
     """Whether this CPU can run it. The first call may compile it, once per machine, in 5 to 10 seconds."""
     return _library() is not None
+
+
+before_compiling(lambda: torch.compiler.assume_constant_result(has_fused))
 
 
 def empty(x, width: int, **kwargs):

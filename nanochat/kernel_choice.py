@@ -45,9 +45,8 @@ _settled: dict[str, str] = {}
 logger = logging.getLogger(__name__)
 
 
-@torch.compiler.assume_constant_result
 def chosen(kernel: str) -> str:
-    """The alternative of a kernel that runs in this process."""
+    """The alternative of a kernel that runs in this process, which a compiled graph takes for granted (compiler.py)."""
     if not _settled:
         settle()
     return _settled[kernel]

@@ -48,7 +48,7 @@ def check_same(call, model: GPT) -> None:
 def whole(model: GPT):
     """What CUDA compiles, and nothing else (the loss is on its own). A graph break would be an error."""
     compiler.why_not_compile = lambda device_type: "only this"
-    return torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
+    return compiler.compiled(model, dynamic=False, fullgraph=True, backend="eager")
 
 
 def graphs() -> int:
@@ -57,7 +57,7 @@ def graphs() -> int:
 
 def whole_model_is_one_graph():
     model = build_model(CONFIG, seed=1)
-    check_same(torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager"), model)
+    check_same(compiler.compiled(model, dynamic=False, fullgraph=True, backend="aot_eager"), model)
 
 
 def five_stages_of_growth():
@@ -109,7 +109,7 @@ def ranks_of_their_own():
     shapes = {(len(group["params"]), *group["params"][0].shape) for group in model.setup_optimizer().param_groups if group["kind"] == "muon"}
     assert len(shapes) > 30, len(shapes)
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(optim.muon_step_fused.__wrapped__, dynamic=True, fullgraph=True, backend="eager")
+    compiled = compiler.compiled(optim.muon_step_fused.__wrapped__, dynamic=True, fullgraph=True, backend="eager")
     for count, rows, columns in sorted(shapes):
         stacks = [torch.randn(count, rows, columns) for _ in range(3)]
         second = torch.rand(count, rows, 1) if rows >= columns else torch.rand(count, 1, columns)
@@ -122,7 +122,7 @@ def ranks_of_their_own():
 
 
 def too_many_graphs_are_an_error():
-    compiled = torch.compile(lambda x: x + 1, dynamic=False, backend="eager")
+    compiled = compiler.compiled(lambda x: x + 1, dynamic=False, backend="eager")
     torch._dynamo.config.recompile_limit = 3
     try:
         for n in range(2, 7):
@@ -152,7 +152,7 @@ def flex_attention_inside_the_model():
     with torch.no_grad():
         want = model(idx)
         flash_attention.FLEX_DEVICES = ("cpu",)
-        torch.testing.assert_close(torch.compile(model, dynamic=False, fullgraph=True)(idx), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(compiler.compiled(model, dynamic=False, fullgraph=True)(idx), want, rtol=0, atol=1e-4)
         for length in (300, 260):  # prompts, eagerly
             torch.testing.assert_close(model(idx[:, :length]), want[:, :length], rtol=0, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -246,7 +246,7 @@ def test_a_beginning_of_a_library_is_removed(tmp_path, capsys):
 def run_once(env: dict[str, str]) -> str:
     """Compiles a function in a process of its own."""
     program = ("import torch; from nanochat import compiler; print('why:', compiler.why_not_compile('cpu'));"
-               "print(torch.compile(lambda x: (3 * x).cos())(torch.zeros(100)).sum().item()); print(torch._dynamo.utils.counters['stats']['unique_graphs'], 'graphs')")
+               "print(compiler.compiled(lambda x: (3 * x).cos())(torch.zeros(100)).sum().item()); print(torch._dynamo.utils.counters['stats']['unique_graphs'], 'graphs')")
     env = {key: value for key, value in os.environ.items() if key not in ("TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_CACHE_DIR")} | env
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "why: \n100.0" in done.stdout, done.stdout + done.stderr

@@ -169,6 +169,7 @@ def test_devices_without_fp8_are_refused(monkeypatch):
 COMPILED = """
 import torch, torch.nn as nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from nanochat.compiler import compiled as compile_it
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8
 from nanochat.gpt import Linear
 
@@ -178,7 +179,7 @@ for recipe in RECIPES:
     model = nn.Sequential(Linear(128, 128), nn.ReLU(), Linear(128, 256))
     convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
+    compiled = compile_it(model, backend=counter, dynamic=False, fullgraph=True)
     x = torch.randn(32, 128)
     model(x).sum().backward()
     want = [p.grad.clone() for p in model.parameters()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanochat import cross_entropy, flash_attention, memory
+from nanochat import compiler, cross_entropy, flash_attention, memory
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import LayerChanges, gpt_config
 from scripts import base_train
@@ -30,7 +30,7 @@ def measured(config, tmp_path, compiled: bool = False) -> int:
     model.init_weights()
     optimizer = model.setup_optimizer()
     if compiled:
-        model.run_layer = torch.compile(model.run_layer, dynamic=False)
+        model.run_layer = compiler.compiled(model.run_layer, dynamic=False)
     tokens = torch.zeros(ROWS, CONTEXT, dtype=torch.long)
 
     def step():
