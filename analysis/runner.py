@@ -97,7 +97,7 @@ def _processes(places: list[Place]) -> Any:
     if any("CUDA_VISIBLE_DEVICES" in place.environment for place in places):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["analysis.runner", "scripts.base_train"])
+    context.set_forkserver_preload(["analysis.runner", "scripts.base_train", "torch._dynamo"])  # the latter every optimizer asks for
     return context
 
 

@@ -87,7 +87,7 @@ def pictures(path: Path, width: float, height: float, columns: int):
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure.subplots(1, columns, squeeze=False)[0]
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
 @contextlib.contextmanager

@@ -358,7 +358,7 @@ def draw(summaries: list[list[dict[str, Any]]], path: Path, machine: str) -> Non
     panels[0].legend(fontsize=9)
     figure.suptitle(f"One layer against a dense one, {machine}", fontsize=11)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
 def describe(device: torch.device) -> str:

@@ -49,8 +49,10 @@ def tell(text: str) -> None:
 
 def wait_for_turn() -> None:
     """Until the file is there that the parent makes when nobody else uses the machine."""
-    turn = os.environ.get("GPU_CHECK_TURN")
+    turn, parent = os.environ.get("GPU_CHECK_TURN"), os.getppid()
     while turn and not os.path.exists(turn):
+        if os.getppid() != parent:
+            sys.exit("gpu_check has ended")
         time.sleep(0.1)
 
 
@@ -444,7 +446,8 @@ def main(argv=None) -> int:
     running: list[Section] = []
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as turns:
         try:
-            running += [Section(name, flags, args.limit, turns) for name in wanted]
+            for name in wanted:
+                running.append(Section(name, flags, args.limit, turns))
             while running:
                 time.sleep(0.2)
                 for section in [section for section in running if section.finished()]:

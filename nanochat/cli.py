@@ -106,7 +106,7 @@ def folder_name(text: str) -> str:
 def picture_path(text: str) -> Path:
     """Of a picture to be drawn, which its ending says the kind of."""
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
     return path
 

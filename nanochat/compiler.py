@@ -67,18 +67,18 @@ def before_compiling(action: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @functools.cache
-def _compiler() -> None:
+def _compiler() -> Any:
     import torch._dynamo
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
-    torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS  # type: ignore[assignment]
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[assignment]
     for action in _before:
         action()
+    return torch._dynamo.config
 
 
 def compiled(fn: Any, **options: Any) -> Any:
-    """`torch.compile` with our settings."""
-    _compiler()
+    """`torch.compile` with our settings, which PyTorch keeps for each thread: what a thread calls has to come from a call of this one there."""
+    config = _compiler()
+    config.recompile_limit = config.accumulated_recompile_limit = MOST_GRAPHS
+    config.fail_on_recompile_limit_hit = True
     return torch.compile(fn, **options)
 
 

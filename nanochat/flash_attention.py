@@ -16,6 +16,7 @@ the right. Below it is a band of two such numbers, where -1 stands for every lim
 import contextlib
 import functools
 import os
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -127,8 +128,8 @@ def _band(length: int, left: int, right: int, device: torch.device):
 _cached_band = functools.lru_cache(maxsize=8)(_band)
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled_flex():
+@functools.cache
+def _compiled_flex(thread: int):
     from torch.nn.attention.flex_attention import flex_attention
     return compiled(flex_attention, dynamic=True)  # prompts come in all lengths
 
@@ -138,7 +139,7 @@ def _flex_attention(q, k, v, left: int, right: int, enable_gqa: bool):
     if torch.compiler.is_compiling():  # one graph with the layer around it
         from torch.nn.attention.flex_attention import flex_attention
         return flex_attention(q, k, v, block_mask=_band(q.size(2), left, right, q.device), enable_gqa=enable_gqa)
-    return _compiled_flex()(q, k, v, block_mask=_cached_band(q.size(2), left, right, q.device), enable_gqa=enable_gqa)
+    return _compiled_flex(threading.get_ident())(q, k, v, block_mask=_cached_band(q.size(2), left, right, q.device), enable_gqa=enable_gqa)
 
 
 FLEX_DEVICES = ("cuda",)

@@ -66,7 +66,7 @@ def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train"
         raise UsageError(f"the rows of {repo_id} ({subset}, {split}) have no {', '.join(missing)}, but {', '.join(table.column_names)}; "
                          f"see {folder} for local files of another kind")
     if empty := [f"{table[name].null_count:,} have no {name}" for name in columns if table[name].null_count]:
-        raise UsageError(f"of the {len(table):,} rows of {repo_id} ({subset}, {split}) {', '.join(empty)}; take them out of the files in {folder}")
+        raise UsageError(f"of the {len(table):,} rows of {repo_id} ({subset}, {split}) {', '.join(empty)}; put those that have it into files in {folder}")
     return HubDataset(table)
 
 
@@ -77,6 +77,8 @@ def _read_folder(folder: Path) -> pa.Table | None:
         tables = [pq.read_table(path) if path.suffix == ".parquet" else pa.Table.from_pylist(list(read_jsonl(path))) for path in paths]
         return pa.concat_tables(tables, promote_options="default") if tables else None
     except (pa.ArrowException, AttributeError, OSError, OverflowError, TypeError, ValueError) as error:  # also of numbers and texts that Arrow cannot hold
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise UsageError(f"the files in {folder} are damaged or do not fit together ({str(error).partition(chr(10))[0]}); put intact ones there") from error
 
 

@@ -22,7 +22,7 @@ class MMLU(Task):
         super().__init__(**kwargs)
         assert subset == "all", f"the only subset of MMLU here is all, not {subset!r}"
         assert split in ("auxiliary_train", "validation", "dev", "test"), f"there is no MMLU split {split!r}"
-        self.ds = load_hub_dataset("cais/mmlu", subset, split, ("question", "choices", "answer", "subject")).shuffle(seed=42)
+        self.ds = load_hub_dataset("cais/mmlu", subset, split, ("question", "choices", "answer")).shuffle(seed=42)
 
     @property
     def eval_type(self) -> str:
@@ -39,7 +39,7 @@ class MMLU(Task):
             {"role": "user", "content": render_mc(row["question"], list(self.letters), row["choices"])},
             {"role": "assistant", "content": self.letters[row["answer"]]},
         ]
-        return {"messages": messages, "subject": row["subject"], "letters": list(self.letters)}
+        return {"messages": messages, "subject": row.get("subject"), "letters": list(self.letters)}
 
     def evaluate(self, problem: dict, completion: str) -> bool:
         assert completion in self.letters, f"{completion!r} is none of {self.letters}"

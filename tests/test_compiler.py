@@ -22,6 +22,7 @@ from nanochat.kernel_choice import machine
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import LayerChanges
 from tests.golden.fixtures import batch, build_model
+from tests.tiny import ROOT
 
 CONFIG = dict(sequence_len=512, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
 
@@ -173,6 +174,12 @@ def test_eager_where_compiling_is_off(capsys):
         model = GPT(GPTConfig(**CONFIG))
     assert compiler.compile_model(model, "cpu") is model
     assert capsys.readouterr().out == ("Running eagerly, without torch.compile: TORCHDYNAMO_DISABLE is set\n")
+
+
+def test_no_command_waits_for_the_compiler():
+    """It takes longer to import than all else; the first compilation imports it."""
+    program = "import sys, scripts.base_train, scripts.base_eval, scripts.chat_web, scripts.tok_train; sys.exit(any(name in sys.modules for name in ('torch._dynamo', 'torch._inductor.compile_fx', 'sympy')))"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_eager_without_a_compiler(tmp_path):

@@ -81,7 +81,7 @@ def test_kill_9_after_any_line(base, finished_run, line):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["scripts.base_train"])  # PyTorch is imported once
+PROCESSES.set_forkserver_preload(["scripts.base_train", "torch._dynamo"])  # PyTorch is imported once
 
 
 def killed_run(base, rename: int) -> None:

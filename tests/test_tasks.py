@@ -113,7 +113,7 @@ def test_parquet_whose_middle_is_damaged(base_dir):
 
 def test_empty_columns(base_dir):
     put(base_dir, "openai--gsm8k", "main", "train", rows=[{"question": "?", "answer": "1"}, {"question": None, "answer": "1"}])
-    with pytest.raises(UsageError, match="of the 2 rows of openai/gsm8k .* 1 have no question; take them out"):
+    with pytest.raises(UsageError, match="of the 2 rows of openai/gsm8k .* 1 have no question; put those that have it"):
         GSM8K("main", "train")
 
 

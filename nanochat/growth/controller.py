@@ -56,7 +56,7 @@ class GrowthSettings:
     grow_rewarm_new: bool = flag(False, "Let --grow-rewarm hold for what a growth adds alone; the old weights' learning rates stay")
     grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that any --grow-mode=masked or depth mode begins lossless; 0: no masks",
                           type=non_negative_int)
-    grow_freeze: bool = flag(False, "Train only what a growth adds in depth; layers that were there stay as they are")
+    grow_freeze: bool = flag(False, "Layers that were there before a growth stay as they are; new ones, embedding and head are trained")
 
     def growth_path(self, depth: int, aspect_ratio: int, head_dim: int) -> list[Shape]:
         """The shapes of all stages up to a model of `depth`; none without growth. Raises UsageError for flags that contradict each other."""
