@@ -75,7 +75,7 @@ def _compiler() -> Any:
 
 
 def compiled(fn: Any, **options: Any) -> Any:
-    """`torch.compile` with our settings, which PyTorch keeps for each thread: what a thread calls has to come from a call of this one there."""
+    """`torch.compile` with our settings, which PyTorch (2.13) keeps for the thread that sets them; another thread that compiles `fn` has PyTorch's own."""
     config = _compiler()
     config.recompile_limit = config.accumulated_recompile_limit = MOST_GRAPHS
     config.fail_on_recompile_limit_hit = True

@@ -47,7 +47,7 @@ class HubDataset:
 
 
 def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train", columns: tuple[str, ...] = ()) -> HubDataset:
-    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or lack one of `columns`, anywhere."""
+    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or have rows without one of `columns`."""
     folder = Path(get_base_dir(), "task_data", repo_id.replace("/", "--"), subset, split)
     table = _read_folder(folder)
     if table is None:
