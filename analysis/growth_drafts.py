@@ -1,12 +1,12 @@
 """Do models end better that have grown? The claims of the drafts on growing, with what they must be measured against, for normalized models (nGPT, 2410.01131).
 
-    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x128, vocabulary 2,048, on a CPU
+    python -m analysis.growth_drafts --seeds=3 --plot=drafts.png               4x64, vocabulary 2,048, on a CPU
     python -m analysis.growth_drafts --size=64m --seeds=3 --plot=drafts.png    8x512, vocabulary 12,288: a GPU for 3 hours a seed (by its FLOPs; runs/growth_drafts.sh)
 
 The drafts (not published) grow a 64M nGPT by HyperCloning (2409.12903) and by BUS, which tiles a matrix, cuts it to size and scales it by old width / new width, and so
 grows by fractions too; they report SNLI and MNLI (nanochat/evals/nli.py) and say that 15 to 20 % of the tokens bring 80 to 90 % of the gain. Their configuration is not
 known. Here `64m` has 8 layers of width 512, 8 heads and 63.0M parameters, embeddings and value embeddings among them, and 20 tokens for each of the 31M in blocks and
-head; the default is its twin, with as many heads, a quarter of the width and half of the layers. All arms have the FLOPs of the standard run, the same text in the same
+head; the default is its twin, with half as many layers and heads, an eighth of the width and 4.5 tokens for each of its 0.33M. All arms have the FLOPs of the standard run, the same text in the same
 order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of a run (rates.py), for the largest model, whose rate all that become it
 have, and for the small model alone. A stage ends by --kappa, the share of its gain that is left; what the smallest model would end with is known from the runs of it alone (so
 begin with all seeds that you want), later stages foretell it. The small model alone reads 2.5 times the tokens of the standard one: give it text enough.
@@ -53,13 +53,13 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size({**SHAPE, **TUNED, "head-dim": 16, "block": "ngpt", "eval-tokens": 32768}, (64, 80, 96, 112, 128), 2048, 800, (0.4, 0.8)),
+    "cpu": Size({**SHAPE, **TUNED, "aspect-ratio": 16, "head-dim": 16, "block": "ngpt", "eval-tokens": 32768}, (32, 48, 64), 2048, 360, (0.4, 0.8)),
     # what is not named has base_train's defaults, which are for batches of this order
     "64m": Size({"device-type": "cuda", "depth": 8, "aspect-ratio": 64, "head-dim": 64, "max-seq-len": 1024, "window-pattern": "L", "device-batch-size": 32,
                  "total-batch-size": 131072, "block": "ngpt", "eval-tokens": 1048576}, (256, 320, 384, 448, 512), 12288, 4800, (0.02, 0.04)),
 }
 STANDARD, ALONE = "standard", "small alone"
-HYPERCLONE, BUS_ONCE, BUS, LOSSLESS = "HyperCloning, in one step", "BUS, in one step", "BUS, in 4 steps", "lossless, in 4 steps"
+HYPERCLONE, BUS_ONCE, BUS, LOSSLESS = "HyperCloning, in one step", "BUS, in one step", "BUS, by fractions", "lossless, by fractions"
 GROWN = {HYPERCLONE: ("hyperclone", False), BUS_ONCE: ("bus", False), BUS: ("bus", True), LOSSLESS: ("lossless", True)}  # mode, and whether by fractions
 METHOD_OF = {STANDARD: "standard", BUS: "BUS", HYPERCLONE: "HyperCloning"}  # of the drafts
 SHARES = (0.05, 0.1, 0.2, 0.4)  # of the tokens, for runs of their own
