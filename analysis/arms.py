@@ -50,6 +50,10 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
     trials = sweep.trials({})
     if sweep.method or sweep.tag or len({trial.flags.get("seed") for trial in trials}) > 1 or any("seed" not in trial.flags or RATE not in trial.flags for trial in trials):
         raise UsageError(f"{sweep.name}: each run needs a {RATE} and the one `seed` of the tuning, without [search] or `tag`; take analysis/sweeps/rank_depth.toml as a pattern")
+    if sweep.ranks > 1:
+        raise UsageError(f"{sweep.name}: studies train on one device a run; leave `ranks` to analysis.sweep")
+    if any(not isinstance(trial.flags[RATE], (int, float)) or not isinstance(trial.flags["seed"], int) for trial in trials):
+        raise UsageError(f"{sweep.name}: {RATE} and seed must be numbers, without quotes")
     if not all(any(float(trial.flags.get(horizon, -1)) > 0 for horizon in HORIZONS) and float(trial.flags.get("eval-every", -1)) > 0 for trial in trials):
         raise UsageError(f"{sweep.name}: give a positive {', '.join(HORIZONS[:-1])} or {HORIZONS[-1]}, and eval-every")
     check_runs(sweep, trials)

@@ -38,12 +38,14 @@ def create_once(path: Path, text: str) -> bool:
     try:
         with open(handle, "w", encoding="utf-8") as f:
             f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
         return os.stat(temporary).st_nlink > 1  # NFS: the answer was lost, and the request sent a second time
     except OSError as error:
-        raise UsageError(f"cannot create {path} by a hard link ({error.strerror}); choose another NANOCHAT_BASE_DIR") from error
+        raise UsageError(f"cannot create {path} by a hard link ({error.strerror}); make room, or choose another NANOCHAT_BASE_DIR") from error
     finally:
         os.unlink(temporary)
 
@@ -92,7 +94,11 @@ def _holder(claim: Claim) -> str:
     if not claim.number:
         return ""
     with open(claim.path, encoding="utf-8") as f:  # opened, not only looked at: an NFS client asks the server anew
-        beat, who = os.fstat(f.fileno()).st_mtime, json.load(f)
+        beat, text = os.fstat(f.fileno()).st_mtime, f.read()
+    try:
+        who = json.loads(text)
+    except ValueError:  # a power cut has emptied it: it expires
+        who = {"host": "?", "pid": "?", "machine": ""}
     here = who["machine"] and who["machine"] == _machine()
     if beat == 0 or here and not _alive(who["pid"]) or abs(_now(claim.folder) - beat) > EXPIRES:
         return ""

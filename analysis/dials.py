@@ -17,8 +17,8 @@ from pathlib import Path
 from analysis.arms import RATE, configurations, reported_seeds, run_arms
 from analysis.estimates import Estimate
 from analysis.trial import Result
-from analysis.trials import pictures, study_parser
-from nanochat.cli import UsageError, command, positive_int
+from analysis.trials import check_ended, pictures, study_parser
+from nanochat.cli import command, positive_int
 from nanochat.files import to_json, write_text_atomic
 
 LOSS = "bits per byte"
@@ -45,12 +45,16 @@ class Arm:
     @property
     def verdict(self) -> str:
         """On its loss."""
-        found = self.difference(LOSS)
-        return "" if self.runs is self.first else "better" if found.value < -found.half else "worse" if found.value > found.half else "not told apart"
+        return "" if self.runs is self.first else self.difference(LOSS).of_a_loss
 
 
 def _unit(row: dict) -> int:
     return 100 if row.get("metric") == "accuracy" else 1  # percent
+
+
+def _digits(run: Result, label: str) -> int:
+    """Of percent and speeds fewer than of losses."""
+    return 1 if _row(run, label).get("metric") in ("accuracy", "tokens/s") else 4
 
 
 def _row(run: Result, label: str) -> dict:
@@ -64,13 +68,15 @@ def measures(runs: Sequence[Result]) -> list[str]:
 
 def table(arms: Sequence[Arm]) -> str:
     labels = measures(arms[0].runs)
-    lines = [f"| configuration | {RATE} | parameters | of the blocks | seconds | {LOSS}, mean | by seed | above the first | " + "".join(f"{label} | " for label in labels[1:]),
-             "|---|---:|---:|---:|---:|---:|---|---|" + "---:|" * (len(labels) - 1)]
+    lines = [f"| configuration | {RATE} | parameters | of the blocks | MB as float32 | tokens seen | seconds | {LOSS}, mean | by seed | above the first | "
+             + "".join(f"{label} | " for label in labels[1:]), "|---|" + "---:|" * 7 + "---|---|" + "---:|" * (len(labels) - 1)]
     for arm in arms:
         first = arm.runs is arm.first
-        cells = [f"{statistics.mean(arm.values(label)):.1f}" + ("" if first else f" ({arm.difference(label).shown(1)})") for label in labels[1:]]
+        cells = [f"{statistics.mean(arm.values(label)):.{digits}f}" + ("" if first else f" ({arm.difference(label).shown(digits)})")
+                 for label in labels[1:] for digits in [_digits(arm.runs[0], label)]]
         gap = "" if first else f"{arm.difference(LOSS).shown(4)}: {arm.verdict}"
-        lines.append(f"| {arm.name} | {arm.rate:g} | {arm.runs[0].params:,} | {arm.runs[0].blocks:,} | {statistics.mean(run.seconds for run in arm.runs):.0f} | "
+        lines.append(f"| {arm.name} | {arm.rate:g} | {arm.runs[0].params:,} | {arm.runs[0].blocks:,} | {4e-6 * arm.runs[0].params:.1f} | {arm.runs[0].tokens:,} | "
+                     f"{statistics.mean(run.seconds for run in arm.runs):.0f} | "
                      f"{statistics.mean(arm.values(LOSS)):.4f} | {', '.join(f'{value:.4f}' for value in arm.values(LOSS))} | {gap} | " + "".join(f"{cell} | " for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -101,11 +107,10 @@ def main(argv=None) -> None:
     chosen = configurations(args.config, args.flags, args.objective)
     seeds = reported_seeds(chosen, args.seeds)
     runs = run_arms(chosen, [1.0], seeds, args.jobs)
-    if diverged := [one.name for one, (_, results) in zip(chosen, runs.values()) if not all(result.bpb for result in results)]:
-        raise UsageError(f"{diverged[0]} diverged, at a rate that did well for half of the steps: give lower ones")
+    check_ended((one.name, result) for one, (_, results) in zip(chosen, runs.values()) for result in results)
     first = next(iter(runs.values()))[1]
     arms = [Arm(one.name, rate, results, first) for one, (rate, results) in zip(chosen, runs.values())]
-    print(f"{args.objective}, {first[0].tokens:,} tokens, seeds {', '.join(map(str, seeds))}; ± half of a 95 % interval of the difference to the first\n")
+    print(f"{args.objective}, seeds {', '.join(map(str, seeds))}; ± half of a 95 % interval of the difference to the first\n")
     print(table(arms))
     if args.out:
         write_text_atomic(args.out, to_json({arm.name: {"rate": arm.rate, "runs": arm.runs} for arm in arms}))

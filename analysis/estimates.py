@@ -26,6 +26,11 @@ class Estimate:
         seeds = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
         return cls(statistics.mean(values), max(seeds, 1.96 * error))
 
+    @property
+    def of_a_loss(self) -> str:
+        """What it says as the difference of a loss from another one."""
+        return "better" if self.value < -self.half else "worse" if self.value > self.half else "not told apart"
+
     def shown(self, digits: int, sign: bool = True) -> str:
         value = f"{self.value:{'+' if sign else ''}.{digits}f}"
         return value if math.isinf(self.half) else f"{value} ± {self.half:.{digits}f}"

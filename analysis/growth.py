@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
+from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import to_json, write_text_atomic
@@ -64,6 +64,7 @@ def main(argv=None) -> None:
     results = iter(run_trials(get_base_dir(), [flags_of(flags, budget, seed) for flags, budgets in contestants.values() for seed in seeds
                                                for budget in budgets], args.jobs))
     runs = {name: [[next(results) for _ in budgets] for _ in seeds] for name, (_, budgets) in contestants.items()}
+    check_ended((name, run) for name, found in runs.items() for seed in found for run in seed)
     nats = nats_per_bpb()
     print("| contestant | FLOPs | nats per token | by seed | FLOPs, of those from scratch to the same loss | by seed | seconds, of the same |\n|---|---:|---:|---|---:|---|---:|")
     scratch = runs["from scratch"]

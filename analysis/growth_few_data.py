@@ -28,7 +28,7 @@ def steps_of_an_epoch() -> float:
 
 
 def plan(epoch: float, epochs: list[int], seed: int) -> dict[str, Trial]:
-    """`epoch` in steps. Checkpoints lie at multiples of a tenth of the shortest run."""
+    """`epoch` in steps. Checkpoints lie at multiples of a twentieth of the shortest run."""
     unit = max(1, round(min(epochs) * epoch / 20))
     at = lambda share: max(1, round(share * epoch / unit)) * unit
     flags = {**LARGE, "save-every": unit, "eval-every": unit * 2, "num-iterations": at(max(epochs)), "seed": seed}

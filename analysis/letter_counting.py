@@ -12,7 +12,7 @@ one of width n/2 for 20 epochs and, grown to n, for 30 more, and says that the g
 * controls: `plain-2-heads`, since growth makes two heads of n/2 of the one, and heads help to count; `plain-identity` (two heads) and `plain-identity-1-head`,
   whose matrices begin as identities, for what the identity does by itself.
 
-Growth at other moments is tried with `lossless` at the first of the widths.
+Growth at other moments is tried with `lossless` at the first of the widths, at the rate that is best for growth after 0.4 of the epochs: others may be better at their own.
 
 What the draft does not say is chosen. An epoch is --strings strings, drawn anew each time (a fixed set of so few would be learned by heart, which is another
 question), the same ones in all arms of a seed; batches of 16, hence 8 steps an epoch. AdamW at a constant rate, without weight decay for matrices, its

@@ -9,7 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, nats_per_bpb, picture, run_trials, study_parser
+from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import to_json, write_text_atomic
@@ -55,6 +55,7 @@ def main(argv=None) -> None:
     seeds = range(42, 42 + args.seeds)
     results = iter(run_trials(get_base_dir(), [{**SHAPE, **CONTESTANTS[name], "seed": seed} for name in names for seed in seeds], args.jobs))
     rows = {name: [next(results) for _ in seeds] for name in names}
+    check_ended((name, run) for name, found in rows.items() for run in found)
     nats = nats_per_bpb()
     print(f"Nats per token = {nats:.4f} x bits per byte\n\n| contestant | bits per byte, by seed | nats above dense, mean | by seed | FLOPs of dense | parameters |\n|---|---|---:|---|---:|---:|")
     for name, found in rows.items():

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, cost_with, nats_per_bpb, picture, run_trials, study_parser
+from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, cost_with, nats_per_bpb, picture, run_trials, study_parser
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import to_json, write_text_atomic
@@ -46,6 +46,7 @@ def main(argv=None) -> None:
     trials = [{**SHAPE, **flags, "num-iterations": length, "seed": seed} for flags in CONTESTANTS.values() for seed in seeds for length in lengths]
     results = iter(run_trials(get_base_dir(), trials, args.jobs))
     runs = {name: [[next(results) for _ in lengths] for _ in seeds] for name in CONTESTANTS}
+    check_ended((name, run) for name, found in runs.items() for seed in found for run in seed)
     nats = nats_per_bpb()
     print("| contestant | " + " | ".join(f"nats at {length} steps" for length in lengths) + " | steps to pre-norm's loss | seconds per step, of pre-norm |\n|---|" + "---|" * (len(lengths) + 2))
     for name, found in runs.items():

@@ -1,11 +1,11 @@
 """Which rank and which depth for this compute, these parameters, this memory, this time? Pareto fronts of dense and low-rank models.
 
-    python -m analysis.pareto --seeds=3 --plot=pareto.png                              rank of attention and MLP, and depth: 6 configurations
-    python -m analysis.pareto analysis/sweeps/deeper.toml --seeds=3                    deeper at equal parameters of the blocks: 3, one of them the same
-    python -m analysis.pareto analysis/sweeps/rank_schedules.toml --seeds=3            schedules of the rank over depth at equal budget: 5
-    python -m analysis.pareto --units 1 5 20 --seeds=3 --out=pareto.json               longer budgets
+    python -m analysis.pareto --plot=pareto.png                              rank of attention and MLP, and depth: 6 configurations
+    python -m analysis.pareto analysis/sweeps/deeper.toml                    deeper at equal parameters of the blocks: 3, one of them the same
+    python -m analysis.pareto analysis/sweeps/rank_schedules.toml            schedules of the rank over depth at equal budget: 5
+    python -m analysis.pareto --units 1 5 20 --out=pareto.json               longer budgets
 
-A configuration takes three half runs or four to find its rate and a run for each seed.
+A configuration takes three half runs or four to find its rate and a run for each of three seeds. The questions are those of a proposal on low-rank training (not published).
 
 A file of analysis/sweeps says which configurations there are, at which learning rates of
 the matrices they are tuned, with which seed and budget. The best rate of each configuration for each budget, by the
@@ -13,7 +13,7 @@ last validation of that one seed after half of it, then trains other seeds, whic
 at an end (rates.py): long budgets want lower ones than short ones, and a wide model others than a deep one. There is no weight decay: base_train's depends on depth and aspect
 ratio, by a factor of 90 between the configurations here, and would be what is compared.
 
-* **Budget.** A unit is the file's `target-flops`: what one token per parameter (of blocks and head) costs for its first configuration, the dense model. All
+* **Budget.** A unit is the file's `target-flops`: what one token per parameter (of blocks and head) costs for the dense model of four layers of width 128. All
   configurations get the same FLOPs, since compute is what a user has; smaller ones see more tokens. The other reading, so many tokens for each parameter of each model's own,
   is --flags="--target-flops=-1 --target-param-data-ratio=1".
 * **Axes.** FLOPs; all parameters, value embeddings included, which every other layer has (`blocks` has those of attention and MLP alone); peak memory, on a CPU that of the process,
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.arms import RATE, Configuration, configurations, reported_seeds, run_arms
+from analysis.estimates import Estimate
 from analysis.trial import Result
 from analysis.trials import nats_per_bpb, pictures, study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int
@@ -48,6 +49,7 @@ class Point:
     rate: float
     perplexity: float | None  # per token; None: a seed diverged
     by_seed: list[float]
+    above: Estimate | None  # nats per token above the first configuration with this budget, seed by seed; None: a seed of either diverged
     flops: float  # the budget, where it is one of FLOPs: it is met up to a step
     tokens: float  # per parameter of blocks and head
     blocks: int
@@ -68,35 +70,43 @@ def front(points: Sequence[tuple[float, ...]]) -> list[int]:
             if not any(all(a <= b for a, b in zip(other, point)) and tuple(other) != tuple(point) for other in points)]
 
 
-def flops_until(result: Result, bpb: float) -> float | None:
-    """At which it has this validation loss, by a straight line between two validations; None if it never has."""
+def cost_until(result: Result, bpb: float, costs: Sequence[float]) -> float | None:
+    """At which it has this validation loss, by a straight line between two validations, each with its cost; None if it never has."""
     for i, loss in enumerate(result.bpb):
         if loss <= bpb:
             if i == 0:
-                return result.flops[0]
-            before, spent = result.bpb[i - 1], result.flops[i - 1]
-            return spent + (result.flops[i] - spent) * (before - bpb) / (before - loss)
+                return costs[0]
+            before, spent = result.bpb[i - 1], costs[i - 1]
+            return spent + (costs[i] - spent) * (before - bpb) / (before - loss)
     return None
 
 
-def points_of(found: Sequence[Configuration], runs: dict, nats: float, threshold: float | None) -> tuple[list[Point], float]:
-    """And the threshold: without one, 1.1 times what the first configuration ends with at the smallest budget. nats: per token for one bit per byte."""
+def budget(flags: dict) -> float:
+    """In FLOPs; 0 where steps or tokens are what is given."""
+    return max(0.0, float(flags.get("target-flops", 0))) if float(flags.get("num-iterations", -1)) <= 0 else 0.0
+
+
+def points_of(found: Sequence[Configuration], runs: dict, nats: float, threshold: float | None) -> tuple[list[Point], float | None]:
+    """And the threshold: without one, 1.1 times what the first configuration ends with at the smallest budget, None if that diverged. nats: per token for one bit per byte."""
     perplexity = lambda results: math.exp(nats * statistics.mean(result.final for result in results)) if all(result.bpb for result in results) else None
     if threshold is None:
         reference = perplexity(runs[0, min(unit for _, unit in runs)][1])
-        threshold = 1.1 * reference if reference else math.inf
+        threshold = 1.1 * reference if reference else None
     points = []
     for (i, unit), (rate, results) in runs.items():
         done = [result for result in results if result.bpb]
         mean = lambda values: statistics.mean(values) if values else math.nan
-        until = [flops_until(result, math.log(threshold) / nats) for result in done]
-        reached = len(done) == len(results) and None not in until
+        bpb = math.log(threshold) / nats if threshold else -math.inf
+        flops, seconds = ([cost_until(result, bpb, costs) for result, costs in zip(done, each)]
+                          for each in ([result.flops for result in done], [result.times for result in done]))
+        reached = len(done) == len(results) and None not in flops
+        pairs = list(zip(results, runs[0, unit][1]))
         points.append(Point(
             i + 1, found[i].name, unit, rate, perplexity(results), [math.exp(nats * result.final) for result in done],
-            max(0.0, float(found[i].trial(unit).flags.get("target-flops", 0))) or mean([result.flops[-1] for result in done]), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
+            Estimate.of([nats * (one.final - other.final) for one, other in pairs]) if all(one.bpb and other.bpb for one, other in pairs) else None,
+            budget(found[i].trial(unit).flags) or mean([result.flops[-1] for result in done]), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
             done[0].blocks if done else 0, done[0].params if done else 0, mean([result.memory for result in done]), mean([result.seconds for result in done]),
-            mean(until) if reached else None,  # type: ignore[arg-type]
-            mean([result.seconds * spent / result.flops[-1] for result, spent in zip(done, until)]) if reached else None))  # type: ignore[operator]
+            mean(flops) if reached else None, mean(seconds) if reached else None))  # type: ignore[arg-type]
     return points, threshold
 
 
@@ -110,15 +120,16 @@ def fronts(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
     return {cost: [of(cost, some) for some in ([known] if cost in ("flops", "seconds") else by_unit)] for cost in COSTS}
 
 
-def table(points: Sequence[Point], threshold: float) -> str:
+def table(points: Sequence[Point], threshold: float | None) -> str:
     found = fronts(points)
     show = lambda value, form: "" if value is None or math.isnan(value) else format(value, form)
-    lines = [f"| # | configuration | units | {RATE} | perplexity | by seed | FLOPs | tokens per parameter | blocks | parameters | MiB | seconds "
-             f"| FLOPs to {threshold:.3g} | seconds to it | on the front of |", "|---:|---|---:|---:|---:|---|" + "---:|" * 8 + "---|"]
+    lines = [f"| # | configuration | units | {RATE} | perplexity | by seed | nats per token above the first | FLOPs | tokens per parameter | blocks | parameters | MiB | seconds "
+             f"| FLOPs to {show(threshold, '.3g') or 'the threshold'} | seconds to it | on the front of |", "|---:|---|---:|---:|---:|---|---|" + "---:|" * 8 + "---|"]
     for point in sorted(points, key=lambda point: (point.unit, point.number)):
+        above = "" if point.above is None or point.number == 1 else f"{point.above.shown(4)}: {point.above.of_a_loss}"
         on = ", ".join(cost for cost, several in found.items() if any(point in one for one in several))
         lines.append(f"| {point.number} | {point.name} | {point.unit:g} | {point.rate:g} | {show(point.perplexity, '.3f') or 'diverged'} | "
-                     f"{', '.join(f'{value:.3f}' for value in point.by_seed)} | {show(point.flops, '.2g')} | {show(point.tokens, '.2f')} | {point.blocks:,} | {point.params:,} | "
+                     f"{', '.join(f'{value:.3f}' for value in point.by_seed)} | {above} | {show(point.flops, '.2g')} | {show(point.tokens, '.2f')} | {point.blocks:,} | {point.params:,} | "
                      f"{show(point.memory, '.0f')} | {show(point.seconds, '.0f')} | {show(point.flops_to_threshold, '.3g')} | {show(point.seconds_to_threshold, '.0f')} | {on} |")
     return "\n".join(lines)
 
@@ -151,12 +162,13 @@ def draw(points: Sequence[Point], path: Path) -> None:
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("config", nargs="?", type=Path, default=DEFAULT, help="TOML file of the configurations (default: %(default)s)")
+    parser.add_argument("--objective", default="next-token", help="of those in the file; losses of several are no rivals")
     parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")
     parser.add_argument("--units", nargs="+", type=positive_float, default=[1.0], help="budgets, in those of the file")
-    parser.add_argument("--seeds", type=positive_int, default=1, help="reported ones, none of which is the tuning's")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="reported ones, none of which is the tuning's")
     parser.add_argument("--threshold", type=positive_float, help="perplexity to which the way is measured (default: 1.1 times the first configuration's at the smallest budget)")
     args = parser.parse_args(argv)
-    found = configurations(args.config, args.flags)
+    found = configurations(args.config, args.flags, args.objective)
     runs = run_arms(found, list(dict.fromkeys(args.units)), reported_seeds(found, args.seeds), args.jobs)
     points, threshold = points_of(found, runs, nats_per_bpb(), args.threshold)
     print(table(points, threshold))

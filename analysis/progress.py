@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.claims import holder
 from analysis.runner import Runner, Running
 from analysis.trial import Trial, folder_of, last_record, read, status_of
+from nanochat.cli import UsageError
 from nanochat.files import parse_json
 from nanochat.run_log import FILENAME
 
@@ -79,7 +80,10 @@ class Display:
         if state == "elsewhere" and (who := holder(folder_of(runner.base_dir, trial))):
             return f"{self.label(trial)}: with {who}"
         if state == "done" and trial.name in runner.tried:
-            result = read(runner.base_dir, trial)
+            try:
+                result = read(runner.base_dir, trial)
+            except UsageError as error:
+                return f"{self.label(trial)}: done, but {error}"
             return f"{self.label(trial)}: done" + (f", {result.final:.4f} bits per byte" if result and result.bpb else "")
         return ""
 
@@ -106,4 +110,4 @@ class Display:
                 takes.append(spent / share)
                 left.append(spent / share - spent)
         waiting = runner.work.total - sum(runner.state(trial) != "waiting" for trial in runner.work.trials)
-        return (sum(left) + waiting * sum(takes) / len(takes)) / runner.places if takes else 0.0
+        return max([(sum(left) + waiting * sum(takes) / len(takes)) / runner.places, *left]) if takes else 0.0

@@ -228,17 +228,19 @@ class Runner:
 
     def _try(self, trial: Trial) -> None:
         folder = folder_of(self.base_dir, trial)
-        claim = take(folder)
+        try:
+            claim = None if _held(folder) else take(folder)
+        except (UsageError, OSError):  # the disk is full, perhaps for a while, which ends no run that goes on
+            if not self.running:
+                raise
+            return
         if claim is None:
             self.states[trial.name] = "elsewhere"
             return
         if self._ended(trial):  # while others had it
             claim.release()
             return
-        try:
-            with locked(folder, wait=False):  # by one that makes no claims: somebody's base_train
-                pass
-        except UsageError:
+        if _held(folder):  # since
             claim.release()
             self.states[trial.name] = "elsewhere"
             return
@@ -259,7 +261,12 @@ class Runner:
     def _reap(self) -> None:
         for name, running in list(self.running.items()):
             if (status := running.process.exitcode) is not None:
-                self._finish(running, status)
+                try:
+                    self._finish(running, status)
+                except OSError:  # a full disk: tried again as long as there are others to wait for
+                    if len(self.running) == 1:
+                        raise
+                    continue
             elif time.monotonic() - running.beat > BEAT:
                 running.beat = time.monotonic()
                 if running.claim.beat():
@@ -297,6 +304,15 @@ class Runner:
             running.process.join()
             running.claim.release()
         self.running = {}
+
+
+def _held(folder: Path) -> bool:
+    """Whether a training writes there, also one that made no claim (somebody's base_train), or one whose runner sleeps. A claim would take that away from it."""
+    try:
+        with locked(folder, wait=False):
+            return False
+    except UsageError:
+        return True
 
 
 def _signal(running: Running, number: int) -> None:

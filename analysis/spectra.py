@@ -8,21 +8,22 @@ squared difference of their quantiles: 0 for equal shapes at any scale, and comp
 
 It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width), and set against what must be told apart from it:
 two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
-by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers; errors are those of the mean over seeds.
+by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over the seeds;
+what is compared is compared seed by seed.
 """
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from analysis.trials import SHAPE, STEPS, TUNED, Trial, pictures, run_trials, study_parser
+from analysis.estimates import Estimate, verdict
+from analysis.trials import SHAPE, STEPS, TUNED, Trial, check_ended, pictures, run_trials, study_parser
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import command, positive_int
+from nanochat.cli import UsageError, command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import to_json, write_text_atomic
 from nanochat.gpt import GPT
@@ -103,17 +104,13 @@ def distances(widths: list[int], models: dict[str, GPT], other: dict[str, GPT], 
     }
 
 
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    values = list(values)
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def verdict(rows: dict[str, list[float]]) -> str:
-    """Of the claim, from paired differences that exceed twice their errors."""
-    def compare(name: str) -> str:
-        gap, error = mean_and_error(b - a for a, b in zip(rows["across widths"], rows[name]))
-        return f"{name}: {gap:+.3f} ± {error:.3f}, " + ("not told apart" if abs(gap) <= 2 * error else "widths are nearer" if gap > 0 else "widths are farther")
-    return "Distances less that across widths. " + "; ".join(map(compare, ("two seeds", "a quarter of the rate", "half of the steps", "two layers of a model", "trained and random")))
+def claims(rows: dict[str, list[float]]) -> str:
+    """That widths are nearer to each other than what must be told apart from them."""
+    lines = ["| models of several widths are nearer to each other than | by | verdict |", "|---|---:|---|"]
+    for name in ("two seeds", "a quarter of the rate", "half of the steps", "two layers of a model", "trained and random"):
+        gap = Estimate.of([b - a for a, b in zip(rows["across widths"], rows[name])])
+        lines.append(f"| {name} | {gap.shown(4)} | {verdict(gap.value - gap.half, gap.value + gap.half)} |")
+    return "\n".join(lines)
 
 
 def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]], path: Path) -> None:
@@ -126,8 +123,8 @@ def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]]
             axes.set_xlabel("quantile")
             axes.legend(frameon=False, fontsize=8)
         panels[0].set_ylabel("singular value over root mean square")
-        means = {name: mean_and_error(values) for name, values in reversed(rows.items())}
-        panels[2].barh(list(means), [mean for mean, _ in means.values()], xerr=[error for _, error in means.values()], color="C0")
+        means = {name: Estimate.of(values) for name, values in reversed(rows.items())}
+        panels[2].barh(list(means), [mean.value for mean in means.values()], xerr=[mean.half for mean in means.values()], color="C0")
         panels[2].tick_params(labelsize=8)
         panels[2].set_xlabel("distance")
 
@@ -139,21 +136,25 @@ def main(argv=None) -> None:
     parser.add_argument("--widths", type=positive_int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--steps", type=positive_int, default=STEPS)
     args = parser.parse_args(argv)
-    plans = [trials(args.widths, args.steps, seed) for seed in range(42, 42 + args.seeds)]
+    widths = sorted(set(args.widths))
+    if args.seeds < 3 or len(widths) < 2:
+        raise UsageError("give --seeds=3 or more, so that two seeds can be compared more than once, and two --widths or more")
+    plans = [trials(widths, args.steps, seed) for seed in range(42, 42 + args.seeds)]
     results = iter(run_trials(get_base_dir(), [trial for plan in plans for trial in plan.values()], args.jobs))
-    losses = [{name: next(results).final for name in plan} for plan in plans]
+    runs = [{name: next(results) for name in plan} for plan in plans]
+    check_ended(pair for found in runs for pair in found.items())
+    losses = [{name: result.final for name, result in found.items()} for found in runs]
     models = [{name: load(trial) for name, trial in plan.items()} for plan in plans]
-    found = [distances(args.widths, own, models[i - 1], i) for i, own in enumerate(models)]
+    found = [distances(widths, own, models[i - 1], i) for i, own in enumerate(models)]
     rows = {name: [each[name] for each in found] for name in found[0]}
     print("| singular values of | distance | by seed |\n|---|---:|---|")
     for name, values in rows.items():
-        mean, error = mean_and_error(values)
-        print(f"| {name} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
-    print("\n" + verdict(rows))
+        print(f"| {name} | {Estimate.of(values).shown(3, sign=False)} | {', '.join(f'{value:.4f}' for value in values)} |")
+    print("\n" + claims(rows))
     if args.out:
         write_text_atomic(args.out, to_json({"distances": rows, "bpb": losses}))
     if args.plot:
-        draw(models[0], args.widths, rows, args.plot)
+        draw(models[0], widths, rows, args.plot)
 
 
 if __name__ == "__main__":

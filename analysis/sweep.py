@@ -8,10 +8,10 @@
 The same command goes on where an earlier one was stopped; any number of them, on machines that share NANOCHAT_BASE_DIR, work through one sweep together.
 The results, a row a run, are in sweeps/<name>/results.csv there. Exit status 1: some runs failed (--retry tries them again).
 """
+import contextlib
 import csv
 import io
 import os
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import yaml
 
 from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
-from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep
+from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, tomllib
 from analysis.sweep_search import Search
 from analysis.trial import Trial, folder_of, status_of
 from analysis.trials import pictures
@@ -220,7 +220,7 @@ def main(argv=None) -> int:
     check_writable(folder)
     work = work_of(sweep, base_dir, folder)
     table = Table(sweep, base_dir, work.trials)
-    write_text_atomic(folder / "config.toml", text if re.match(r"\s*name\s*=", text, re.MULTILINE) else f'name = "{sweep.name}"\n{text}')
+    write_text_atomic(folder / "config.toml", text if "name" in tomllib.loads(text) else f'name = "{sweep.name}"\n{text}')
     if settings.submit:
         submit(settings, sweep, folder, settings.submit)
         return 0
@@ -235,7 +235,8 @@ def main(argv=None) -> int:
             display.show(runner)
             if len(runner.seconds) != written:  # what is done is in the table, whatever happens next
                 written = len(runner.seconds)
-                table.write()
+                with contextlib.suppress(OSError):  # a full disk ends no run that goes on; the last table tells
+                    table.write()
 
         runner.run(tell)
     print(f"{table.write()}\nWritten to {table.path}")

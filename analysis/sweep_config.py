@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.trial import Trial
+from analysis.trial import Trial, as_words
 from nanochat.cli import UsageError, folder_name, settings_parser
 from scripts import base_train
 
@@ -326,15 +326,22 @@ def check_runs(sweep: Sweep, trials: list[Trial]) -> None:
 # For others
 
 
+# wandb hands every parameter over as `--name=value`; that of a [[together]] is a list of flags
+WANDB_SHELL = ('for word; do shift; case $word in --together-*) eval "set -- \\"\\$@\\" ${word#*=}";; *) set -- "$@" "$word";; esac; done; '
+               'exec "$0" -m scripts.base_train --model-tag="wandb-$WANDB_RUN_ID" "$@"')  # a folder for each run, by the number that wandb gives it
+
+
 def as_wandb(sweep: Sweep) -> dict[str, Any]:
-    """The same as the configuration of a wandb sweep, whose agents do the runs. Raises UsageError for what wandb does not have."""
-    if any(len(alternatives[0]) > 1 for alternatives in sweep.choices):
-        raise UsageError("wandb's sweeps know no values that change together; leave [[together]] out")
+    """The same as the configuration of a wandb sweep, whose agents do the runs. Values that change together are one parameter, of lists of flags."""
     parameters: dict[str, dict] = {flag: {"value": value} for flag, value in (Trial({}).begin | sweep.fixed | {"run": sweep.name} | sweep.overrides).items()}
     for alternatives in sweep.choices:
-        (flag,) = alternatives[0]
-        if flag not in sweep.overrides:
-            parameters[flag] = {"values": [alternative[flag] for alternative in alternatives]}
+        left = [{flag: value for flag, value in alternative.items() if flag not in sweep.overrides} for alternative in alternatives]
+        if len(left[0]) == 1:
+            (flag,) = left[0]
+            parameters[flag] = {"values": [alternative[flag] for alternative in left]}
+        elif left[0]:
+            name = f"together-{sum(parameter.startswith('together-') for parameter in parameters) + 1}"
+            parameters[name] = {"values": [shlex.join(as_words(alternative)) for alternative in left]}
     for flag, values in sweep.search.items():
         if values.choices:
             parameters[flag] = {"values": list(values.choices)}
@@ -343,8 +350,6 @@ def as_wandb(sweep: Sweep) -> dict[str, Any]:
         else:
             kind = ("log_uniform_values" if values.log else "uniform") if not values.whole else "q_log_uniform_values" if values.log else "int_uniform"
             parameters[flag] = {"distribution": kind, "min": values.low, "max": values.high}
-    # a folder for each run, by the number that wandb gives it
-    shell = 'exec "$0" -m scripts.base_train --model-tag="wandb-$WANDB_RUN_ID" "$@"'
     return {"program": "scripts/base_train.py", "name": sweep.name, "method": {"": "grid", "random": "random", "optuna": "bayes"}[sweep.method],
             **({"run_cap": sweep.runs} if sweep.method else {}), "metric": {"name": "val/bpb", "goal": "minimize"}, "parameters": parameters,
-            "command": ["${env}", "bash", "-c", shell, "${interpreter}", "${args_no_boolean_flags}"]}
+            "command": ["${env}", "bash", "-c", WANDB_SHELL, "${interpreter}", "${args_no_boolean_flags}"]}

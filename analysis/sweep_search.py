@@ -14,6 +14,7 @@ from analysis.runner import Work
 from analysis.sweep_config import Sweep, check_runs
 from analysis.trial import read, status_of
 from nanochat.cli import UsageError
+from nanochat.files import parse_json
 
 
 def import_optuna() -> Any:
@@ -47,10 +48,13 @@ class Search(Work):
         """Takes up the next point. False if it is not there, or not wanted."""
         if len(self.points) == self.sweep.runs or not self._path().exists():
             return False
-        point = json.loads(self._path().read_text(encoding="utf-8"))
-        trials = self.sweep.trials(point)
-        if point.keys() != self.sweep.search.keys():
+        try:
+            point = parse_json(self._path().read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{self._path()} is damaged ({error}); delete it, and optuna proposes another point") from None
+        if not isinstance(point, dict) or point.keys() != self.sweep.search.keys():
             raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
+        trials = self.sweep.trials(point)
         check_runs(self.sweep, trials)
         self.points.append(point)
         self.trials += trials
@@ -70,8 +74,11 @@ class Search(Work):
             statuses = [status_of(self.base_dir, trial) for trial in trials]
             if None in statuses:
                 raise LookupError
-            results = [read(self.base_dir, trial) for trial in trials]
-            self._values[number] = None if any(statuses) else statistics.mean(result.final for result in results if result)
+            try:
+                results = [read(self.base_dir, trial) for trial in trials]
+            except UsageError:  # a broken log costs its numbers only
+                results = []
+            self._values[number] = None if any(statuses) or not results else statistics.mean(result.final for result in results if result)
         return self._values[number]
 
     def _propose(self) -> dict[str, Any]:
@@ -96,4 +103,4 @@ class Search(Work):
             except ValueError as error:
                 raise UsageError(f"point {number} in {self.folder} is not within [search.flags] ({error}); widen that, or give this sweep another name") from None
         drawn = study.ask(distributions).params
-        return {flag: drawn[flag] if values.choices else values.rounded(drawn[flag]) for flag, values in self.sweep.search.items()}
+        return {flag: drawn[flag] if values.choices or values.step else values.rounded(drawn[flag]) for flag, values in self.sweep.search.items()}

@@ -93,8 +93,12 @@ class Trial:
         return self.tag or "trial-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     def arguments(self) -> list[str]:
-        flags = {**self.begin, **self.flags}
-        return [*(f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items() if value is not False), f"--model-tag={self.name}"]
+        return [*as_words({**self.begin, **self.flags}), f"--model-tag={self.name}"]
+
+
+def as_words(flags: dict) -> list[str]:
+    """As on a command line; a true value is a switch, a false one is left out."""
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items() if value is not False]
 
 
 def folder_of(base_dir: str, trial: Trial) -> Path:
@@ -109,9 +113,20 @@ def status_of(base_dir: str, trial: Trial) -> int | None:
         if trial.tag and ended["flags"] != trial.flags:
             raise UsageError(f"{trial.name} was trained with other flags ({folder}); give the new runs another name, or delete that folder")
         return ended["status"]
-    if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":
-        return 0  # without a runner
+    if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":  # without a runner
+        had = read_run_log(folder / FILENAME)[0].get("config") or {}
+        if differ := [flag for flag, value in trial.flags.items() if not _same(had.get(flag.replace("-", "_"), value), value)]:
+            raise UsageError(f"{trial.name} was trained with another --{differ[0]} ({folder}); give the new runs another name, or delete that folder")
+        return 0
     return None
+
+
+def _same(one: object, other: object) -> bool:
+    """As values of a flag, which may be a text for a number."""
+    try:
+        return float(one) == float(other)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return str(one) == str(other)
 
 
 def diverged(base_dir: str, trial: Trial) -> bool:
@@ -138,16 +153,22 @@ def last_record(log: Path) -> dict | None:
 
 
 def read(base_dir: str, trial: Trial) -> Result | None:
-    """A finished trial's result, or None. One that diverged, or whose parent did, has no validations."""
+    """A finished trial's result, or None. One that diverged, or whose parent did, has no validations. Raises UsageError for a damaged log, as a full disk leaves it."""
     status = status_of(base_dir, trial)
     if status != 0 and not diverged(base_dir, trial):
         return None
-    records = list(read_run_log(folder_of(base_dir, trial) / FILENAME)) if status == 0 else []
-    evals = [record for record in records if record["kind"] == "eval"]
+    folder = folder_of(base_dir, trial)
+    try:
+        records = read_run_log(folder / FILENAME) if status == 0 else []
+        evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
+        if evals and trains and evals[-1]["step"] <= trains[-1]["step"]:
+            raise UsageError("the last validation is missing")
+    except UsageError as error:
+        raise UsageError(f"the log in {folder} is damaged ({error}); delete that folder, and the same command trains it again") from None
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     growths = [Growth(r["flops"], r["time"], r["loss_before"], r["loss_after"]) for r in records if r["kind"] == "grow"]
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin([record for record in records if record["kind"] == "train"]), growths,
+                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin(trains), growths,
                   next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
                   start["counts"], next((record["peak_memory_mib"] for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
                   [r["time"] for r in evals])

@@ -64,11 +64,20 @@ def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, pla
 # Studies
 
 
+def check_ended(runs: Iterable[tuple[str, Result]]) -> None:
+    """Raises UsageError for one of the trainings, given by their names, that diverged: a study has nothing to compare it with."""
+    for name, run in runs:
+        if not run.bpb:
+            raise UsageError(f"the run {name!r} of seed {run.flags.get('seed', 42)} diverged; give lower learning rates")
+
+
 def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int) -> list[dict[str, Result]]:
     """For each of `seeds` seeds, from 42 on, the results of the trials that `plan` makes of it, by their names there."""
     plans = [plan(seed) for seed in range(42, 42 + seeds)]
     results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], jobs))
-    return [{name: next(results) for name in found} for found in plans]
+    by_seed = [{name: next(results) for name in found} for found in plans]
+    check_ended(pair for runs in by_seed for pair in runs.items())
+    return by_seed
 
 
 def study_parser(doc: str) -> ArgumentParser:

@@ -59,9 +59,9 @@ def test_each_configuration_has_its_own_rate_and_is_told_from_the_first_by_paire
     assert list(rows)[2:] == ["depth=4 aspect-ratio=32", "depth=2 aspect-ratio=64", "depth=6 aspect-ratio=16"]
     first, shallow, deep = list(rows.values())[2:]
     assert (first[0], shallow[0], deep[0]) == ("2", "0.5", "1")
-    assert first[4:7] == ["2.0000", "1.9900, 2.0000, 2.0100", ""] and shallow[6] == "+0.1000 ± 0.0000: worse"
-    assert deep[6].startswith("-0.1000 ± 1.2") and deep[6].endswith(": not told apart"), "the mean is better, by one seed"
-    assert first[7:] == ["54.0", "40.0"] and shallow[7:] == ["52.0 (-2.0 ± 0.3)", "20.0 (-20.0 ± 0.0)"]
+    assert first[3:9] == ["0.0", "1,000", "2", "2.0000", "1.9900, 2.0000, 2.0100", ""] and shallow[8] == "+0.1000 ± 0.0000: worse"
+    assert deep[8].startswith("-0.1000 ± 1.2") and deep[8].endswith(": not told apart"), "the mean is better, by one seed"
+    assert first[9:] == ["54.0", "40.0"] and shallow[9:] == ["52.0 (-2.0 ± 0.3)", "20.0 (-20.0 ± 0.0)"]
     tuning, reported = ([flags for flags in asked if (flags["seed"] == 41) == wanted] for wanted in (True, False))
     assert {flags["num-iterations"] for flags in tuning} == {2} and not any("eval-tasks" in flags for flags in tuning)
     assert [(flags["depth"], flags["seed"], flags["num-iterations"]) for flags in reported] == [(depth, seed, 4) for depth in (4, 2, 6) for seed in (42, 43, 44)]

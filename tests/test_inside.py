@@ -42,23 +42,27 @@ VARIANTS = [{}, {"attn_rank": 8, "mlp_rank": 8}, {"block": "ngpt"}, {"block": "n
 def test_what_is_recorded_is_what_is_computed(layers):
     model, ids = random_model(**layers), torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
     alone = model(ids)
-    mixed, values = [], []
+    mixed, values, mlps = [], [], []
     for block in model.transformer.h:
         block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0].detach()))
-        project = block.attn.project
-        block.attn.project = lambda *args, project=project: values.append(project(*args)) or values[-1]
+        block.mlp.register_forward_hook(lambda _, inputs, output: mlps.append(output.detach()))
+        attend = block.attn.attend  # with the values that it is given, value embeddings among them
+        block.attn.attend = lambda q, k, v, *args, attend=attend: values.append(v.detach()) or attend(q, k, v, *args)
     with inside.recorded(model) as seen:
         assert torch.equal(model(ids), alone), "watching changes nothing"
     for layer, block in enumerate(model.transformer.h):
         probs = seen.attention[layer]
         assert probs.sum(-1).allclose(torch.ones(1)) and (probs.triu(1) == 0).all()
-        if block.attn.ve_gate is None and "s_head" not in dict(block.attn.named_parameters()):
-            v = values[layer][2].transpose(1, 2).repeat_interleave(2, dim=1)
-            assert (probs @ v).transpose(1, 2).flatten(2).allclose(mixed[layer], atol=1e-5)
-        assert block.mlp.c_proj(seen.units[layer]).isfinite().all()
+        heads = (probs @ values[layer].transpose(1, 2).repeat_interleave(2, dim=1)).transpose(1, 2)
+        if "s_head" in dict(block.attn.named_parameters()):
+            heads = heads * block.attn.s_head[:, None]
+        assert heads.flatten(2).allclose(mixed[layer], atol=1e-5)
+        assert block.mlp.c_proj(seen.units[layer]).allclose(mlps[layer], atol=1e-5)
+    assert len(values) == len(mlps) == len(seen.stream) == 2
+    left = seen.stream[1] - model._backout() * seen.stream[model.backout_layer]
+    assert model._cap(model.lm_head(model.norm(left))).allclose(alone, atol=1e-5), "the stream is what the head reads"
     read, _ = inside.lens(model, ids[0])
     assert len(read) == 2 and read[-1].allclose(alone[0].log_softmax(-1), atol=1e-5) and not read[0].allclose(read[1], atol=1e-2)
-    assert "attend" not in model.transformer.h[0].attn.__dict__, "nothing stays behind"
 
 
 def test_a_window_and_both_directions_hide_what_the_kernel_hides():
@@ -81,7 +85,16 @@ def test_scores_of_heads_that_look_nowhere_and_of_one_that_looks_back(monkeypatc
     assert [[round(x, 3) for x in layer] for layer in scores["induction"]] == [[0, 1, 0, 0]] * 2
 
 
-def test_clones_are_twins_and_the_default_growth_has_none():
+def test_nothing_stays_behind():
+    model = random_model()
+    with inside.recorded(model) as seen:
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(seen.attention) == 2
+    model(torch.zeros(1, 6, dtype=torch.long))
+    assert seen.attention[0].size(-1) == seen.units[0].size(1) == 8 and "attend" not in model.transformer.h[0].attn.__dict__
+
+
+def test_clones_are_twins():
     model, rows = random_model(), torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(0))
     shares = lambda model: [inside.twins(values) for values in inside.neurons(model, rows)]
     grown = lambda mode: grow(model, grown_config(model.config, n_embd=128), mode=mode)[0].eval()

@@ -39,7 +39,7 @@ def test_nothing_on_the_front_is_dominated_and_all_else_is(values):
 
 def test_the_way_to_a_loss():
     result = Result({}, [0, 1, 2, 3], [3.0, 2.0, 1.0, 1.5], [0.0, 100.0, 300.0, 400.0], 1.0, 7)
-    assert [pareto.flops_until(result, bpb) for bpb in (3.5, 2.5, 1.5, 1.0, 0.9)] == [0.0, 50.0, 200.0, 300.0, None]
+    assert [pareto.cost_until(result, bpb, result.flops) for bpb in (3.5, 2.5, 1.5, 1.0, 0.9)] == [0.0, 50.0, 200.0, 300.0, None]
 
 
 @pytest.fixture
@@ -73,6 +73,11 @@ def test_rates_are_chosen_by_the_seed_of_the_tuning_alone(config, monkeypatch):
         assert [(result.flags["seed"], result.flags["matrix-lr"], result.flags["depth"]) for result in results] == [(seed, rate, 2 + 2 * key[0]) for seed in seeds]
 
 
+def test_flops_are_the_budget_s_only_where_one_is_given():
+    assert pareto.budget({"target-flops": 100}) == 100 and pareto.budget({"num-iterations": -1, "target-flops": 100.0}) == 100
+    assert pareto.budget({"num-iterations": 5, "target-flops": 100}) == pareto.budget({"target-flops": -1}) == pareto.budget({}) == 0
+
+
 def test_a_reported_seed_is_never_the_one_of_the_tuning(config):
     config.write_text(SWEEP.replace("41", "43"))
     assert arms.reported_seeds(arms.configurations(config), 3) == [42, 44, 45]
@@ -87,6 +92,8 @@ def test_tokens_per_parameter_of_each_model_s_own(config):
 @pytest.mark.parametrize("before, after, message", [
     ("seed = 41\n", "", "the one `seed` of the tuning"), ("seed = 41\n", "seed = 1\n[search]\nmethod = 'random'\nruns = 2\nflags.head-dim = [8, 16]\n", "without [search]"),
     ("target-flops = 100\n", "", "give a positive num-iterations, target-flops or"), ("eval-every = 1\n", "", "and eval-every"), ("eval-every = 1\n", "eval-every = -1\n", "and eval-every"),
+    ("matrix-lr = [1, 2, 4]", "matrix-lr = ['1', '2']", "without quotes"), ("seed = 41", "seed = '41'", "without quotes"), ("[fixed]", "ranks = 2\n[fixed]", "leave `ranks` to analysis.sweep"),
+    ("seed = 41", "objective = 'mlm'\nseed = 41", "--objective=next-token: rank has mlm"),
     ("matrix-lr", "embedding-lr", "needs a matrix-lr"), ("depth = [2, 4]", "depth = [2]", "equally long"), ("rank = [0, 8]", "n-layer = [0, 8]", "no flag --n-layer")])
 def test_files_that_are_no_such_study(before, after, message, config, base_dir, capsys):
     assert before in SWEEP
@@ -106,7 +113,7 @@ def test_fronts_table_and_picture(config, tmp_path, base_dir, monkeypatch, capsy
     config.write_text(SWEEP.replace("[1, 2, 4]", "[1]"))
     monkeypatch.setattr(runner, "train", fake_runs.train)
     monkeypatch.setattr(pareto, "nats_per_bpb", lambda: 2.0)
-    command = [str(config), "--units", "1", "5", "--threshold", str(math.exp(4.0)), f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'fronts.png'}"]
+    command = [str(config), "--seeds=1", "--units", "1", "5", "--threshold", str(math.exp(4.0)), f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'fronts.png'}"]
     assert pareto.main(command) == 0
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert [(point["number"], point["unit"], point["rate"]) for point in found["points"]] == [(1, 1, 1), (1, 5, 1), (2, 1, 1), (2, 5, 1)]
@@ -121,8 +128,24 @@ def test_fronts_table_and_picture(config, tmp_path, base_dir, monkeypatch, capsy
     assert all((log.parent / "out.txt").read_text(encoding="utf-8").count("begun") == 1 for log in logs), "what is done is not done again"
 
 
+def test_the_difference_to_the_first_configuration_is_that_of_pairs_of_seeds(config):
+    """Seeds are 1 bit apart, which would hide all: the second configuration ends 0.1 and 0.2 bits above the first, the third 0.3 below; the fourth has no pair."""
+    found = [one for one in arms.configurations(config) for _ in range(2)]
+    run = lambda *bpb: Result({}, [1], list(bpb), [100.0], 1.0, 7, times=[1.0])
+    runs = {(i, 1.0): (1, [run(*one) for one in each]) for i, each in enumerate(([[1.0], [2.0]], [[1.1], [2.2]], [[0.7], [1.7]], [[], [2.0]]))}
+    points, threshold = pareto.points_of(found, runs, 2.0, None)
+    second, third, fourth = points[1:]
+    assert (second.above.value, third.above.value) == (pytest.approx(0.3), pytest.approx(-0.6)) and fourth.above is None
+    assert (points[0].above.value, second.above.of_a_loss, third.above.of_a_loss) == (0, "not told apart", "better")
+    rows = pareto.table(points, threshold).splitlines()
+    assert "FLOPs to 22.1 |" in rows[0]
+    _, none = pareto.points_of(found, {**runs, (0, 1.0): (1, [run(), run(1.0)])}, 2.0, None)
+    assert none is None and "FLOPs to the threshold |" in pareto.table(points, none)
+    assert "| -0.6000 ± 0.0000: better |" in rows[4] and "± 1.2710: not told apart |" in rows[3] and "told" not in rows[2]
+
+
 def point(number, unit=1.0, perplexity=2.0, **costs):
-    return pareto.Point(number, "", unit, 1, perplexity, [], **{"flops": 1.0, "tokens": 1.0, "blocks": 1, "params": 1, "memory": 1.0, "seconds": 1.0, **costs},
+    return pareto.Point(number, "", unit, 1, perplexity, [], None, **{"flops": 1.0, "tokens": 1.0, "blocks": 1, "params": 1, "memory": 1.0, "seconds": 1.0, **costs},
                         flops_to_threshold=None, seconds_to_threshold=None)
 
 
@@ -141,7 +164,7 @@ def test_a_study_of_tiny_models(tmp_path, base_dir, capsys):
     config = tmp_path / "tiny.toml"
     config.write_text("[fixed]\ndevice-type = 'cpu'\naspect-ratio = 32\nhead-dim = 32\nmax-seq-len = 64\nwindow-pattern = 'L'\ndevice-batch-size = 2\ntotal-batch-size = 128\ntarget-flops = 1e9\n"
                       "eval-every = 2\neval-tokens = 128\nseed = 41\n[grid]\nmatrix-lr = [0.02]\n[[together]]\ndepth = [1, 1]\nattn-rank = [0, 4]\n")
-    assert pareto.main([str(config), "--threshold=1e9", f"--out={tmp_path / 'numbers.json'}"]) == 0
+    assert pareto.main([str(config), "--seeds=1", "--threshold=1e9", f"--out={tmp_path / 'numbers.json'}"]) == 0
     dense, low_rank = json.loads((tmp_path / "numbers.json").read_text())["points"]
     assert 0.9 < dense["flops"] / low_rank["flops"] < 1.1 and low_rank["tokens"] > dense["tokens"] > 0 and low_rank["blocks"] < dense["blocks"]
     assert low_rank["memory"] > 0 and low_rank["flops_to_threshold"] == 0

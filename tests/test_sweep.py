@@ -1,5 +1,4 @@
 """Sweeps: what a file describes, claims, and runners that die, share and go on."""
-import contextlib
 import csv
 import io
 import json
@@ -10,18 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 
-from analysis import claims, runner, sweep
+from analysis import claims, progress, runner, sweep
 from analysis.claims import EXPIRES, take
 from analysis.progress import Display, share_done, why
 from analysis.runner import Runner, Work, cpu_places, cuda_places
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
 from analysis.trial import Trial, folder_of, status_of
+from analysis.trials import run_trials
 from nanochat.cli import UsageError
 from scripts import base_train
 from tests import fake_runs, tiny
@@ -97,6 +99,17 @@ def test_abandoned_claims_are_taken_over_by_exactly_one(tmp_path):
         process.communicate("\n")
     assert sorted(taken) == list(range(40))
     assert all(len(list(folder.glob("claim-*"))) == 2 - number % 2 and not list(folder.glob(".*")) for number, folder in enumerate(folders))
+
+
+def test_a_claim_that_a_power_cut_has_emptied_expires(tmp_path):
+    elsewhere(tmp_path, EXPIRES - 60)
+    path = tmp_path / "claim-1"
+    beat = path.stat().st_mtime
+    path.write_bytes(b"")
+    os.utime(path, (beat, beat))
+    assert take(tmp_path) is None and claims.holder(tmp_path) == "?:?"
+    os.utime(path, (beat - 60, beat - 60))
+    assert take(tmp_path)
 
 
 def test_where_there_are_no_hard_links(tmp_path, monkeypatch):
@@ -236,8 +249,29 @@ def test_wandb_does_the_same_runs(tmp_path, capsys):
     words = utils.create_sweep_command_args({"args": drawn})["args_no_boolean_flags"]
     settings = base_train.parse(words)
     assert (settings.num_iterations, settings.grow_freeze, settings.seed, settings.depth, settings.run) == (10, True, 1, 2, "rates")
-    with pytest.raises(UsageError, match="wandb's sweeps know no values that change together"):
-        as_wandb(read_sweep("x.toml", "[[together]]\ndepth = [1]\nseed = [2]\n"))
+
+
+def test_wandb_gets_what_changes_together_as_lists_of_flags(tmp_path):
+    """Through the shell that its agent starts, with a program in Python's place that says what it was asked for."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    text = ("[fixed]\nnum-iterations = 10\n[[together]]\ndepth = [2, 4]\ngrow-freeze = [true, false]\nnli = [\"it's $HOME\", 'b']\n"
+            "[[together]]\nrank = [0, 8]\nseed = [1, 2]\n[[together]]\naspect-ratio = [32, 16]\nhead-dim = [8, 16]\n")
+    written = as_wandb(read_sweep("x.toml", text, "--seed=7 --aspect-ratio=64 --head-dim=32"))
+    parameters = written["parameters"]
+    assert parameters["rank"] == {"values": [0, 8]} and parameters["seed"] == {"value": 7} and [name for name in parameters if "together" in name] == ["together-1"]
+    echo = tmp_path / "echo"
+    echo.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    echo.chmod(0o755)
+    said = []
+    for number in (0, 1):
+        words = utils.create_sweep_command_args({"args": {name: {"value": entry.get("value", entry.get("values", [None] * 2)[number])} for name, entry in parameters.items()}})
+        shell = written["command"][written["command"].index("-c") + 1]
+        done = subprocess.run(["bash", "-c", shell, str(echo), *words["args_no_boolean_flags"]], capture_output=True, text=True, check=True, env={**os.environ, "WANDB_RUN_ID": "abc"})
+        said.append(done.stdout.splitlines())
+    assert said[0][:3] == ["-m", "scripts.base_train", "--model-tag=wandb-abc"] and "together" not in str(said)
+    one, other = (base_train.parse([word for word in words[2:] if not word.startswith("--nli")]) for words in said)
+    assert (one.depth, one.grow_freeze, one.rank, one.seed, one.head_dim) == (2, True, 0, 7, 32) and (other.depth, other.grow_freeze, other.rank, other.seed) == (4, False, 8, 7)
+    assert "--nli=it's $HOME" in said[0] and "--nli=b" in said[1]
 
 
 # -----------------------------------------------------------------------------
@@ -295,11 +329,81 @@ def test_what_others_have_is_left_to_them(fake):
     assert not (folder_of(fake, trials[0]) / "out.txt").exists()
 
 
+def test_a_folder_in_which_somebody_trains_is_not_even_claimed(fake):
+    """A claim would take it from the runner that has it, if that only sleeps."""
+    trials = [Trial({"seed": 8}), Trial({"seed": 9})]
+    folder = folder_of(fake, trials[0])
+    program = f"from nanochat.files import locked; lock = locked({str(folder)!r}); lock.__enter__(); print('locked', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tiny.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        assert states(fake, trials, wait=False) == ["elsewhere", "done"] and not folder.exists()
+        process.communicate("\n")
+    assert states(fake, trials) == ["done", "done"]
+
+
+def test_a_full_disk_ends_no_run_that_goes_on(fake, monkeypatch):
+    """Claims, results and tables fail for a while, and are tried again; with nothing else to wait for, it is an error."""
+    found = Runner(fake, Work([Trial({"seed": seed}) for seed in (8, 9, 10)]), cpu_places(2))
+    left = {"take": 2, "write_text_atomic": 1}
+
+    def fails(name):
+        function = getattr(runner, name)
+
+        def maybe(*args):
+            if len(found.running) > (name != "take") and left[name]:
+                left[name] -= 1
+                raise OSError(28, "No space left on device")
+            return function(*args)
+        monkeypatch.setattr(runner, name, maybe)
+
+    fails("take")
+    fails("write_text_atomic")  # of done.json
+    found.run(lambda _: None)
+    assert [found.state(trial) for trial in found.work.trials] == ["done"] * 3 and left == {"take": 0, "write_text_atomic": 0}
+    monkeypatch.setattr(runner, "take", lambda folder: os.stat("/nowhere"))
+    with pytest.raises(FileNotFoundError):
+        states(fake, [Trial({"seed": 11})])
+
+
+@pytest.mark.parametrize("damage, says", [(lambda text: text.replace('{"kind', "{kind", 1), "line 1 is not a log record"),
+                                          (lambda text: "".join(line for line in text.splitlines(True) if '"eval", "step": 1' not in line), "the last validation is missing")])
+def test_a_damaged_log_costs_its_own_numbers_only(fake, damage, says, capsys):
+    trials = [Trial({"seed": seed}) for seed in (8, 9)]
+    log = folder_of(fake, trials[0]) / "log.jsonl"
+    done = Runner(fake, Work(trials), cpu_places(2))
+    display = Display("runs")
+
+    def tell(found):
+        if found.state(trials[0]) == "done" != display.known.get(trials[0].name):
+            log.write_text(damage(log.read_text()))
+        display.show(found)
+
+    done.run(tell)
+    assert [done.state(trial) for trial in trials] == ["done", "done"] and says in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"the log in .*{trials[0].name} is damaged .*{says}.*; delete that folder"):
+        run_trials(fake, trials)
+    shutil.rmtree(log.parent)
+    assert [result.final for result in run_trials(fake, trials)] == [2.0, 2.0]
+
+
+def test_the_end_is_not_before_the_last_run_s(tmp_path, monkeypatch):
+    """Eight places, and one run with an hour to go."""
+    monkeypatch.setattr(progress, "share_done", lambda *_: 0.5)
+    going = SimpleNamespace(trial=Trial({}), started=time.monotonic() - 3600)
+    found = SimpleNamespace(seconds=[7200.0], running={"x": going}, base_dir=str(tmp_path), work=Work([Trial({})]), state=lambda _: "running", places=8)
+    assert Display("runs").eta(found) == pytest.approx(3600, rel=1e-3)
+
+
 def test_a_run_with_a_name_of_its_own_may_have_been_done_by_hand(fake):
     trial = Trial({"seed": 9}, tag="mine")
     folder_of(fake, trial).mkdir(parents=True)
     (folder_of(fake, trial) / "log.jsonl").write_text('{"kind": "start", "step": 0}\n{"kind": "end", "step": 1}\n')
     assert states(fake, [trial]) == ["done"] and not (folder_of(fake, trial) / "out.txt").exists()
+    log = folder_of(fake, trial) / "log.jsonl"
+    log.write_text(log.read_text().replace('"step": 0', '"step": 0, "config": {"seed": 9, "matrix_lr": 0.02}', 1))
+    assert states(fake, [Trial({"seed": "9", "matrix-lr": 2e-2}, tag="mine")]) == ["done"]
+    with pytest.raises(UsageError, match="mine was trained with another --seed"):
+        states(fake, [Trial({"matrix-lr": 0.02, "seed": 8}, tag="mine")])
 
 
 class Terminal(io.StringIO):
@@ -360,6 +464,17 @@ def test_table_and_picture(fake, tmp_path, capsys):
     assert out.count("failed: seed=2") == 2 and "signal 9" in out
     assert sweep.main([str(path), "--retry"]) == 1
     assert [fake_runs.times(fake, Trial({"device-type": "cpu", "seed": seed, "matrix-lr": 2})) for seed in (fake_runs.KILLED, 9)] == [2, 1]
+
+
+def test_what_is_kept_of_a_file_can_be_read_again(fake, tmp_path, capsys):
+    """By the runners of a Slurm array; a name may stand below comments, and other tables may have names."""
+    for number, head in enumerate(('# of rates\nname = "mine"\n', '# name = "x"\n')):
+        path = tmp_path / f"file{number}.toml"
+        path.write_text(head + '[grid]\nseed = [8, 9]\n[slurm]\nname = "job"\n')
+        assert sweep.main([str(path), "--list"]) == 0
+        name = ("mine", "file1")[number]
+        kept = (Path(fake) / "sweeps" / name / "config.toml").read_text()
+        assert read_sweep("config.toml", kept).name == name
 
 
 def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
@@ -429,6 +544,17 @@ def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
     assert rows(fake, "best")[:24] == before and len(rows(fake, "best")) == 26
 
 
+def test_optuna_s_steps_may_have_many_digits(fake):
+    pytest.importorskip("optuna")
+    found = read_sweep("steps.toml", "[search]\nmethod = 'optuna'\nruns = 4\n[search.flags]\nmatrix-lr = {min = 0.10001, max = 0.2, step = 0.00333}\n")
+    search = sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+    assert all(search.more() for _ in range(4)) and not search.more()
+    assert [sweep.Search(found, fake, sweep.folder_of_sweep(fake, found)).points] == [search.points]
+    (search.folder / "00001.json").write_text("")
+    with pytest.raises(UsageError, match="00001.json is damaged .*; delete it"):
+        sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asked, got", [(None, "0"), ("1", "1")])
 def test_runs_that_are_compared_are_all_compiled_or_none(tmp_path, monkeypatch, asked, got):
@@ -478,12 +604,11 @@ def twelve(base_dir):
 def test_killed_runs_go_on_and_finished_ones_are_not_repeated(twelve, base_dir):
     process = start(base_dir, twelve, "--jobs=2")
     wait_for(process, ": done", 3)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):  # the runner's end ends the others
-            member.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(family) >= 3
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.communicate(timeout=300)
+    assert not psutil.wait_procs(children, timeout=300)[1], "no child outlives its runner"
     done = {path: path.stat().st_mtime_ns for path in base_dir.glob("base_checkpoints/*/done.json")}
     assert 3 <= len(done) < 12
     process = start(base_dir, twelve, "--jobs=2")

@@ -1,0 +1,70 @@
+"""The study of singular values: a measure that knows shapes and not scales, paired comparisons, table and picture."""
+import json
+
+import pytest
+import torch
+
+from analysis import spectra
+from analysis.trial import Result
+from nanochat.gpt import GPTConfig
+from nanochat.layered_gpt import build_gpt
+
+
+def model_of(width, seed, rank=None):
+    """Of four layers of random matrices, or of such a rank."""
+    torch.manual_seed(seed)
+    model = build_gpt(GPTConfig(sequence_len=32, vocab_size=64, n_layer=4, n_head=2, n_kv_head=2, n_embd=width, window_pattern="L"))
+    model.init_weights()
+    for block in model.transformer.h:
+        for kind in spectra.KINDS:
+            weight = block.get_submodule(kind).weight
+            rows, columns = weight.shape
+            weight.data = torch.randn(rows, columns) if rank is None else torch.randn(rows, rank) @ torch.randn(rank, columns)
+    return model
+
+
+def test_a_spectrum_is_a_shape_at_any_scale_and_size():
+    weight = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    assert spectra.spectrum(weight) == pytest.approx(spectra.spectrum(-7 * weight.T))
+    assert all(spectra.spectrum(scale * torch.eye(size)) == pytest.approx([1.0] * 64) for scale, size in ((1, 16), (2, 128)))
+    half = torch.zeros(64, 64)
+    half[:32, :32] = torch.eye(32)  # half of the singular values are 0, so the others are at the root of 2
+    assert spectra.spectrum(half)[[0, 63]] == pytest.approx([2 ** 0.5, 0])
+    assert spectra.distance({"0.mlp.c_fc": spectra.spectrum(half)}, {"0.mlp.c_fc": spectra.spectrum(torch.eye(64))}) == pytest.approx((2 - 2 ** 0.5) ** 0.5, abs=0.02)
+
+
+def test_random_matrices_agree_across_widths_and_those_of_low_rank_do_not_agree_with_them():
+    small, large, thin = (spectra.spectra_of(model_of(*shape)) for shape in ((32, 0), (64, 1), (64, 1, 8)))
+    assert spectra.distance(small, large) < 0.1 < 0.5 < spectra.distance(large, thin)
+    assert spectra.distance(large, large) == 0 and spectra.between_layers(large) < 0.05
+
+
+def test_claims_are_about_pairs_of_seeds():
+    rows = {"across widths": [0.1, 0.2, 0.3], "two seeds": [0.05, 0.15, 0.25], "a quarter of the rate": [0.2, 0.3, 0.4], "half of the steps": [0.1, 0.2, 0.301],
+            "two layers of a model": [0.2, 0.2, 0.2], "trained and random": [0.11, 0.22, 0.33]}
+    found = dict(line.split("|")[1::2][:2] for line in spectra.claims(rows).splitlines()[2:])
+    assert {name.strip(): verdict.strip() for name, verdict in found.items()} == {
+        "two seeds": "opposite", "a quarter of the rate": "confirmed", "half of the steps": "not confirmed", "two layers of a model": "not confirmed", "trained and random": "not confirmed"}
+
+
+def test_the_study(base_dir, tmp_path, monkeypatch, capsys):
+    """Trained models are random ones here; what is grown from the small one is grown."""
+    def width(trial):
+        return 4 * trial.flags["aspect-ratio"]
+
+    monkeypatch.setattr(spectra, "run_trials", lambda base_dir, trials, jobs: [Result(trial.flags, [1], [2.0], [1.0], 1.0, 7) for trial in trials])
+    monkeypatch.setattr(spectra, "load", lambda trial: model_of(width(trial), trial.flags["seed"] + trial.flags["num-iterations"], 8 if "slow" in trial.tag else None))
+    assert spectra.main(["--widths", "64", "32", "--steps=4", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
+    kept = json.loads((tmp_path / "numbers.json").read_text())["distances"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(kept) + 1 + 5 and all(len(values) == 3 for values in kept.values())
+    assert min(kept["a quarter of the rate"]) > 0.5 > 0.1 > max(kept["across widths"]) and "4x32 grown to 4x64, hyperclone, untrained" in kept
+    assert any(row.startswith("| a quarter of the rate | +0.") and row.endswith("| confirmed |") for row in rows)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for flags in (["--seeds=2"], ["--widths", "64"], ["--widths", "64", "64"]):
+        assert spectra.main(flags) == 2 and "--seeds=3" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged(base_dir, monkeypatch, capsys):
+    monkeypatch.setattr(spectra, "run_trials", lambda base_dir, trials, jobs: [Result(trial.flags, [], [], [], 0.0, 0) for trial in trials])
+    assert spectra.main([]) == 2 and "'4x64' of seed 42 diverged" in capsys.readouterr().err
