@@ -2,7 +2,7 @@
 
     python -m analysis.low_rank --out=low_rank.json --plot=low_rank.png
 
-On the data and the tokenizer in NANOCHAT_BASE_DIR. Every contestant has learning rates tuned at this size (dev/LOG.md has the
+The question is that of a proposal on low-rank training (not published). On the data and the tokenizer in NANOCHAT_BASE_DIR. Every contestant has learning rates tuned at this size (dev/LOG.md has the
 grids), sees the same batches in the same order, and runs with the same seeds. The rank is a quarter of the width.
 """
 import statistics

@@ -2,7 +2,7 @@
 
     python -m analysis.normalized --out=normalized.json --plot=normalized.png
 
-On the data and the tokenizer in NANOCHAT_BASE_DIR. Learning rates are tuned at this size for each of the four (dev/LOG.md has the
+The claim is that of nGPT (Loshchilov et al., 2410.01131): far fewer steps to the same loss. On the data and the tokenizer in NANOCHAT_BASE_DIR. Learning rates are tuned at this size for each of the four (dev/LOG.md has the
 grids); batches, their order and the seeds are the same. Each contestant is trained to several horizons with a schedule of its own, since a
 loss in the middle of a long schedule says little about a short one; the steps to the pre-norm model's loss at the full horizon are
 interpolated between them.
