@@ -20,7 +20,7 @@ moments carried over at the growth; an MLP of twice the width. The rate is tuned
 other strings, among --rates and beyond them where the best is at an end (rates.py). Scores are those of 500 strings that nothing else saw. Intervals are of 95 %, by bootstrap
 over the seeds; they know nothing of what five seeds may have chosen amiss.
 
-Each finished training is a file below NANOCHAT_BASE_DIR/letter_counting: interrupt it, and start it again.
+Each finished training is a file below NANOCHAT_BASE_DIR/letter_counting: interrupt it, start it again, or start it several times to share the work.
 """
 import contextlib
 import dataclasses
@@ -30,14 +30,17 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from analysis.claims import take
 from analysis.estimates import verdict
 from analysis.letters import ARMS, BETTER, TASKS, Outcome, Run, Text, finish, use
 from analysis.rates import best_rate, try_rates
+from analysis.runner import LOOK
 from analysis.trials import pictures, study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, with_progress
@@ -73,8 +76,16 @@ def begin_process(text: Text) -> None:
 
 
 def finish_and_keep(runs: Sequence[Run]) -> None:
-    for outcome in finish(runs):
-        write_text_atomic(path_of(outcome.run), json.dumps(dataclasses.asdict(outcome)))
+    """Unless another process is at it. One that takes longer than a claim lasts may be done twice, which costs no more than time."""
+    claim = take(path_of(runs[0]).with_suffix(".claims"))
+    if claim is None:
+        return
+    try:
+        if not all(path_of(run).exists() for run in runs):
+            for outcome in finish(runs):
+                write_text_atomic(path_of(outcome.run), json.dumps(dataclasses.asdict(outcome)))
+    finally:
+        claim.release()
 
 
 def side_by_side(runs: Iterable[Run]) -> list[list[Run]]:
@@ -87,19 +98,22 @@ def side_by_side(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Outcome]:
-    """In the order of the runs; those that are not on disk are trained, `jobs` at a time. Says on stderr how far it is."""
+    """In the order of the runs; those that are not on disk are trained, `jobs` at a time, by this process or others that want them too. Says on stderr how far it is."""
     missing = side_by_side(run for run in runs if not path_of(run).exists())
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        done = map(finish_and_keep, missing)
+        each: Callable = map
         if missing and jobs > 1:
             os.environ["OMP_NUM_THREADS"] = "1"
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs, begin_process, (text,)))
-            done = pool.imap(finish_and_keep, missing)
+            each = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs, begin_process, (text,))).imap
         else:
             begin_process(text)
-        for _ in with_progress(done, len(missing), label):
+        for _ in with_progress(each(finish_and_keep, missing), len(missing), label):
             pass
+        while left := [piece for piece in missing if not all(path_of(run).exists() for run in piece)]:
+            time.sleep(LOOK)  # until those that other processes have are done, or abandoned
+            for _ in each(finish_and_keep, left):
+                pass
     return [read(run) for run in runs]
 
 

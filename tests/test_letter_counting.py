@@ -1,4 +1,5 @@
 """The study of letter counting: its labels, its alphabet, its growth and its verdicts."""
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import letter_counting, letters
+from analysis import claims, letter_counting, letters
 from analysis.letters import ARMS, SYMBOLS, Run, Text, Training
 from nanochat.growth import grow, grown_config
 from tests.golden.fixtures import HERE
@@ -64,6 +65,25 @@ def test_targets_are_classes_or_next_letters(text):
 def trained(text: Text, *seeds: int, epochs: int = 3) -> Training:
     runs = [Run("counting", text.name, "plain", 32, 0.02, seed, 64, epochs, epochs) for seed in seeds or (0,)]
     return Training.new(runs, 32, 1).through(text, range(epochs))
+
+
+def test_what_another_process_trains_is_waited_for(text, monkeypatch):
+    """Of two pieces of work one is another's, which ends while this one looks away."""
+    pieces = [Run("counting", text.name, "plain", width, 0.02, 0, 64, 3, 3) for width in (32, 64)]
+    result = lambda run: letters.Outcome(run, 50.0, 1.0, 2.0)
+    begun, slept = [], []
+    monkeypatch.setattr(letter_counting, "finish", lambda runs: begun.extend(runs) or map(result, runs))
+    other = claims.take(letter_counting.path_of(pieces[0]).with_suffix(".claims"))
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            letter_counting.path_of(pieces[0]).write_text(json.dumps(dataclasses.asdict(result(pieces[0]))))
+            other.release()
+    monkeypatch.setattr(letter_counting.time, "sleep", sleep)
+    assert [outcome.run for outcome in letter_counting.outcomes(pieces, text, 1, "x")] == pieces
+    assert begun == pieces[1:] and len(slept) == 2
+    assert letter_counting.outcomes(pieces, text, 1, "x") and len(begun) == 1, "what is done is not done again"
 
 
 def test_models_side_by_side_are_what_each_would_be_alone(text):
