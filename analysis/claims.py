@@ -94,11 +94,11 @@ def _holder(claim: Claim) -> str:
     if not claim.number:
         return ""
     with open(claim.path, encoding="utf-8") as f:  # opened, not only looked at: an NFS client asks the server anew
-        beat, text = os.fstat(f.fileno()).st_mtime, f.read()
-    try:
-        who = json.loads(text)
-    except ValueError:  # a power cut has emptied it: it expires
-        who = {"host": "?", "pid": "?", "machine": ""}
+        beat = os.fstat(f.fileno()).st_mtime
+        try:
+            who = json.load(f)
+        except ValueError:  # a power cut has emptied it: it expires
+            who = {"host": "?", "pid": "?", "machine": ""}
     here = who["machine"] and who["machine"] == _machine()
     if beat == 0 or here and not _alive(who["pid"]) or abs(_now(claim.folder) - beat) > EXPIRES:
         return ""

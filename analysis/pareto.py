@@ -58,6 +58,7 @@ class Point:
     seconds: float
     flops_to_threshold: float | None
     seconds_to_threshold: float | None
+    curve: list[tuple[float, float]]  # (FLOPs, perplexity) of the validations
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +107,8 @@ def points_of(found: Sequence[Configuration], runs: dict, nats: float, threshold
             Estimate.of([nats * (one.final - other.final) for one, other in pairs]) if all(one.bpb and other.bpb for one, other in pairs) else None,
             budget(found[i].trial(unit).flags) or mean([result.flops[-1] for result in done]), mean([result.tokens / result.scaling_params for result in done if result.scaling_params]),
             done[0].blocks if done else 0, done[0].params if done else 0, mean([result.memory for result in done]), mean([result.seconds for result in done]),
-            mean(flops) if reached else None, mean(seconds) if reached else None))  # type: ignore[arg-type]
+            mean(flops) if reached else None, mean(seconds) if reached else None,  # type: ignore[arg-type]
+            [(mean(spent), math.exp(nats * mean(losses))) for spent, losses in zip(zip(*(result.flops for result in done)), zip(*(result.bpb for result in done)))]))
     return points, threshold
 
 
@@ -134,28 +136,40 @@ def table(points: Sequence[Point], threshold: float | None) -> str:
     return "\n".join(lines)
 
 
-def draw(points: Sequence[Point], path: Path) -> None:
-    """A panel for each cost: dots with the numbers of the configurations, a color for each budget, and the fronts as steps."""
+def draw(points: Sequence[Point], threshold: float | None, path: Path) -> None:
+    """Left the way of each configuration over FLOPs, with the threshold; then a panel for each other cost: a color for each configuration, a mark for each budget, and the fronts as steps."""
     known, found = [point for point in points if point.perplexity is not None], fronts(points)
     if not known:
         raise UsageError("all runs diverged, so there is nothing to draw")
-    colors = {unit: f"C{i}" for i, unit in enumerate(sorted({point.unit for point in known}))}
-    with pictures(path, 4.5 * len(COSTS), 4.5, len(COSTS)) as panels:
+    units = sorted({point.unit for point in known})
+    looks = {id(point): dict(color=f"C{point.number - 1}", marker="os^vDP*"[units.index(point.unit) % 7], label=f"{point.number}: {point.name}" if point.unit == units[0] else None)
+             for point in known}
+    with pictures(path, 4.5 * len(COSTS), 5, len(COSTS)) as panels:
         for axes, (cost, label) in zip(panels, COSTS.items()):
-            for unit, color in colors.items():
-                some = [point for point in known if point.unit == unit]
-                axes.plot([getattr(point, cost) for point in some], [point.perplexity for point in some], "o", color=color, label=f"{unit:g}")
-            for point in known:
-                axes.annotate(str(point.number), (getattr(point, cost), point.perplexity), xytext=(4, 3), textcoords="offset points", fontsize=7)
             for one in found[cost]:
-                color = colors[one[0].unit] if len({point.unit for point in one}) == 1 and len(colors) == len(found[cost]) else "#808890"
-                axes.plot([getattr(point, cost) for point in one], [point.perplexity for point in one], color=color, drawstyle="steps-post")
+                axes.plot([getattr(point, cost) for point in one], [point.perplexity for point in one], color="#808890", linewidth=1, drawstyle="steps-post")
+            for point in known:
+                place = getattr(point, cost), point.perplexity
+                axes.plot(*place, linestyle="none", **looks[id(point)])
+                axes.annotate(str(point.number), place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+                if cost == "flops":
+                    axes.plot(*zip(*point.curve), color=looks[id(point)]["color"], linewidth=1)
             costs = [getattr(point, cost) for point in known]
-            if max(costs) > 4 * min(costs) > 0:
+            if cost != "flops" and max(costs) > 4 * min(costs) > 0:
                 axes.set_xscale("log")
             axes.set_xlabel(label)
-        panels[0].set_ylabel("perplexity per token")
-        panels[0].legend(frameon=False, title="units of compute")
+        ways = panels[0]
+        ways.set_yscale("log")
+        ways.set_ylim(top=4 * max(point.perplexity or 0.0 for point in known))
+        if threshold:
+            ways.axhline(threshold, color="black", linewidth=0.8, linestyle=":")
+        for axes in panels:
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if axes is ways else "")
+        ways.set_ylabel("validation perplexity per token" + (", the threshold dotted" if threshold else ""))
+        marks = "" if len(units) == 1 else "; units of compute: " + ", ".join(f"{unit:g} {mark}" for unit, mark in zip(units, ("circle", "square", "triangle", "triangle down", "diamond", "plus", "star")))
+        handles = {label: handle for handle, label in zip(*panels[1].get_legend_handles_labels())}
+        ways.figure.legend(handles.values(), handles, frameon=False, loc="outside lower center", ncols=3, fontsize=9, title="configurations (grey: the fronts" + marks + ")")
 
 
 @command
@@ -175,7 +189,7 @@ def main(argv=None) -> None:
     if args.out:
         write_text_atomic(args.out, to_json({"threshold": threshold, "points": points}, indent=1))
     if args.plot:
-        draw(points, args.plot)
+        draw(points, threshold, args.plot)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.claims import BEAT, Claim, take
+from analysis.claims import BEAT, Claim, holder, take
 from analysis.trial import Trial, folder_of, says_diverged, status_of, weights
 from nanochat.cli import UsageError
 from nanochat.files import locked, write_text_atomic
@@ -173,6 +173,7 @@ class Runner:
         self.tried: set[str] = set()
         self.seconds: list[float] = []  # that the runs of this runner took
         self._looked: dict[str, float] = {}
+        self._full = False  # the disk, when a run should have begun
         self._processes = _processes(places)
 
     def state(self, trial: Trial) -> str:
@@ -183,20 +184,29 @@ class Runner:
         with _caught() as caught:
             try:
                 while not caught:
+                    self._full = False
                     self._reap()
                     self._start()
-                    while self.free and self.work.more():
+                    while self.free and not self._full and self._more():
                         self._start()
                     tell(self)
                     states = {self.state(trial) for trial in self.work.trials}
                     if not self.running and "waiting" not in states and not (self.wait and "elsewhere" in states):
                         return
-                    multiprocessing.connection.wait([running.process.sentinel for running in self.running.values()], POLL)
+                    multiprocessing.connection.wait([running.process.sentinel for running in self.running.values() if running.process.exitcode is None], POLL)
             finally:
                 self._stop()
         if caught[0] == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + caught[0])
+
+    def _more(self) -> bool:
+        try:
+            return self.work.more()
+        except (UsageError, OSError):  # told when it ends no run that goes on
+            if not self.running:
+                raise
+            return False
 
     def _ended(self, trial: Trial) -> bool:
         """Sets its state if there is nothing to do about it."""
@@ -228,25 +238,30 @@ class Runner:
 
     def _try(self, trial: Trial) -> None:
         folder = folder_of(self.base_dir, trial)
+        claim = None
         try:
-            claim = None if _held(folder) else take(folder)
+            if not holder(folder) and not _held(folder):
+                claim = take(folder)
+            if claim is None:
+                self.states[trial.name] = "elsewhere"
+                return
+            if self._ended(trial):  # while others had it
+                claim.release()
+                return
+            if _held(folder):  # since
+                claim.release()
+                self.states[trial.name] = "elsewhere"
+                return
+            if (folder / "done.json").exists():
+                self.kept[trial.name] = self.kept.get(trial.name, set()) | weights(folder)  # of branches that are not asked for now
+                (folder / "done.json").unlink()
         except (UsageError, OSError):  # the disk is full, perhaps for a while, which ends no run that goes on
+            if claim:
+                claim.release()
             if not self.running:
                 raise
+            self._full = True
             return
-        if claim is None:
-            self.states[trial.name] = "elsewhere"
-            return
-        if self._ended(trial):  # while others had it
-            claim.release()
-            return
-        if _held(folder):  # since
-            claim.release()
-            self.states[trial.name] = "elsewhere"
-            return
-        if (folder / "done.json").exists():
-            self.kept[trial.name] = self.kept.get(trial.name, set()) | weights(folder)  # of branches that are not asked for now
-            (folder / "done.json").unlink()
         place = self.free.pop(0)
         have = weights(folder)
         wanted = self.kept.get(trial.name, set()) - have
@@ -263,8 +278,8 @@ class Runner:
             if (status := running.process.exitcode) is not None:
                 try:
                     self._finish(running, status)
-                except OSError:  # a full disk: tried again as long as there are others to wait for
-                    if len(self.running) == 1:
+                except OSError:  # a full disk: tried again as long as others go on
+                    if all(other.process.exitcode is not None for other in self.running.values()):
                         raise
                     continue
             elif time.monotonic() - running.beat > BEAT:
@@ -307,12 +322,17 @@ class Runner:
 
 
 def _held(folder: Path) -> bool:
-    """Whether a training writes there, also one that made no claim (somebody's base_train), or one whose runner sleeps. A claim would take that away from it."""
-    try:
-        with locked(folder, wait=False):
-            return False
-    except UsageError:
-        return True
+    """Whether a training writes there, also one that made no claim (somebody's base_train), or one whose runner sleeps: a claim would take that away from it.
+
+    The look takes the lock itself for a moment, so it is for folders that nobody claims, and what it meets may be another one's look: hence two.
+    """
+    for pause in (0.05, 0.0):
+        try:
+            with locked(folder, wait=False):
+                return False
+        except UsageError:
+            time.sleep(pause)
+    return True
 
 
 def _signal(running: Running, number: int) -> None:

@@ -24,7 +24,7 @@ from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, tomllib
 from analysis.sweep_search import Search
-from analysis.trial import Trial, folder_of, status_of
+from analysis.trial import Trial, complete, folder_of, status_of
 from analysis.trials import pictures
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir, usable_cpus
@@ -63,6 +63,8 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
         return row | ({"status": "waiting"} if status is None else {})
     try:
         records = read_run_log(log)
+        if status == 0 and not complete(records):
+            raise UsageError("the last validation is missing")
     except UsageError:  # a broken log costs its numbers only
         return row
     losses = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None]

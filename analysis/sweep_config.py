@@ -338,10 +338,10 @@ def as_wandb(sweep: Sweep) -> dict[str, Any]:
         left = [{flag: value for flag, value in alternative.items() if flag not in sweep.overrides} for alternative in alternatives]
         if len(left[0]) == 1:
             (flag,) = left[0]
-            parameters[flag] = {"values": [alternative[flag] for alternative in left]}
+            parameters[flag] = {"values": list(dict.fromkeys(alternative[flag] for alternative in left))}
         elif left[0]:
             name = f"together-{sum(parameter.startswith('together-') for parameter in parameters) + 1}"
-            parameters[name] = {"values": [shlex.join(as_words(alternative)) for alternative in left]}
+            parameters[name] = {"values": list(dict.fromkeys(shlex.join(as_words(alternative)) for alternative in left))}
     for flag, values in sweep.search.items():
         if values.choices:
             parameters[flag] = {"values": list(values.choices)}

@@ -50,9 +50,11 @@ class Search(Work):
             return False
         try:
             point = parse_json(self._path().read_bytes())
+            if not isinstance(point, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise UsageError(f"{self._path()} is damaged ({error}); delete it, and optuna proposes another point") from None
-        if not isinstance(point, dict) or point.keys() != self.sweep.search.keys():
+        if point.keys() != self.sweep.search.keys():
             raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
         trials = self.sweep.trials(point)
         check_runs(self.sweep, trials)

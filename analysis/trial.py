@@ -114,7 +114,10 @@ def status_of(base_dir: str, trial: Trial) -> int | None:
             raise UsageError(f"{trial.name} was trained with other flags ({folder}); give the new runs another name, or delete that folder")
         return ended["status"]
     if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":  # without a runner
-        had = read_run_log(folder / FILENAME)[0].get("config") or {}
+        try:
+            had = read_run_log(folder / FILENAME)[0].get("config") or {}
+        except (UsageError, IndexError):  # whoever reads it will be told
+            had = {}
         if differ := [flag for flag, value in trial.flags.items() if not _same(had.get(flag.replace("-", "_"), value), value)]:
             raise UsageError(f"{trial.name} was trained with another --{differ[0]} ({folder}); give the new runs another name, or delete that folder")
         return 0
@@ -122,7 +125,9 @@ def status_of(base_dir: str, trial: Trial) -> int | None:
 
 
 def _same(one: object, other: object) -> bool:
-    """As values of a flag, which may be a text for a number."""
+    """As values of a flag, which may be a text for a number, or for several."""
+    if isinstance(one, list):
+        one = ",".join(map(str, one))
     try:
         return float(one) == float(other)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -160,18 +165,24 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     folder = folder_of(base_dir, trial)
     try:
         records = read_run_log(folder / FILENAME) if status == 0 else []
-        evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
-        if evals and trains and evals[-1]["step"] <= trains[-1]["step"]:
+        if status == 0 and not complete(records):
             raise UsageError("the last validation is missing")
     except UsageError as error:
         raise UsageError(f"the log in {folder} is damaged ({error}); delete that folder, and the same command trains it again") from None
+    evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     growths = [Growth(r["flops"], r["time"], r["loss_before"], r["loss_after"]) for r in records if r["kind"] == "grow"]
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
                   evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin(trains), growths,
                   next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
-                  start["counts"], next((record["peak_memory_mib"] for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
+                  start["counts"], next((record.get("peak_memory_mib") for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
                   [r["time"] for r in evals])
+
+
+def complete(records: list[dict]) -> bool:
+    """Whether the log of a run that has ended well has its end, and the validation there, if it has any."""
+    of = {record["kind"]: record for record in records}  # the last of each kind
+    return "end" in of and ("eval" not in of or of["eval"]["step"] >= of["end"]["step"])
 
 
 def _begin(trains: list[dict]) -> float:

@@ -68,7 +68,7 @@ def check_ended(runs: Iterable[tuple[str, Result]]) -> None:
     """Raises UsageError for one of the trainings, given by their names, that diverged: a study has nothing to compare it with."""
     for name, run in runs:
         if not run.bpb:
-            raise UsageError(f"the run {name!r} of seed {run.flags.get('seed', 42)} diverged; give lower learning rates")
+            raise UsageError(f"the run {name!r} of seed {run.flags.get('seed', 42)} diverged: there is nothing to compare the others with")
 
 
 def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int) -> list[dict[str, Result]]:

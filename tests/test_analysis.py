@@ -158,6 +158,9 @@ def test_a_result_tells_all_growths_and_the_time_of_each_validation(base_dir):
         log.log("eval", step, val_bpb=loss, flops=10 * step, time=1.0 * step)
         log.log("grow", step, loss_before=loss - 0.1, loss_after=loss + 0.1, flops=10 * step, time=1.0 * step)
     (folder / "done.json").write_text('{"status": 0}')
+    with pytest.raises(UsageError, match="the last validation is missing"):
+        read(str(base_dir), trial)
+    log.log("end", 2)
     result = read(str(base_dir), trial)
     assert result.times == [0.0, 1.0, 2.0] and result.growths[1] == Growth(10, 1.0, 1.9, 2.1) and result.grown == (1.4, 1.6)
 

@@ -146,7 +146,7 @@ def test_the_difference_to_the_first_configuration_is_that_of_pairs_of_seeds(con
 
 def point(number, unit=1.0, perplexity=2.0, **costs):
     return pareto.Point(number, "", unit, 1, perplexity, [], None, **{"flops": 1.0, "tokens": 1.0, "blocks": 1, "params": 1, "memory": 1.0, "seconds": 1.0, **costs},
-                        flops_to_threshold=None, seconds_to_threshold=None)
+                        flops_to_threshold=None, seconds_to_threshold=None, curve=[])
 
 
 def test_budgets_share_the_fronts_of_what_they_differ_in():
