@@ -1,6 +1,5 @@
 """The arms of a study that a sweep's file describes: its configurations, each with a learning rate of its own."""
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from analysis.rates import best_rate, rates_table, try_rates
 from analysis.runner import Place, cpu_places, cuda_places, default_device, gpus
-from analysis.sweep_config import check_runs, read_sweep
+from analysis.sweep_config import check_runs, read_sweep, text_of
 from analysis.trial import Result, Trial
 from analysis.trials import run_trials
 from nanochat.cli import UsageError
@@ -40,11 +39,7 @@ class Configuration:
 
 def configurations(path: Path, flags: str = "", objective: str | None = None) -> list[Configuration]:
     """Those of a sweep's file (-: standard input), in its order, named by what varies; of one objective, if it has several. Raises UsageError for a file that is no such study."""
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({error}); give the TOML file of a sweep, such as those of analysis/sweeps") from error
-    sweep = read_sweep(path.name, text, flags)
+    sweep = read_sweep(path.name, text_of(path), flags)
     if "device-type" not in sweep.fixed | sweep.overrides:
         sweep.fixed["device-type"] = default_device()
     trials = sweep.trials({})

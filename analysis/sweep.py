@@ -22,7 +22,7 @@ import yaml
 
 from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
-from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, tomllib
+from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
 from analysis.trial import Trial, complete, folder_of, status_of
 from analysis.trials import pictures
@@ -204,10 +204,7 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     words = [part for word in words for part in (word.split("=") if word == "--export=wandb" else [word])]  # argparse takes no second value after a `=`
     settings = parse_settings(Settings, words, __doc__.splitlines()[0])
-    try:
-        text = sys.stdin.read() if settings.config == "-" else Path(settings.config).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {settings.config} ({error}); give the TOML file of a sweep, see docs/sweeps.md") from error
+    text = text_of(settings.config)
     sweep = read_sweep(settings.config, text, settings.flags)
     if settings.export:
         program, file = settings.export

@@ -212,6 +212,14 @@ def _perhaps(word: str, words) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def text_of(config: str | Path) -> str:
+    """Of a sweep's file, - for standard input. Raises UsageError where there is none."""
+    try:
+        return sys.stdin.read() if str(config) == "-" else Path(config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {config} ({error}); give the TOML file of a sweep, such as those of analysis/sweeps (docs/sweeps.md)") from error
+
+
 def read_sweep(name: str, text: str, flags: str = "") -> Sweep:
     """name: of the file. flags: more of base_train's, which have the last word. Raises UsageError that says what is wrong in which line."""
     source, known = Source(name, text), Flags()
