@@ -23,7 +23,7 @@ from analysis.trials import picture
 from nanochat.cli import ArgumentParser, UsageError, command, folder_name
 from nanochat.common import get_base_dir
 from nanochat.files import write_text_atomic
-from nanochat.run_log import read_run_log
+from nanochat.run_log import is_finished, last_of_each_kind, read_run_log
 
 COLUMNS = {
     "miniseries": ["depth", "model_dim", "num_params", "num_scaling_params", "num_iterations", "tokens_trained", "param_data_ratio", "val_bpb",
@@ -37,8 +37,8 @@ PLACES = {"miniseries": ("{}_miniseries_d*", "{}_miniseries_results"), "scaling_
 def read_run(log: Path) -> dict | None:
     """All columns of one run, None while it is not finished. What was not measured is None."""
     records = read_run_log(log)
-    of = {record["kind"]: record for record in records}  # the last of each kind
-    if "start" not in of or "end" not in of:
+    of = last_of_each_kind(records)
+    if "start" not in of or not is_finished(records):
         return None
     start, config, counts = of["start"], of["start"]["model_config"], of["start"]["counts"]
     scaling_params = counts["transformer_matrices"] + counts["lm_head"]

@@ -24,12 +24,12 @@ from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
-from analysis.trial import Trial, complete, folder_of, status_of
+from analysis.trial import Trial, folder_of, status_of
 from analysis.trials import pictures
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir, usable_cpus
 from nanochat.files import check_writable, write_text_atomic
-from nanochat.run_log import FILENAME, read_run_log
+from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 MEASURES = ["status", "final_bpb", "min_bpb", "flops", "tokens", "seconds", "params", "peak_memory_mib"]
 
@@ -63,12 +63,12 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
         return row | ({"status": "waiting"} if status is None else {})
     try:
         records = read_run_log(log)
-        if status == 0 and not complete(records):
+        if status == 0 and not is_finished(records):
             raise UsageError("the last validation is missing")
     except UsageError:  # a broken log costs its numbers only
         return row
     losses = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None]
-    of = {record["kind"]: record for record in records}  # the last of each kind
+    of = last_of_each_kind(records)
     spent = of.get("train", {})
     row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
             "params": of.get("start", {}).get("counts", {}).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from nanochat.cli import UsageError
 from nanochat.files import parse_json
-from nanochat.run_log import FILENAME, read_run_log
+from nanochat.run_log import FILENAME, is_finished, read_run_log
 
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
 REFUSED = 2  # exit status of what a user's flags lead to, divergence among it, but also of a full disk
@@ -165,7 +165,7 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     folder = folder_of(base_dir, trial)
     try:
         records = read_run_log(folder / FILENAME) if status == 0 else []
-        if status == 0 and not complete(records):
+        if status == 0 and not is_finished(records):
             raise UsageError("the last validation is missing")
     except UsageError as error:
         raise UsageError(f"the log in {folder} is damaged ({error}); delete that folder, and the same command trains it again") from None
@@ -177,12 +177,6 @@ def read(base_dir: str, trial: Trial) -> Result | None:
                   next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
                   start["counts"], next((record.get("peak_memory_mib") for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
                   [r["time"] for r in evals])
-
-
-def complete(records: list[dict]) -> bool:
-    """Whether the log of a run that has ended well has its end, and the validation there, if it has any."""
-    of = {record["kind"]: record for record in records}  # the last of each kind
-    return "end" in of and ("eval" not in of or of["eval"]["step"] >= of["end"]["step"])
 
 
 def _begin(trains: list[dict]) -> float:

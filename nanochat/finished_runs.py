@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import list_steps, load_meta
 from nanochat.cli import UsageError
-from nanochat.run_log import FILENAME, read_run_log
+from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ def finished_runs(folder: Path, tokenizer: str | None = None) -> list[FinishedRu
 
 
 def _read(log: Path) -> FinishedRun | None:
-    of = {record["kind"]: record for record in read_run_log(log)}  # the last of each kind
-    if not {"start", "eval", "end"} <= of.keys() or "grow" in of:
+    records = read_run_log(log)
+    of = last_of_each_kind(records)
+    if not is_finished(records) or not {"start", "eval"} <= of.keys() or "grow" in of:
         return None
     start, bpb = of["start"], of["eval"]["val_bpb"]
     flags, counts, tokens = start["config"], start["counts"], start["total_tokens"]
-    if tokens is None or flags.get("branch_from") or flags.get("init_from") or bpb is None or of["eval"]["step"] != of["end"]["step"]:
+    if tokens is None or flags.get("branch_from") or flags.get("init_from") or bpb is None:
         return None
     return FinishedRun(log.parent.name, float(counts["transformer_matrices"] + counts["lm_head"]), float(tokens), float(bpb), start["model_config"]["vocab_size"], flags)
 

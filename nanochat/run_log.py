@@ -79,3 +79,13 @@ def read_run_log(path: str | os.PathLike) -> list[dict]:
             if number < len(complete):
                 raise UsageError(f"{path}, line {number} is not a log record; repair or delete the file") from None
     return records
+
+
+def last_of_each_kind(records: list[dict]) -> dict[str, dict]:
+    return {record["kind"]: record for record in records}
+
+
+def is_finished(records: list[dict]) -> bool:
+    """Whether the run came to its end, and its log has the validation there, if it has any: a full disk may have left records out."""
+    of = last_of_each_kind(records)
+    return "end" in of and ("eval" not in of or of["eval"]["step"] >= of["end"]["step"])

@@ -208,7 +208,7 @@ def write_run(folder, config, losses, kinds=("end",), **conditions):
     for step, loss in enumerate(losses):
         log.log("eval", step, val_bpb=loss)
     for kind in kinds:
-        log.log(kind, len(losses))
+        log.log(kind, len(losses) - 1)
     log.close()
 
 
@@ -216,6 +216,9 @@ def test_finished_runs_of_the_same_kind_foretell(tmp_path):
     write_run(tmp_path / "one", STOCK, [3.0, 1.3])
     write_run(tmp_path / "two", STOCK, [3.0, 1.2], flops=1.01e12)
     write_run(tmp_path / "unfinished", STOCK, [3.0, 1.0], kinds=())
+    write_run(tmp_path / "cut", STOCK, [3.0, 1.0], kinds=())
+    with open(tmp_path / "cut" / "log.jsonl", "a") as log:
+        log.write('{"kind": "end", "step": 9}\n')  # the disk was full meanwhile
     write_run(tmp_path / "grown", STOCK, [3.0, 0.9], kinds=("grow", "end"))
     write_run(tmp_path / "other", mixed(), [3.0, 0.8])
     for number, different in enumerate((dict(data="tinystories"), dict(tokenizer="def"), dict(flops=2e12), dict(warmdown_ratio=0.0), dict(more=1))):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.cli import UsageError
-from nanochat.run_log import RunLog, read_run_log
+from nanochat.run_log import RunLog, is_finished, last_of_each_kind, read_run_log
 
 
 def write(path, steps, resume_step=None):
@@ -113,3 +113,14 @@ def test_a_full_disk_costs_records_but_not_the_run(tmp_path, caplog):
     log.log("train", 2, loss=1.3)
     assert [record["step"] for record in read_run_log(path)] == [0, 2]
     assert "the record train of step 1 is left out" in caplog.text
+
+
+def test_what_a_finished_run_s_log_has(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write(path, range(4))
+    records = read_run_log(path)
+    assert last_of_each_kind(records)["train"]["step"] == 3 and last_of_each_kind(records)["eval"]["step"] == 2
+    end = [{"kind": "end", "step": 4}]
+    assert not is_finished(records) and not is_finished(records + end), "its last validation is missing"
+    assert is_finished([*records, {"kind": "eval", "step": 4, "val_bpb": 0.1}, *end])
+    assert is_finished([{"kind": "start", "step": 0}, *end]) and not is_finished([]), "not all runs validate"

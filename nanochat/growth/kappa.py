@@ -28,7 +28,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.growth.forecast import GROWN, Forecast, Points, Prior, fit, new_model
 from nanochat.growth.target import layered_config
 from nanochat.layered_gpt import LayeredGPTConfig
-from nanochat.run_log import FILENAME, read_run_log
+from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 
 def kappa_target(start: float, final: float, kappa: float) -> float:
@@ -66,8 +66,7 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | 
     for path in sorted(Path(runs).glob(f"*/{FILENAME}")):
         try:
             records = read_run_log(path)
-            kinds = {record["kind"] for record in records}
-            if "end" not in kinds or "grow" in kinds:
+            if not is_finished(records) or "grow" in last_of_each_kind(records):
                 continue
             start = next(record for record in records if record["kind"] == "start")
             if shape_of(read_config(start["model_config"])) != shape_of(read_config(config)):
