@@ -45,7 +45,7 @@ class Arm:
     @property
     def verdict(self) -> str:
         """On its loss."""
-        return "" if self.runs is self.first else self.difference(LOSS).of_a_loss
+        return "" if self.runs is self.first else self.difference(LOSS).loss_verdict
 
 
 def _unit(row: dict) -> int:

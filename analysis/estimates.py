@@ -27,8 +27,8 @@ class Estimate:
         return cls(statistics.mean(values), max(seeds, 1.96 * error))
 
     @property
-    def of_a_loss(self) -> str:
-        """What it says as the difference of a loss from another one."""
+    def loss_verdict(self) -> str:
+        """Of the difference of a loss from another one: better, worse, or not told apart."""
         return "better" if self.value < -self.half else "worse" if self.value > self.half else "not told apart"
 
     def shown(self, digits: int, sign: bool = True) -> str:

@@ -128,7 +128,7 @@ def table(points: Sequence[Point], threshold: float | None) -> str:
     lines = [f"| # | configuration | units | {RATE} | perplexity | by seed | nats per token above the first | FLOPs | tokens per parameter | blocks | parameters | MiB | seconds "
              f"| FLOPs to {show(threshold, '.3g') or 'the threshold'} | seconds to it | on the front of |", "|---:|---|---:|---:|---:|---|---|" + "---:|" * 8 + "---|"]
     for point in sorted(points, key=lambda point: (point.unit, point.number)):
-        above = "" if point.above is None or point.number == 1 else f"{point.above.shown(4)}: {point.above.of_a_loss}"
+        above = "" if point.above is None or point.number == 1 else f"{point.above.shown(4)}: {point.above.loss_verdict}"
         on = ", ".join(cost for cost, several in found.items() if any(point in one for one in several))
         lines.append(f"| {point.number} | {point.name} | {point.unit:g} | {point.rate:g} | {show(point.perplexity, '.3f') or 'diverged'} | "
                      f"{', '.join(f'{value:.3f}' for value in point.by_seed)} | {above} | {show(point.flops, '.2g')} | {show(point.tokens, '.2f')} | {point.blocks:,} | {point.params:,} | "

@@ -82,6 +82,7 @@ def read_run_log(path: str | os.PathLike) -> list[dict]:
 
 
 def last_of_each_kind(records: list[dict]) -> dict[str, dict]:
+    """By kind ("start", "train", "eval", "end", ...) the last record of it; kinds that the log lacks are not there."""
     return {record["kind"]: record for record in records}
 
 

@@ -136,7 +136,7 @@ def test_the_difference_to_the_first_configuration_is_that_of_pairs_of_seeds(con
     points, threshold = pareto.points_of(found, runs, 2.0, None)
     second, third, fourth = points[1:]
     assert (second.above.value, third.above.value) == (pytest.approx(0.3), pytest.approx(-0.6)) and fourth.above is None
-    assert (points[0].above.value, second.above.of_a_loss, third.above.of_a_loss) == (0, "not told apart", "better")
+    assert (points[0].above.value, second.above.loss_verdict, third.above.loss_verdict) == (0, "not told apart", "better")
     rows = pareto.table(points, threshold).splitlines()
     assert "FLOPs to 22.1 |" in rows[0]
     _, none = pareto.points_of(found, {**runs, (0, 1.0): (1, [run(), run(1.0)])}, 2.0, None)
