@@ -21,6 +21,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "runs").glob("*.sh")), ROOT / ".ci" / "run"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "analysis" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULE_OF = {"huggingface-hub": "huggingface_hub", "langchain-core": "langchain_core", "langchain-openai": "langchain_openai", "lm-eval": "lm_eval", "markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # where it differs from the distribution's name
 
 
@@ -64,14 +65,14 @@ def test_every_dependency_is_imported():
 
 
 # -----------------------------------------------------------------------------
-# Commands in the recipes and in the README
+# Commands in the recipes and the documents
 
 
 def commands():
     """(file, module, flags) of every `-m nanochat.X`, `-m scripts.X` or `-m analysis.X`; variables of flags have their defaults."""
     setup = (ROOT / "runs" / "setup.sh").read_text(encoding="utf-8")
     get_text = re.search(r"^get_text\(\) \{\n(.*?)^\}", setup, re.MULTILINE | re.DOTALL)[1]
-    for path in [*(path for path in SCRIPTS if path.name != "setup.sh"), ROOT / "README.md"]:
+    for path in [*(path for path in SCRIPTS if path.name != "setup.sh"), *DOCUMENTS]:
         text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8").replace("\nget_text\n", f"\n{get_text}"))
         variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
         variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
@@ -98,13 +99,34 @@ def test_commands_exist_and_take_their_flags(where, module, flags, monkeypatch):
 
 def test_growths_are_made_of_whole_heads():
     found = 0
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "scripts" / "grow_checkpoint.py"]:
+    for path in [*DOCUMENTS, ROOT / "scripts" / "grow_checkpoint.py"]:
         for line in path.read_text(encoding="utf-8").splitlines():
             head_dim = int(re.search(r"--head-dim=(\d+)|$", line)[1] or 128)  # base_train's
             for shapes in re.findall(r"--(?:grow-path|grow-to|to)=(\d[\dx,]+)", line) if "-m scripts." in line else ():
                 assert not [str(shape) for shape in parse_path(shapes) if shape.width % head_dim], line
                 found += 1
     assert found > 8
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        file, _, place = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        if place:
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def test_files_that_documents_name_exist():
+    """Names between backticks that look like a path of this project."""
+    files = {str(path.relative_to(ROOT)) for folder in ("nanochat", "scripts", "tasks", "analysis", "runs", "docs", "dev", "tests") for path in (ROOT / folder).rglob("*")}
+    for path in DOCUMENTS:
+        for name in re.findall(r"`((?:nanochat|scripts|tasks|analysis|runs|docs|dev|tests)/[\w./-]+)`", path.read_text(encoding="utf-8")):
+            assert name.rstrip("/") in files, f"{path.name}: {name}"
 
 
 def test_commands_are_found():
@@ -117,7 +139,7 @@ def test_commands_are_found():
 def test_torchrun_leaves_our_flags_alone():
     """torchrun accepts abbreviations of its own flags: our --run, for one, would be an error without `--` before it."""
     found = 0
-    for path in [*SCRIPTS, ROOT / "README.md"]:
+    for path in [*SCRIPTS, *DOCUMENTS]:
         for line in re.findall(r"^ *torchrun (.*)", path.read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE):
             words = shlex.split(line.replace("$NPROC_PER_NODE", "8"))
             ours = words[words.index("-m") + 2:]
