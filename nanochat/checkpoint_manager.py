@@ -252,7 +252,7 @@ def build_model(checkpoint_dir: str | os.PathLike, step: int, device, phase: str
 
 def _folders(checkpoints_dir: str | os.PathLike) -> list[str]:
     folder = Path(checkpoints_dir)
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []  # hidden: still being written
 
 
 def list_models(checkpoints_dir: str | os.PathLike) -> list[str]:

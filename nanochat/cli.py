@@ -97,8 +97,8 @@ def positive_ints(text: str) -> list[int]:
 
 
 def folder_name(text: str) -> str:
-    """A name that stays below the folder it is put in; empty for the default."""
-    if text in (".", "..") or "/" in text or "\\" in text:
+    """A name that stays below the folder it is put in, and is not hidden there; empty for the default."""
+    if text.startswith(".") or "/" in text or "\\" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,37 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
                 os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_free(folder: Path, flag: str) -> None:
+    """Raises UsageError that names the flag which chooses another folder, where this one exists."""
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{folder} exists already and is not overwritten; choose another {flag}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Yields an empty folder that becomes `folder` once all is written, and disappears where something fails.
+
+    Raises UsageError that names the flag where `folder` exists, or a file cannot be written.
+    """
+    check_free(folder, flag)
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder.absolute().parent} ({error.strerror}); choose another {flag}") from error
+    try:
+        yield temporary
+        umask = current_umask()
+        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors make theirs private to the user
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        check_free(folder, flag)  # nobody was faster
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder} ({error.strerror or error}); make room or choose another {flag}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:

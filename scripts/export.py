@@ -29,7 +29,8 @@ from nanochat.checkpoint_manager import SOURCES
 from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings
 from nanochat.export.base_dir import export_base_dir, to_stock
 from nanochat.export.hf import export_hf, from_folder
-from nanochat.export.subject import Subject, check_free, from_checkpoint, new_folder
+from nanochat.export.subject import Exported, from_checkpoint
+from nanochat.files import check_free, new_folder
 
 
 def size(text: str) -> str:
@@ -50,7 +51,7 @@ class Settings:
     shard_size: str = flag("5GB", "hf: a file of weights is not larger than this", type=size)
 
 
-def write(subject: Subject, settings: Settings, folder: Path) -> str:
+def write(subject: Exported, settings: Settings, folder: Path) -> str:
     match settings.to:
         case "hf":
             return export_hf(subject, folder, settings.shard_size)
@@ -66,13 +67,13 @@ def write(subject: Subject, settings: Settings, folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, "Export a model")
     out = Path(settings.out)
-    check_free(out)
+    check_free(out, "--out")
     if settings.dense and settings.to != "nanochat":
         raise UsageError("--dense is for --to=nanochat, the only format that cannot hold low-rank matrices")
     if settings.from_folder and (settings.model_tag or settings.step is not None):
         raise UsageError("--from-folder and a checkpoint's --model-tag or --step both say what to export; give one of them")
     subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(settings.source, settings.model_tag, settings.step)
-    with new_folder(out) as folder:
+    with new_folder(out, "--out") as folder:
         found = write(subject, settings, folder)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"Written to {out} ({size / 1e6:,.1f} MB): {found}")

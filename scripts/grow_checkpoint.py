@@ -6,10 +6,8 @@
 Works on any checkpoint of this pipeline and of nanochat itself, with the optimizer's state where there is one. The result is a new folder beside
 the old one, written as a whole or not at all; nothing is ever overwritten.
 """
-import os
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ from nanochat.cli import (
     positive_int,
     seed,
 )
-from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir, print0, with_progress
+from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, print0, with_progress
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
-from nanochat.files import check_writable, current_umask, locked
+from nanochat.files import check_free, check_writable, locked, new_folder
 from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.modes import MODES, width_mode
@@ -144,7 +142,7 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     model, meta = load(folder, step, device)
     before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], settings.depth_mode)
     tag = settings.to_tag or f"{folder.name}-{describe(after.config)}"
-    check_free(parent / tag)
+    check_free(parent / tag, "--to-tag")
     optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step)
 
     comparison = Comparison(model.eval(), meta, settings.eval_tokens)
@@ -161,7 +159,11 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
                            loss_before=None, loss_after=None)
     meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
     shards = optimizer_shards(grown_optimizer, ranks) if grown_optimizer is not None else [None]
-    write_folder(parent / tag, step, grown, shards, meta, sorted(folder.glob(f"state_{step:06d}_rank*.pt")))
+    with locked(parent / tag), new_folder(parent / tag, "--to-tag") as temporary:
+        for rank in reversed(range(len(shards))):  # rank 0 writes the model, last
+            checkpoints.save_checkpoint(temporary, step, grown.state_dict(), shards[rank], meta, rank=rank)
+        for path in folder.glob(f"state_{step:06d}_rank*.pt"):  # the data positions of the run
+            shutil.copy(path, temporary / path.name)
     print0(f"Saved to {parent / tag}")
 
     loss_before, logits_before = comparison.measure(model)
@@ -171,27 +173,6 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     print0(f"Largest difference of a logit on random tokens: {(logits_after - logits_before).abs().max():.2e}")
     record.update(loss_before=loss_before, loss_after=loss_after)
     checkpoints.save_meta(parent / tag, step, meta)
-
-
-def check_free(folder: Path) -> None:
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder} exists already and is not overwritten; choose another --to-tag")
-
-
-def write_folder(folder: Path, step: int, model: GPT, shards: list, meta: dict, train_states: list[Path]) -> None:
-    """The checkpoint with the optimizer state of every rank and the data positions of the run, as a whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(dir=get_base_dir(), prefix=".grow-"))
-    try:
-        for rank in reversed(range(len(shards))):  # rank 0 writes the model, last
-            checkpoints.save_checkpoint(temporary, step, model.state_dict(), shards[rank], meta, rank=rank)
-        for path in train_states:
-            shutil.copy(path, temporary / path.name)
-        temporary.chmod(0o777 & ~current_umask())  # mkdtemp makes it private to the user
-        with locked(folder):
-            check_free(folder)  # nobody was faster
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_pictures():
             cli.picture_path(text)
 
 
-@pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), ("a/b", False), ("..", False), ("../x", False), ("a\\b", False)])
+@pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), (".d12", False), ("a/b", False), ("..", False), ("../x", False), ("a\\b", False)])
 def test_folder_names(text, good):
     if good:
         assert cli.folder_name(text) == text

@@ -264,3 +264,11 @@ def test_in_a_pipe_every_line_stays(capsys):
     common.live_line("step 0")
     common.live_line("step 1")
     assert capsys.readouterr().out == "step 0\nstep 1\n"
+
+
+def test_a_new_folder_takes_the_place_of_none(tmp_path):
+    with pytest.raises(UsageError, match="exists already and is not overwritten; choose another --out"):
+        with files.new_folder(tmp_path / "out", "--out") as folder:
+            (folder / "file").write_text("mine")
+            (tmp_path / "out").mkdir()  # somebody was faster
+    assert not any((tmp_path / "out").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["out"]

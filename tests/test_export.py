@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.checkpoint_manager import build_model, find_checkpoint, load_checkpoint
-from nanochat.export import hf, subject
+from nanochat.export import hf
 from nanochat.export.hf_tokenizer import from_hf, to_hf
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layered_gpt import LayeredGPT
@@ -229,11 +229,3 @@ def test_a_failed_write_leaves_nothing(base, monkeypatch, capsys):
     assert exported.run("hf", "stock", base / "hf") == 2
     assert "No space left" in capsys.readouterr().err
     assert not [path for path in base.iterdir() if "hf" in path.name]
-
-
-def test_whoever_is_faster_is_not_overwritten(tmp_path):
-    with pytest.raises(subject.UsageError, match="exists already"):
-        with subject.new_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("mine")
-            (tmp_path / "out").mkdir()
-    assert not any((tmp_path / "out").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -101,6 +101,22 @@ def test_errors_leave_everything_as_it_was(base, capsys, flags, reason):
     assert {path: path.stat().st_mtime_ns for path in base.rglob("*") if not path.name.endswith(".lock")} == before
 
 
+def test_a_full_disk_leaves_everything_as_it_was(base, monkeypatch, capsys):
+    def fill(*args):
+        raise OSError(28, "No space left on device")
+
+    before = {path for path in base.rglob("*") if not path.name.endswith(".lock")}
+    monkeypatch.setattr(grow_checkpoint.shutil, "copy", fill)
+    assert grow("--to=3x128", "--to-tag=big") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path for path in base.rglob("*") if not path.name.endswith(".lock")} == before
+
+
+def test_folders_that_are_still_being_written_are_no_models(base):
+    shutil.copytree(tiny.folder(base), tiny.folder(base).with_name(".d3-4x96.half"))
+    assert checkpoints.list_models(tiny.folder(base).parent) == ["d3"]
+
+
 def test_another_vocabulary_is_refused(base, capsys):
     assert tok_train.main(["--vocab-size=300"]) == 0
     assert grow("--to=3x128") == 2

@@ -12,13 +12,13 @@ import torch
 
 from nanochat.checkpoint_manager import SOURCES, save_checkpoint
 from nanochat.cli import UsageError
-from nanochat.export.subject import Subject
+from nanochat.export.subject import Exported
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec
 
 
-def to_stock(subject: Subject, dense: bool) -> Subject:
+def to_stock(subject: Exported, dense: bool) -> Exported:
     """The same as a stock model. Raises UsageError that says what nanochat's models do not have."""
     state = multiplied_out(subject.state) if dense else subject.state
     config = layered_config(subject.config)
@@ -61,7 +61,7 @@ def difference(config: LayeredGPTConfig) -> str:
     return f"the stream after layer {config.backout_layer} is backed out, where nanochat takes layer {stock.backout_layer}"
 
 
-def export_base_dir(subject: Subject, folder: Path) -> str:
+def export_base_dir(subject: Exported, folder: Path) -> str:
     """Fills the folder; returns what is in it."""
     tokenizer = subject.tokenizer
     tokenizer.save(folder / "tokenizer")

@@ -21,7 +21,7 @@ from nanochat.checkpoint_manager import SOURCES, load_weights, model_from_config
 from nanochat.cli import UsageError, folder_name
 from nanochat.export import nanochat_reference as reference
 from nanochat.export.hf_tokenizer import CHAT_TEMPLATE, from_hf, to_hf
-from nanochat.export.subject import Subject, optional_packages
+from nanochat.export.subject import Exported, optional_packages
 from nanochat.files import parse_json
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config
@@ -60,14 +60,14 @@ def nanochat_name(name: str) -> str:
 
 
 @torch.no_grad()
-def largest_difference(subject: Subject, state: dict[str, torch.Tensor], config: dict) -> float:
+def largest_difference(subject: Exported, state: dict[str, torch.Tensor], config: dict) -> float:
     """Of a logit of random tokens, between the checkpoint's model and the exported one."""
     length = min(subject.config.sequence_len, 64)
     tokens = torch.randint(subject.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     return float((reference_model(config, state)(tokens) - subject.model()(tokens)).abs().max())
 
 
-def export_hf(subject: Subject, folder: Path, shard_size: str) -> str:
+def export_hf(subject: Exported, folder: Path, shard_size: str) -> str:
     """Fills the folder; returns what was checked. Raises UsageError where packages are missing or the result is not the same model."""
     with optional_packages():
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -103,7 +103,7 @@ def export_hf(subject: Subject, folder: Path, shard_size: str) -> str:
     return check(subject, folder)
 
 
-def check(subject: Subject, folder: Path) -> str:
+def check(subject: Exported, folder: Path) -> str:
     """Reads the folder back. Raises UsageError if it holds another model or tokenizer."""
     from tokenizers import Tokenizer
     written, state = read_hf(folder)
@@ -147,7 +147,7 @@ def read_hf(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return config, {nanochat_name(name): value for name, value in state.items()}
 
 
-def from_folder(folder: Path) -> Subject:
+def from_folder(folder: Path) -> Exported:
     """The model of an exported folder, to be exported in another format. Raises UsageError."""
     config, state = read_hf(folder)
     model_config = {field.name: config[field.name] for field in fields(LayeredGPTConfig) if field.name in config}
@@ -160,11 +160,11 @@ def from_folder(folder: Path) -> Subject:
             raise ValueError
     except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError):
         raise UsageError(f"{folder / 'config.json'} does not say where the model comes from (nanochat: tag, source, step, val_bpb); export it again") from None
-    return Subject(tag, source, model_from_config(model_config).config, state, from_hf(folder / "tokenizer.json"),
+    return Exported(tag, source, model_from_config(model_config).config, state, from_hf(folder / "tokenizer.json"),
                    {"step": step, "val_bpb": val_bpb, "model_config": model_config})
 
 
-def card(subject: Subject, auto: str) -> str:
+def card(subject: Exported, auto: str) -> str:
     """The README of the folder."""
     bpb = subject.meta.get("val_bpb")
     return f"""\

@@ -21,7 +21,7 @@ from nanochat.cli import UsageError
 from nanochat.export.hf import MOST_DIFFERENCE, reference_config, reference_model, write_json
 from nanochat.export.hf_tokenizer import to_hf
 from nanochat.export.nanochat_reference import LanguageModel, ListCache
-from nanochat.export.subject import Subject, optional_packages
+from nanochat.export.subject import Exported, optional_packages
 
 OPSET = 20
 
@@ -47,7 +47,7 @@ def cache_shapes(config: dict) -> dict[str, tuple[int, int]]:
     return shapes | {"embeddings": (1, config["n_embd"])}
 
 
-def export_onnx(subject: Subject, folder: Path) -> str:
+def export_onnx(subject: Exported, folder: Path) -> str:
     """Fills the folder with model.onnx, tokenizer.json and model.json, which says the shapes; returns what was checked. Raises UsageError."""
     config = reference_config(subject.config, subject.state["transformer.wte.weight"].size(0))
     if not config["causal"]:
@@ -77,7 +77,7 @@ def export_onnx(subject: Subject, folder: Path) -> str:
 
 
 @torch.no_grad()
-def check(subject: Subject, session, shapes: dict[str, tuple[int, int]]) -> float:
+def check(subject: Exported, session, shapes: dict[str, tuple[int, int]]) -> float:
     """The largest difference of a logit: of random tokens, decoded in pieces by the graph and at once by the model."""
     length = min(subject.config.sequence_len, 40)
     tokens = torch.randint(subject.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
