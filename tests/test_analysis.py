@@ -106,6 +106,7 @@ def test_growth_can_save_much_of_a_run_that_is_short_for_its_size_and_nothing_of
         growth_bound.main(["--params=0"])
 
 
+@pytest.mark.slow
 def test_a_trial_is_trained_once_and_one_that_died_again(base_dir, monkeypatch):
     """What it writes needs no encoding. One that diverged has a result, infinite; one that was killed has none."""
     monkeypatch.setattr(runner, "train", fake_runs.train)

@@ -87,6 +87,7 @@ def test_the_log_is_complete(base, capsys):
     assert "Base model training" in (base / "report" / "base-model-training.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_touch_the_training(base):
     shutil.copytree(HERE / "core_bundle", base / "eval_bundle")
     assert tiny.train("--model-tag=plain", "--eval-every=-1") == 0
@@ -133,6 +134,7 @@ def test_the_share_of_the_data_that_is_used(base, capsys):
 # Nothing is lost
 
 
+@pytest.mark.slow
 def test_every_validation_reads_the_same_batches_which_are_drawn_once(base, monkeypatch):
     begun, draw = [], base_train.batches_in_turn
     monkeypatch.setattr(base_train, "batches_in_turn", lambda *args: begun.append(args) or draw(*args))

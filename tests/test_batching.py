@@ -60,6 +60,7 @@ def finish(engine: BatchedEngine) -> None:
         engine.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_one_request_at_a_time(name):
     """More requests than slots, of all lengths and settings: rows join, end at different steps and move into gaps."""
@@ -115,6 +116,7 @@ def check_bfloat16() -> None:
                 break
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """The dtype is fixed at import: a process of its own."""
     script = "from tests.test_batching import check_bfloat16; check_bfloat16()"
@@ -130,6 +132,7 @@ def one_piece_per_step(monkeypatch):
     monkeypatch.setattr("nanochat.batching.IDLE_PAUSE", 0)
 
 
+@pytest.mark.slow
 def test_rows_move_while_prompts_enter(one_piece_per_step):
     """Prompts that end in another order than they came in, and answers that end meanwhile."""
     engine = BatchedEngine(MODELS["layered"](), TOKENIZER, slots=5)

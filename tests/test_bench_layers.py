@@ -13,6 +13,7 @@ TINY = ["--widths", "64", "32", "--head-dim=16", "--rank-divisors", "4", "2", "-
 STOCK = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 
 
+@pytest.mark.slow
 def test_tiny_run(tmp_path, capsys):
     out, plot = tmp_path / "layers.json", tmp_path / "layers.png"
     assert bench.main([*TINY, f"--out={out}", f"--plot={plot}"]) == 0

@@ -124,6 +124,7 @@ class Prompts(Task):
         return problem["number"] % 3 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_problems_that_share_steps_get_the_answers_they_get_alone(batch_size):
     """Also beyond the model's context, and where the answers end at different lengths."""

@@ -70,6 +70,7 @@ def test_it_logs_and_saves(trained_run):
     assert (trained_run / "report" / "chat-rl.md").exists()
 
 
+@pytest.mark.slow
 def test_resume(trained_run, base_dir):
     shutil.copytree(trained_run, base_dir, dirs_exist_ok=True)
     assert train("--resume-from-step=1") == 0
@@ -92,6 +93,7 @@ def train_and_die() -> None:
         train()
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_and_resume(tuned, trained_run):
     process = multiprocessing.get_context("spawn").Process(target=train_and_die)
     process.start()

@@ -178,6 +178,7 @@ def test_it_learns_and_logs(tuned_run):
     assert "Chat SFT" in (tuned_run / "report" / "chat-sft.md").read_text()
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume(base, tuned_run):
     process = start(base, *FLAGS)
     for line in process.stdout:
@@ -240,6 +241,7 @@ def test_two_ranks_and_their_resume(base, tmp_path_factory):
     assert_same(base, other, step=4, ranks=2)
 
 
+@pytest.mark.slow
 def test_layered_models(base_dir):
     """Low-rank layers: fine-tuning, resuming and evaluating are the same commands."""
     tiny.prepare(base_dir)
@@ -297,6 +299,7 @@ def test_the_mixture_as_people_write_it(base):
     assert (len(train), len(val)) == (12, 0)
 
 
+@pytest.mark.slow
 def test_the_weights_come_before_the_evaluations(base, tuned_run, monkeypatch):
     calls = []
 
@@ -369,6 +372,7 @@ def test_without_a_base_model(base_dir, capsys):
     assert "base_train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_network_no_mixture_and_no_chatcore(base, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no network")

@@ -453,6 +453,7 @@ def test_a_name_made_to_point_here_is_refused(http, host, status):
     assert http.get("/info", headers={"Host": host}).status_code == status
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_of_everyone(checkpoints):
     with serving(checkpoints, "--cors-origin=https://example.org", NANOCHAT_API_KEY="se:cret") as process:
         with httpx.Client(base_url=process.url, timeout=60) as http:
@@ -477,6 +478,7 @@ def test_a_key_is_asked_of_everyone(checkpoints):
 # Many clients
 
 
+@pytest.mark.slow
 def test_32_clients_get_their_own_answers(chat_server, http):
     def ask(i: int) -> tuple[str, str]:
         messages, seed = said(f"client {i}: " + "word " * (i % 7)), 100 + i
@@ -520,6 +522,7 @@ def test_a_client_that_goes_away_frees_its_slot(chat_server, http, path, stream)
 # Starting and ending
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_answers_and_takes_no_more(checkpoints):
     with serving(checkpoints, "--batch-size=1") as process, ThreadPoolExecutor(2) as pool:
         with httpx.Client(base_url=process.url, timeout=60) as http, httpx.Client(base_url=process.url, timeout=60) as other:
@@ -538,6 +541,7 @@ def test_sigterm_finishes_the_answers_and_takes_no_more(checkpoints):
             httpx.get(process.url)
 
 
+@pytest.mark.slow
 def test_a_base_model_continues_the_text(checkpoints):
     with serving(checkpoints, "--source=base", "--temperature=0", "--max-tokens=9") as process:
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)

@@ -160,6 +160,7 @@ def test_compute_dtype_by_device(monkeypatch):
         assert common._resolve_compute_dtype()[0] == dtype
 
 
+@pytest.mark.slow
 def test_unknown_compute_dtype():
     done = subprocess.run([sys.executable, "-m", "nanochat.dataset"], cwd=ROOT, env={**os.environ, "NANOCHAT_DTYPE": "float8"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: NANOCHAT_DTYPE=float8 is unknown; use one of bfloat16, float16, float32\n"

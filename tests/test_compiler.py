@@ -176,12 +176,14 @@ def test_eager_where_compiling_is_off(capsys):
     assert capsys.readouterr().out == ("Running eagerly, without torch.compile: TORCHDYNAMO_DISABLE is set\n")
 
 
+@pytest.mark.slow
 def test_no_command_waits_for_the_compiler():
     """It takes longer to import than all else; the first compilation imports it."""
     program = "import sys, scripts.base_train, scripts.base_eval, scripts.chat_web, scripts.tok_train; sys.exit(any(name in sys.modules for name in ('torch._dynamo', 'torch._inductor.compile_fx', 'sympy')))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_eager_without_a_compiler(tmp_path):
     env = {key: value for key, value in os.environ.items() if key not in ("TORCHDYNAMO_DISABLE", "CXX")} | {"PATH": str(tmp_path)}
     program = "from nanochat.compiler import why_not_compile as why; print(why('cpu')); print(why('mps'))"

@@ -475,6 +475,7 @@ def test_a_kill_while_data_are_replaced(two_shards, corpus, monkeypatch, capsys)
     assert len(read("train") + read("val")) == 59
 
 
+@pytest.mark.slow
 def test_two_at_once(folder, corpus):
     """Both succeed, and all is there: the second waits, and finds the work done."""
     command = [sys.executable, "-m", "nanochat.dataset", f"--source={corpus}"]

@@ -25,6 +25,7 @@ def base(base_dir):
     return base_dir
 
 
+@pytest.mark.slow
 def test_a_training_is_evaluated_and_not_disturbed(base, finished_run, monkeypatch):
     monkeypatch.chdir(base)  # the report writes copies there
     assert tiny.train("--eval-tasks=blimp:5,core:6,nli-finetune,sample", "--eval-tasks-every=4", f"--eval-bundle={base / 'bundle'}", "--core-tasks=toy_schema,toy_choices",

@@ -91,6 +91,7 @@ TOKENIZER = tokenizer_512()
 HF_TOKENIZER = to_hf(TOKENIZER)
 
 
+@pytest.mark.slow
 @given(st.lists(st.one_of(st.text(), st.sampled_from([*SPECIAL_TOKENS, "'LL", "12345", " \n ", "the cat", "ſ", "\u2028", "a" * 50, "!" * 30]))).map("".join))
 def test_equal_tokens(text):
     """Names of special tokens stay text, if asked for as for all text from outside; else they are those tokens."""

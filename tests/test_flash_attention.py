@@ -139,6 +139,7 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
     assert blocked == [20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0), (3, 2)])
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):

@@ -171,6 +171,7 @@ def test_reset_moments_break_the_symmetry_of_copies():
 GROW = ["--grow-path=2x64,3x96", "--head-dim=32", "--eval-every=2", "--save-every=2", "--warmup-steps=0", "--grow-at=0.4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, lossless", [
     (["--grow-mode=masked", "--grow-depth-mode=random", "--grow-open=4"], True),
     (["--grow-mode=sparkling", "--grow-optimizer=reset-new", "--grow-rewarm=6", "--grow-rewarm-new"], True),

@@ -57,6 +57,7 @@ def test_a_grown_checkpoint_is_an_ordinary_one(base, capsys):
     assert [record["to"] for record in meta["growth"]] == ["5x128", "5x160"] and meta["growth"][1]["noise"] == 0.3
 
 
+@pytest.mark.slow
 def test_the_state_of_two_ranks_stays_one_of_two_ranks(base):
     folder = tiny.folder(base)
     model, optimizer, _ = loaded(folder)

@@ -100,6 +100,7 @@ def test_stock_models(seed, width, layers, group, extra_kv, parameters, depth_mo
     assert difference(model, grow(model, target, depth_mode=depth_mode, **bounded(parameters))[0]) <= 1e-5
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10), block=st.sampled_from(BLOCKS), width=st.integers(32, 128), layers=st.integers(4, 8), parameters=PARAMETERS, head_rank=st.integers(10, 20))
 def test_mixed_layers(seed, block, width, layers, parameters, head_rank):

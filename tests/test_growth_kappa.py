@@ -175,6 +175,7 @@ def recorded(kappas, curves, final=lambda curve: None):
     return {kappa: np.array([bench_kappa.judge(curve, kappa, final(curve), {}).left for curve in curves]) for kappa in kappas}
 
 
+@pytest.mark.slow
 def test_what_is_left_of_recorded_stages_with_an_earlier_run():
     curves = bench_kappa.load()
     pairs = {curve.run.tag: bench_kappa.twin(curve, curves) for curve in curves}

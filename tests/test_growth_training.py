@@ -94,6 +94,7 @@ def test_resumed_anywhere_it_ends_with_the_same_bits(base, flags):
         assert tiny.identical(torch.load(tiny.folder(base, "part") / f"model_{steps[-1]:06d}.pt", weights_only=True), weights)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_when_the_larger_model_does_not_fit(base, monkeypatch, capsys):
     """The state is saved before each growth, whatever --save-every says; a resumed run grows at the same place and ends with the same bits."""
     flags = [*AT, "--save-every=-1"]
@@ -119,6 +120,7 @@ def scaled_mm(a, b, scale_a, scale_b, out_dtype=None, use_fast_accum=False):
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
+@pytest.mark.slow
 def test_fp8_grows(base, capsys):
     """What grows are the plain layers; both models train in FP8, and on a CPU it is said that this is a simulation."""
     converted = []
@@ -146,6 +148,7 @@ def test_a_growing_run_does_not_claim_a_number_of_steps(grown):
     assert start["num_iterations"] is None and last_step(base) > 8
 
 
+@pytest.mark.slow
 def test_never_validating_is_obeyed(base, monkeypatch, capsys, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
@@ -198,6 +201,7 @@ def test_the_line_of_a_step_tells_the_flops_that_are_spent(grown):
     assert shown == sorted(shown) and shown[-1] == 100
 
 
+@pytest.mark.slow
 def test_the_time_left_does_not_climb_at_a_growth(base, monkeypatch, capsys):
     """Steps that take equally long, whatever the model: the FLOPs of the larger one pass faster."""
     clock = itertools.count(step=36)
@@ -266,6 +270,7 @@ def test_two_ranks_grow_to_what_one_has(base):
     assert json.dumps(grows(base, "ranks0")[0]["counts"]) == json.dumps(grows(base, "ranks2")[0]["counts"])
 
 
+@pytest.mark.slow
 def test_a_family_from_one_trunk(base_dir, capsys):
     """Each size is finished by a branch; the trunk is at a constant rate, and only what is missing is trained by a resume."""
     tiny.prepare(base_dir)

@@ -118,6 +118,7 @@ def test_no_choice_on_a_gpu(fresh):
     assert kernel_choice.state() is None and not fresh
 
 
+@pytest.mark.slow
 def test_measured_where_nothing_is_differentiated(fresh):
     """A model may be asked first inside of torch.inference_mode, and backward passes are measured all the same."""
     with torch.inference_mode():

@@ -133,6 +133,7 @@ def test_matrices_of_the_control_begin_as_identities():
     assert torch.equal(block.mlp.c_fc.weight, torch.eye(64).repeat(2, 1)) and torch.equal(block.mlp.c_proj.weight, torch.eye(64).repeat(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, flags, arms", [("counting", [], list(ARMS)), ("language", ["--arms", "lossless"], ["plain", "lossless"])])
 def test_every_arm_from_the_text_to_the_verdicts(task, flags, arms, text, tmp_path, monkeypatch, capsys):
     flags = [*TOY, f"--task={task}", "--widths=64", *flags, f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]

@@ -142,6 +142,7 @@ def test_by_its_name(base, arguments, reason):
         NanochatLM.create_from_arg_string(arguments, {"device": "cpu"})
 
 
+@pytest.mark.slow
 def test_the_script(base, lm, capsys):
     """Three kinds of task; the numbers in the file are those of the requests, and a second call adds to it."""
     run = lambda *flags: script.main(["-g", "stock", "--device-type=cpu", f"--include-path={base / 'tasks'}", *flags])

@@ -100,6 +100,7 @@ def test_loops_stay_as_they_are_when_a_model_grows():
         grow(random_model(uniform("prenorm")), uniform("prenorm", n_embd=64, loops=2))
 
 
+@pytest.mark.slow
 def test_train_grow_resume_and_load(base_dir, tmp_path_factory, monkeypatch, capsys):
     tiny.prepare(base_dir)
     flags = ["--loops=2", "--grow-path=2x64,3x96", "--grow-at=0.4", "--model-tag=looped"]

@@ -53,6 +53,7 @@ def test_static_masks_belong_to_the_text():
     assert torch.equal(torch.get_rng_state(), before), "a validation must not change the training's masks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--masking=static",), ("--block=ngpt",), ("--rank=8",), ("--window-pattern=S",)], ids=str)
 def test_it_learns_from_both_sides(base, flags):
     assert tiny.train(*MLM, "--num-iterations=60", "--eval-every=60", "--save-every=-1", *flags) == 0
@@ -66,6 +67,7 @@ def test_it_learns_from_both_sides(base, flags):
     assert not torch.equal(model(ids)[0, 0], model(changed)[0, 0]), "the first position sees the last"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_hides_the_same_tokens(base):
     assert tiny.train(*MLM, "--model-tag=whole") == 0
     shutil.copytree(tiny.folder(base, "whole"), tiny.folder(base, "part"))
@@ -162,6 +164,7 @@ def test_a_causal_model_that_looks_both_ways_is_the_masked_one(config):
     assert causal_or_masked(model, *batch) == model(text, targets, loss_reduction="sum", both_ways=True) != model(text, targets, loss_reduction="sum")
 
 
+@pytest.mark.slow
 def test_mixed_training_learns_both_and_makes_a_stock_model(base):
     assert tiny.train(*MIXED, "--num-iterations=60", "--eval-every=60", "--save-every=-1", "--warmup-steps=30") == 0  # at full rates from the start rounding decides whether it learns
     first, last = (record["val_bpb"] for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "eval")
@@ -179,6 +182,7 @@ def test_mixed_training_learns_both_and_makes_a_stock_model(base):
     assert told == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_mixed_run_sees_the_same_kinds_and_masks(base):
     flags = (*MIXED, "--causal-share=0.6")  # which no step divides evenly
     assert tiny.train(*flags, "--model-tag=whole") == 0

@@ -99,6 +99,7 @@ def test_there_is_nothing_to_copy(mode):
 FLAGS = ["--grow-path=0x64,3x96", "--head-dim=32", "--eval-every=2", "--save-every=2", "--warmup-steps=0", "--grow-at=0.3"]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_without_layers(base):
     """It loses nothing at the growth, and resumed before or after it ends with the same bits."""
     assert tiny.train(*FLAGS, "--model-tag=whole") == 0

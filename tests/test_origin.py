@@ -45,6 +45,7 @@ def weights(base, tag: str, step: int) -> dict:
     return torch.load(tiny.folder(base, tag) / f"model_{step:06d}.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_branch_is_the_run_that_decays_from_there_on(with_trunk):
     """Bit for bit, and so is one that was stopped in the middle and resumed."""
     base = with_trunk
@@ -63,6 +64,7 @@ def test_a_branch_is_the_run_that_decays_from_there_on(with_trunk):
         checkpoints.load_meta(tiny.folder(base, "straight"), 8)["loop_state"]["flops"], "the trunk's are counted"
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_growing_trunk_stays_as_large_as_it_is(base):
     assert tiny.train("--grow-path=2x64,3x96", "--head-dim=32", "--grow-at=0.5", "--save-every=2", *TRUNK) == 0
     small = checkpoints.load_meta(tiny.folder(base, "trunk"), 2)["model_config"]
@@ -71,6 +73,7 @@ def test_a_branch_of_a_growing_trunk_stays_as_large_as_it_is(base):
     assert meta["model_config"] == small and meta["growth"] == []
 
 
+@pytest.mark.slow
 def test_a_branch_that_goes_on_steadily_is_the_trunk(with_trunk):
     """And can be branched off itself; its warm-down is that of a branch off the trunk."""
     base = with_trunk
@@ -92,6 +95,7 @@ def test_hyperparameters_at_the_end_of_a_run_without_a_warm_down():
     assert (now.lr, now.momentum) == (1.0, 0.97)
 
 
+@pytest.mark.slow
 def test_a_branch_that_grows_at_its_beginning(base):
     """Losslessly, on the trunk's next batch, resumable, and its own branches know of both growths."""
     assert tiny.train(*TRUNK, "--depth=2") == 0
@@ -130,6 +134,7 @@ def test_shapes_that_are_none(base_dir, capsys, shape, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_layers_that_were_frozen(base):
     """A branch leaves them so, also when it is resumed; a run that only takes the weights trains all."""
     flags = ("--grow-path=2x64,3x64", "--head-dim=32", "--grow-at=0.2", "--grow-freeze", "--save-every=2")
@@ -148,6 +153,7 @@ def test_layers_that_were_frozen(base):
     assert not any(torch.equal(before[name], tensor) for name, tensor in weights(base, "all", 2).items() if name in frozen and name.endswith("mlp.c_fc.weight"))
 
 
+@pytest.mark.slow
 def test_the_weights_of_another_run(base):
     """A new run with the shape of the checkpoint, whatever it is; its optimizer begins anew or goes on."""
     assert tiny.train("--model-tag=first", "--rank=8") == 0

@@ -108,6 +108,7 @@ def test_what_cannot_be_read(tmp_path, base_dir, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fronts_table_and_picture(config, tmp_path, base_dir, monkeypatch, capsys):
     """With runs of no time, whose last loss is their rate."""
     config.write_text(SWEEP.replace("[1, 2, 4]", "[1]"))

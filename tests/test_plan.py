@@ -156,6 +156,7 @@ def test_a_small_text_is_read_sixteen_times_at_most():
         assert one.tokens <= MOST_EPOCHS * 1e5 and one.worth < one.tokens and one.seconds < 6000
 
 
+@pytest.mark.slow
 def test_growth_is_worth_more_the_more_the_small_model_counts():
     losses = []
     for rho in (0.0, 0.5, 1.0):
@@ -185,6 +186,7 @@ def test_growth_does_not_save_more_than_what_the_small_model_had_learned():
     assert one.law.tokens_for(one.size(4).params, small) + 0.3 * final.tokens == pytest.approx(grown.worth, rel=0.01)
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_are_left_out_and_rows_are_fewer_where_they_must():
     one = planner(6000)
     candidates = one.candidates([])
@@ -200,6 +202,7 @@ def test_models_that_do_not_fit_are_left_out_and_rows_are_fewer_where_they_must(
         fitting(candidates, one, memory, 1.0)
 
 
+@pytest.mark.slow
 def test_memory_carried_over_is_near_what_is_counted():
     one, memory = planner(), Memory("cpu", False, "muon")
     memory.count(one.size(3), 4)
@@ -229,6 +232,7 @@ def planned(base_dir, *flags: str) -> dict:
     return json.loads((base_dir / "plan.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_commands_that_are_printed_train_what_was_planned(prepared, capsys, monkeypatch):
     monkeypatch.setattr(plan, "text_bytes", lambda split: 1e9)
     for tag, size in enumerate(SIZES):
@@ -248,6 +252,7 @@ def test_the_commands_that_are_printed_train_what_was_planned(prepared, capsys, 
     assert (prepared / "base_checkpoints" / f"plan_d{made['best']['depth']}" / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_without_runs_data_or_a_tokenizer_there_is_a_plan_for_a_card(base_dir, capsys):
     assert plan.main(["--hours=2", "--gpus=4", "--card=RTX 3060=12", "--price-per-hour=0.5", "--depth=4"]) == 0
     out = capsys.readouterr().out
@@ -255,6 +260,7 @@ def test_without_runs_data_or_a_tokenizer_there_is_a_plan_for_a_card(base_dir, c
     assert "torchrun --standalone --nproc_per_node=4 -m scripts.base_train --depth=4" in out and "4.00" in out  # 4 cards, 2 hours, 0.50 each
 
 
+@pytest.mark.slow
 def test_published_constants_say_nothing_of_tiny_models(prepared):
     made = planned(prepared, "--flops=1e10", "--depth=1")
     assert made["unit"] == published().unit and any("? is a loss that cannot be" in note for note in made["notes"])
@@ -264,7 +270,7 @@ def test_published_constants_say_nothing_of_tiny_models(prepared):
     ([], "say how much"), (["--hours=1", "--flops=1e9"], "one of the two"), (["--hours=1", "--gpus=2", "--device-type=cpu"], "--card="),
     (["--hours=1", "--card=H100=80", "--mfu=0"], "--mfu=0"), (["--hours=1", "--card=H100=80", "--device-type=cpu"], "one of them"),
     (["--flops=10", "--card=H100=80"], "too little"), (["--hours=1", "--card=H100=80", "--total-batch-size=1000"], "--total-batch-size=1000"),
-    (["--hours=1", "--card=H100=80", "--device-batch-size=3", "--total-batch-size=8192"], "--device-batch-size=3"), (["--hours=10", "--card=H100=0.01", "--depth=8"], "fits into")])
+    (["--hours=1", "--card=H100=80", "--device-batch-size=3", "--total-batch-size=8192"], "--device-batch-size=3"), pytest.param(["--hours=10", "--card=H100=0.01", "--depth=8"], "fits into", marks=pytest.mark.slow)])
 def test_what_cannot_be_planned_is_said_in_one_line(base_dir, capsys, flags, message):
     assert plan.main(flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

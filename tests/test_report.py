@@ -227,6 +227,7 @@ def test_a_resumed_run_is_running_again(here):
     assert TrainingRun(path).status().startswith("running: step 21 of 40")
 
 
+@pytest.mark.slow
 def test_every_beginning_of_a_run_has_a_report(here):
     path = train(here, steps=6, planned=6, grow_at=3)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -295,6 +296,7 @@ def test_the_page_loads_and_runs_nothing(here):
     assert "report.png" not in written("report.html")
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_phone_and_the_dark(here):
     train(here)
     get_report().generate()

@@ -159,6 +159,7 @@ def test_learning_rates_may_change_on_resume(finished, finished_run):
     assert {key for key in before if torch.equal(before[key], after[key])} == matrices
 
 
+@pytest.mark.slow
 def test_several_streams_in_one_process(base_dir, tmp_path_factory, monkeypatch):
     """Four shares of the data, of which each step draws from all: every position is kept."""
     flags = ("--data-streams=4", "--device-batch-size=1", "--eval-every=-1")

@@ -47,6 +47,7 @@ def test_claims_are_about_pairs_of_seeds():
         "two seeds": "opposite", "a quarter of the rate": "confirmed", "half of the steps": "not confirmed", "two layers of a model": "not confirmed", "trained and random": "not confirmed"}
 
 
+@pytest.mark.slow
 def test_the_study(base_dir, tmp_path, monkeypatch, capsys):
     """Trained models are random ones here; what is grown from the small one is grown."""
     def width(trial):

@@ -234,6 +234,7 @@ def test_the_files_that_come_along(path):
         check_runs(found, found.trials({flag: values.ends()[0] for flag, values in found.search.items()}))
 
 
+@pytest.mark.slow
 def test_wandb_does_the_same_runs(tmp_path, capsys):
     """Its agents get a command that base_train understands."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")

@@ -280,6 +280,7 @@ def test_made_up_words_teach_the_tokens_and_nothing_of_other_splits(words):
     assert SpellingBee(tokenizer=tokenizer).words == real + made and sorted(SimpleSpelling(tokenizer=tokenizer).words) == sorted(real + made)
 
 
+@pytest.mark.slow
 def test_the_count_by_hand_sometimes_breaks_off_in_training(words):
     examples = [SpellingBee(1000)[i]["messages"][1]["content"] for i in range(1000)]
     early = [spell(call["text"].split('"')[1]) not in by_hand["text"] for by_hand, _, call, _, _ in examples]
@@ -287,6 +288,7 @@ def test_the_count_by_hand_sometimes_breaks_off_in_training(words):
     assert 150 < sum(early) < 250 and 30 < sum(wrong) and all(a >= b for a, b in zip(early, wrong))
 
 
+@pytest.mark.slow
 def test_questions_vary(words):
     assert len(set(QUESTIONS)) == 51
     questions = [SpellingBee(1000)[i]["messages"][0]["content"] for i in range(1000)]

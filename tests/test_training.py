@@ -158,6 +158,7 @@ def test_full_memory_in_the_optimizers_step(base, monkeypatch, capsys):
     assert "out of memory in the optimizer's step" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_growing_run_must_fit(base, monkeypatch, capsys):
     """In memory, by the device batch; and on the disk, with a checkpoint before each growth."""
     monkeypatch.setattr(run_plan, "fit_device_batch", lambda model, rows, sequence_len: {1: 4, 2: 2, 3: 4}[model.config.n_layer])

@@ -40,6 +40,7 @@ def check_linear_in_bfloat16():
             assert off <= 0.02, f"{name} of case {i} is off by {off}"
 
 
+@pytest.mark.slow
 def test_linear():
     environment = os.environ | {"NANOCHAT_DTYPE": "bfloat16"}
     check = subprocess.run([sys.executable, "-m", "tests.golden.test_fp8"], env=environment, capture_output=True, text=True)

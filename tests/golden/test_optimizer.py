@@ -55,6 +55,7 @@ def check_bfloat16() -> None:
             assert (error / update) ** 0.5 <= 0.1, (case["name"], done)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     env = {**os.environ, "NANOCHAT_DTYPE": "bfloat16"}
     subprocess.run([sys.executable, "-c", "from tests.golden.test_optimizer import check_bfloat16; check_bfloat16()"], env=env, check=True)
