@@ -18,18 +18,20 @@ class FinishedRun:
     bpb: float  # bits per byte of the validation text, at the end
     vocab_size: int
     flags: dict  # all of base_train's
+    text: str | None = None  # its source, where the log tells
 
 
-def finished_runs(folder: Path, tokenizer: str | None = None) -> list[FinishedRun]:
-    """Those in the folders below `folder`, by name. tokenizer: checksum of the one that they must have been trained with, where their checkpoints tell."""
+def finished_runs(folder: Path, tokenizer: str | None = None, text: str | None = None) -> list[FinishedRun]:
+    """Those in the folders below `folder`, by name. tokenizer: checksum of the one that they must have been trained with, where their checkpoints tell;
+    text: the source (`data_source`) that they must have read, where their logs tell."""
     found = []
     for path in sorted(folder.glob(f"*/{FILENAME}")):
         try:
             run = _read(path)
             trained_with = _tokenizer(path.parent) if run and tokenizer else None
-        except (UsageError, KeyError, TypeError, ValueError):
+        except (UsageError, AttributeError, KeyError, TypeError, ValueError):
             continue  # the log of something else
-        if run and (trained_with is None or trained_with == tokenizer):
+        if run and (trained_with is None or trained_with == tokenizer) and (text is None or run.text in (None, text)):
             found.append(run)
     return found
 
@@ -43,7 +45,8 @@ def _read(log: Path) -> FinishedRun | None:
     flags, counts, tokens = start["config"], start["counts"], start["total_tokens"]
     if tokens is None or flags.get("branch_from") or flags.get("init_from") or bpb is None:
         return None
-    return FinishedRun(log.parent.name, float(counts["transformer_matrices"] + counts["lm_head"]), float(tokens), float(bpb), start["model_config"]["vocab_size"], flags)
+    return FinishedRun(log.parent.name, float(counts["transformer_matrices"] + counts["lm_head"]), float(tokens), float(bpb), start["model_config"]["vocab_size"], flags,
+                       start.get("conditions", {}).get("data"))
 
 
 def _tokenizer(folder: Path) -> str | None:

@@ -21,7 +21,7 @@ from nanochat import compiler
 from nanochat.checkpoint_manager import checkpoints_dir_of
 from nanochat.cli import UsageError, command, flag, fraction, int_or_off, parse_settings, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0, usable_cpus
-from nanochat.data_shards import parquets_iter_batched, text_bytes
+from nanochat.data_shards import data_source, parquets_iter_batched, text_bytes
 from nanochat.dataloader import TrainingData
 from nanochat.files import check_writable, write_text_atomic
 from nanochat.finished_runs import finished_runs, of_one_recipe
@@ -104,7 +104,7 @@ def find_law(settings: Settings, text: Text) -> tuple[Law, Settings]:
     """The law of the finished runs here and the settings with their recipe, or the published one."""
     if text.tokenizer is None or settings.vocab_size:
         return published(), settings
-    here = [run for run in finished_runs(Path(checkpoints_dir_of("base")), text.tokenizer.checksum()) if run.vocab_size == text.tokenizer.get_vocab_size()]
+    here = [run for run in finished_runs(Path(checkpoints_dir_of("base")), text.tokenizer.checksum(), data_source()) if run.vocab_size == text.tokenizer.get_vocab_size()]
     defaults = {field.name: field.default for field in fields(Settings)}
     runs, recipe = of_one_recipe(here, {name: (defaults[name], getattr(settings, name)) for name in [*RECIPE, "total_batch_size"]})
     params, tokens = [run.params for run in runs], [effective_tokens(run.tokens, text.tokens) for run in runs]

@@ -76,9 +76,10 @@ def test_a_text_read_again_is_worth_less_and_no_more_than_a_few_of_itself():
 # The runs
 
 
-def finish(base_dir, tag: str, params: float, tokens: float, bpb: float, end: bool = True, **flags) -> None:
+def finish(base_dir, tag: str, params: float, tokens: float, bpb: float, end: bool = True, conditions=None, **flags) -> None:
     log = RunLog(base_dir / "base_checkpoints" / tag / "log.jsonl")
-    log.log("start", 0, config={"matrix_lr": 0.02} | flags, model_config={"vocab_size": 320}, counts=dict(transformer_matrices=params * 0.75, lm_head=params * 0.25), total_tokens=tokens)
+    log.log("start", 0, config={"matrix_lr": 0.02} | flags, model_config={"vocab_size": 320}, counts=dict(transformer_matrices=params * 0.75, lm_head=params * 0.25), total_tokens=tokens,
+            **({"conditions": conditions} if conditions else {}))
     log.log("eval", 9, val_bpb=bpb)
     if end:
         log.log("end", 9)
@@ -99,6 +100,15 @@ def test_only_runs_with_the_same_tokenizer_count(finished_run):
     checksum = json.loads((folder / "d3" / "meta_000008.json").read_text())["tokenizer"]
     assert [run.tag for run in finished_runs(folder, checksum)] == ["d3"]
     assert finished_runs(folder, "another") == []
+
+
+def test_only_runs_of_the_same_text_count(base_dir):
+    finish(base_dir, "untold", 1e5, 1e6, 2.0)
+    for tag, text in (("stories", "tinystories"), ("python", "stdlib")):
+        finish(base_dir, tag, 1e5, 1e6, 2.0, conditions={"data": text})
+    finish(base_dir, "damaged", 1e5, 1e6, 2.0, conditions="none")
+    assert [run.tag for run in finished_runs(base_dir / "base_checkpoints", text="stdlib")] == ["python", "untold"]
+    assert [run.tag for run in finished_runs(base_dir / "base_checkpoints")] == ["python", "stories", "untold"]
 
 
 def test_runs_of_the_most_common_recipe_are_taken_unless_another_is_asked_for():

@@ -77,7 +77,7 @@ def commands():
         variables = dict(re.findall(r'"\$\{([A-Z_]+)=([^}]*)\}"', text))  # with their defaults
         variables |= dict(re.findall(r'^([A-Z_]+)="\$\{\w+-([^}]*)\}"', text, re.MULTILINE))
         for module, rest in re.findall(r"-m ((?:nanochat|scripts|analysis)\.\w+)(.*)", text):
-            rest = re.split(r"[`;)<>]|\s[&|]|\s#|   ", rest)[0]
+            rest = re.split(r"[`;)<>]|\s[&|]|\s#", rest)[0]
             rest = re.sub(r"(?<![\w\"=])\$([A-Z_]+)", lambda match: variables.get(match[1], match[0]), rest)
             yield path.name, module, [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(rest) if word != "--"]
 
