@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from nanochat.cli import UsageError
+from nanochat.files import current_umask
 
 BEAT = 15.0  # seconds
 EXPIRES = 300.0  # seconds; an NFS client may show another's beat up to a minute late
@@ -40,6 +42,7 @@ def create_once(path: Path, text: str) -> bool:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes it private, and a group may share the folder
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True
@@ -106,7 +109,7 @@ def _holder(claim: Claim) -> str:
 
 
 def _last(folder: Path) -> int:
-    return max((int(path.name[6:]) for path in folder.glob("claim-*")), default=0)
+    return max((int(match[1]) for path in folder.glob("claim-*") if (match := re.fullmatch(r"claim-(\d+)", path.name))), default=0)
 
 
 def _now(folder: Path) -> float:

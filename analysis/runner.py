@@ -137,6 +137,7 @@ class Work:
 
     def __init__(self, trials: Sequence[Trial]):
         self.trials = list(trials)
+        self.refused: list[str] = []  # what was asked for and can be no run, and why
 
     @property
     def total(self) -> int:
@@ -166,6 +167,8 @@ class Runner:
 
     def __init__(self, base_dir: str, work: Work, places: list[Place], kept: dict[str, set[int]] | None = None,
                  again: bool = False, wait: bool = True):
+        if not hasattr(os, "setsid"):
+            raise UsageError("studies and sweeps start and end their runs as POSIX systems do; on Windows take WSL")
         self.base_dir, self.work, self.free, self.kept, self.again, self.wait = base_dir, work, list(places), kept or {}, again, wait
         self.places = len(places)
         self.states: dict[str, str] = {}  # by name: running, elsewhere, done or failed; all others wait
@@ -267,8 +270,16 @@ class Runner:
         wanted = self.kept.get(trial.name, set()) - have
         resume = ["--resume"] if have and all(step > max(have) for step in wanted) else []  # one that is missing before them takes a new run
         process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))
-        with _environment(place.environment):
-            process.start()
+        try:
+            with _environment(place.environment):
+                process.start()
+        except OSError as error:  # no memory, no more processes
+            self.free.insert(0, place)
+            claim.release()
+            if not self.running:
+                raise UsageError(f"cannot start the process of a run ({error.strerror or error}); make room for it, or set TMPDIR to a shorter path") from error
+            self._full = True
+            return
         self.running[trial.name] = Running(trial, claim, process, place)
         self.states[trial.name] = "running"
         self.tried.add(trial.name)
@@ -301,7 +312,7 @@ class Runner:
             return
         if not trial.tag and (status == 0 or says_diverged(folder, status)):  # else there may be something to go on from
             for path in sorted(folder.glob("*.pt")):  # the model first: without it there is no checkpoint, whatever ends this
-                if int(re.findall(r"\d+", path.stem)[0]) not in self.kept.get(trial.name, ()):
+                if (number := re.search(r"_(\d+)", path.stem)) and int(number[1]) not in self.kept.get(trial.name, ()):
                     path.unlink()
         write_text_atomic(folder / "done.json", json.dumps({"status": status, "flags": trial.flags}))
         running.claim.release()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from analysis.estimates import Estimate, verdict
-from analysis.trials import SHAPE, STEPS, TUNED, Trial, check_ended, pictures, run_trials, study_parser
+from analysis.trials import SHAPE, STEPS, TUNED, Trial, check_ended, pictures, run_trials, study_parser, width_of_heads
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError, command, positive_int
 from nanochat.common import get_base_dir
@@ -133,7 +133,7 @@ def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]]
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--widths", type=positive_int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--widths", type=width_of_heads, nargs="+", default=[64, 128, 256])
     parser.add_argument("--steps", type=positive_int, default=STEPS)
     args = parser.parse_args(argv)
     widths = sorted(set(args.widths))

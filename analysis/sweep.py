@@ -11,7 +11,6 @@ The results, a row a run, are in sweeps/<name>/results.csv there. Exit status 1:
 import contextlib
 import csv
 import io
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
-from analysis.trial import Trial, folder_of, status_of
+from analysis.trial import Trial, check_text, folder_of, status_of
 from analysis.trials import pictures
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
-from nanochat.common import get_base_dir, usable_cpus
+from nanochat.common import get_base_dir
 from nanochat.files import check_writable, write_text_atomic
+from nanochat.resources import openmp_threads, usable_cpus
 from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 MEASURES = ["status", "final_bpb", "min_bpb", "flops", "tokens", "seconds", "params", "peak_memory_mib"]
@@ -170,7 +170,7 @@ def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place
         if len(names) < sweep.ranks:
             raise UsageError(f"a run of {sweep.name} needs {sweep.ranks} GPUs, and {len(names)} are to be seen; lower `ranks`, or give the flag device-type")
         return cuda_places(names, sweep.ranks)[:jobs]
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+    threads = openmp_threads()
     if devices == {"mps"}:  # there is one
         jobs = jobs or 1
     jobs = jobs or max(1, usable_cpus() // (sweep.ranks * max(1, threads)))
@@ -224,6 +224,8 @@ def main(argv=None) -> int:
         submit(settings, sweep, folder, settings.submit)
         return 0
     if not settings.list:
+        for trial in work.trials:
+            check_text(base_dir, trial)
         places = places_of(sweep, sweep.trials({}), settings.jobs)
         display = Display("runs", sweep.label)
         runner = Runner(base_dir, work, places, again=settings.retry, wait=not settings.no_wait)
@@ -244,6 +246,8 @@ def main(argv=None) -> int:
     failed = [(trial, status) for trial in work.trials if (status := status_of(base_dir, trial))]
     for trial, status in failed:
         print(f"failed: {sweep.label(trial)}: {why(base_dir, trial, status)}")
+    for reason in work.refused:
+        print(f"not run: {reason}")
     return int(bool(failed) and not settings.list)
 
 

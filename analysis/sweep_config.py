@@ -29,6 +29,7 @@
 
 A true value is a switch that is set. All runs but those with a tag begin with no samples, no CORE and no checkpoints before the end.
 """
+import contextlib
 import difflib
 import itertools
 import json
@@ -71,7 +72,7 @@ class Values:
 
     def ends(self) -> list:
         """Values that show whether the flag takes such."""
-        return list(self.choices) or [self.low, self.high]
+        return list(self.choices) or [self.low, *([self.low + self.step] if self.step else []), self.high]
 
     def draw(self, rng: random.Random) -> Any:
         if self.choices:
@@ -121,7 +122,7 @@ class Sweep:
 
 
 def words_as_flags(text: str) -> dict[str, Any]:
-    """Of `--a=1 --b 2 --c`; numbers become numbers, so that a run is the same as one whose flags stand in the file."""
+    """Of `--a=1 --b 2 --c`: texts, or True for what has no value."""
     flags: dict[str, Any] = {}
     name = ""
     try:
@@ -131,22 +132,13 @@ def words_as_flags(text: str) -> dict[str, Any]:
     for word in words:
         if match := re.fullmatch(r"--([\w-]+)(?:=(.*))?", word, re.DOTALL):
             name = match[1].replace("_", "-")
-            flags[name] = True if match[2] is None else _value(match[2])
+            flags[name] = True if match[2] is None else match[2]
             name = name if match[2] is None else ""
         elif name:
-            flags[name], name = _value(word), ""
+            flags[name], name = word, ""
         else:
             raise UsageError(f"--flags={text!r}: {word!r} belongs to no flag; write --flags='--depth=4 --fp8'")
     return flags
-
-
-def _value(word: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            pass
-    return word
 
 
 # -----------------------------------------------------------------------------
@@ -196,6 +188,17 @@ class Flags:
             raise UsageError(f"base_train has no flag --{name}{_perhaps(name, self.actions)}")
         return name
 
+    def value(self, name: str, word: Any) -> Any:
+        """A number where the flag takes one, or one is written as numbers are, so that a run is the same as one whose flags stand in the file."""
+        if word is True or self.actions[name].nargs == 0:
+            return word
+        parsed = getattr(self.parser.parse_args([f"--{name}={word}"]), self.actions[name].dest)
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                if isinstance(parsed, (int, float)) or str(kind(word)) == word:
+                    return kind(word)
+        return word
+
     def check(self, name: str, value: Any) -> None:
         """Raises UsageError for a value that the flag does not take."""
         switch = self.actions[name].nargs == 0
@@ -225,7 +228,7 @@ def read_sweep(name: str, text: str, flags: str = "") -> Sweep:
     source, known = Source(name, text), Flags()
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML's own, numbers beyond what Python reads, tables nested too deep
         raise UsageError(f"{name} is not TOML: {error}") from None
 
     def typed(table: dict, kinds: dict, *path: str) -> None:
@@ -285,8 +288,9 @@ def read_sweep(name: str, text: str, flags: str = "") -> Sweep:
                 raise ValueError("it is empty")
         except Exception as error:
             raise source.error(f"{key}: {error}", key) from None
-    for flag, value in words_as_flags(flags).items():
-        known.check(known.name(flag), value)
+    for flag, word in words_as_flags(flags).items():
+        value = known.value(known.name(flag), word)
+        known.check(flag, value)
         sweep.overrides[flag] = value
     return sweep
 
@@ -298,16 +302,20 @@ def _read_search(sweep: Sweep, table: dict, typed, named, source: Source) -> Non
         raise source.error('method must be "random" or "optuna"', "search", "method")
     if sweep.runs < 1:
         raise source.error("runs must say how many points are drawn", "search", "runs")
+    if not 0 <= sweep.seed < 2 ** 32 - sweep.runs:  # each point of optuna's has its own
+        raise source.error("seed must be from 0 to 2^32, less the runs", "search", "seed")
     values: dict[str, Values] = {}
     for key, entry in table.get("flags", {}).items():
         where = "search", "flags", key
         if isinstance(entry, list) and entry:
             values[key] = Values(tuple(entry))
             continue
-        number = lambda name: isinstance(entry.get(name), (int, float)) and not isinstance(entry[name], bool)
+        number = lambda name: isinstance(entry.get(name), (int, float)) and not isinstance(entry[name], bool) and math.isfinite(entry[name])
         if not isinstance(entry, dict) or not entry.keys() <= {"min", "max", "log", "step"} or not (number("min") and number("max")):
             raise source.error(f"{key} must be a list of values, or {{min = ..., max = ...}} with log = true or a step", *where)
-        drawn = values[key] = Values((), entry["min"], entry["max"], entry.get("log", False) is True, entry.get("step"))
+        if not isinstance(entry.get("log", False), bool):
+            raise source.error(f"{key}: log must be true or false", *where)
+        drawn = values[key] = Values((), entry["min"], entry["max"], entry.get("log", False), entry.get("step"))
         if not drawn.low < drawn.high:
             raise source.error(f"{key}: min must be below max", *where)
         if drawn.log and drawn.low <= 0:

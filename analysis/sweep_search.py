@@ -38,7 +38,7 @@ class Search(Work):
 
     @property
     def total(self) -> int:
-        return self.sweep.runs * len(self.sweep.trials({}))
+        return (self.sweep.runs - len(self.refused)) * len(self.sweep.trials({}))
 
     def _path(self) -> Path:
         """Of the next point."""
@@ -57,7 +57,12 @@ class Search(Work):
         if point.keys() != self.sweep.search.keys():
             raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
         trials = self.sweep.trials(point)
-        check_runs(self.sweep, trials)
+        try:
+            check_runs(self.sweep, trials)
+        except UsageError as error:  # values that go well one by one, and not together: optuna shall learn it like any failure
+            self.refused.append(f"point {len(self.points)}: {error}")
+            self._values[len(self.points)] = None
+            trials = []
         self.points.append(point)
         self.trials += trials
         return True

@@ -4,17 +4,22 @@ It is a set of flags, and perhaps a checkpoint of another trial that it branches
 of the flags, so what was interrupted, or is wanted by two studies, is not trained again. Its weights are deleted, but for those that branches begin with. A
 trial with a `tag` is a run like any other: named by it, and its weights are kept.
 """
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.cli import UsageError
+from nanochat.common import get_base_dir
+from nanochat.data_shards import data_source
 from nanochat.files import parse_json
 from nanochat.run_log import FILENAME, is_finished, read_run_log
+from nanochat.tokenizer import get_tokenizer
 
 DEFAULTS = {"device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1}
 REFUSED = 2  # exit status of what a user's flags lead to, divergence among it, but also of a full disk
@@ -109,10 +114,14 @@ def status_of(base_dir: str, trial: Trial) -> int | None:
     """The exit status of a trial that has ended, below 0 the signal that killed it; None if it has not. Raises UsageError for a tag that stands for other flags."""
     folder = folder_of(base_dir, trial)
     if (done := folder / "done.json").exists():
-        ended = json.loads(done.read_text(encoding="utf-8"))
+        try:
+            ended = parse_json(done.read_bytes())
+            status = int(ended["status"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{done} is damaged ({error}); delete that folder, and the same command trains it again") from None
         if trial.tag and ended["flags"] != trial.flags:
             raise UsageError(f"{trial.name} was trained with other flags ({folder}); give the new runs another name, or delete that folder")
-        return ended["status"]
+        return status
     if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":  # without a runner
         try:
             had = read_run_log(folder / FILENAME)[0].get("config") or {}
@@ -158,7 +167,8 @@ def last_record(log: Path) -> dict | None:
 
 
 def read(base_dir: str, trial: Trial) -> Result | None:
-    """A finished trial's result, or None. One that diverged, or whose parent did, has no validations. Raises UsageError for a damaged log, as a full disk leaves it."""
+    """A finished trial's result, or None. One that diverged, or whose parent did, has no validations. Raises UsageError for a damaged log, as a full disk leaves it,
+    and for a run of other text or another tokenizer than those that are there now."""
     status = status_of(base_dir, trial)
     if status != 0 and not diverged(base_dir, trial):
         return None
@@ -169,7 +179,10 @@ def read(base_dir: str, trial: Trial) -> Result | None:
             raise UsageError("the last validation is missing")
     except UsageError as error:
         raise UsageError(f"the log in {folder} is damaged ({error}); delete that folder, and the same command trains it again") from None
+    check_text(base_dir, trial)
     evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
+    if evals and evals[-1]["val_bpb"] is None:  # no number: its last step has broken the weights
+        evals = []
     start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
     growths = [Growth(r["flops"], r["time"], r["loss_before"], r["loss_after"]) for r in records if r["kind"] == "grow"]
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
@@ -179,6 +192,31 @@ def read(base_dir: str, trial: Trial) -> Result | None:
                   [r["time"] for r in evals])
 
 
+def check_text(base_dir: str, trial: Trial) -> None:
+    """Raises UsageError for a trial that was trained with other text or another tokenizer than those that are in the base directory now, by their names and checksums."""
+    folder = folder_of(base_dir, trial)
+    try:
+        with open(folder / FILENAME, "rb") as f:
+            had = parse_json(f.readline())["conditions"]
+    except (OSError, ValueError, KeyError, TypeError):  # not begun, or of an earlier version
+        return
+    for what, now in (("data", data_source), ("tokenizer", _tokenizer)):
+        if what in had and (here := now()) and had[what] != here:
+            raise UsageError(f"the run in {folder} is of {'other text (' + str(had[what]) + ')' if what == 'data' else 'another tokenizer'} than is in NANOCHAT_BASE_DIR now; "
+                             "choose another NANOCHAT_BASE_DIR, or delete that folder, and the same command trains it again")
+
+
+def _tokenizer() -> str:
+    """The checksum of the one in the base directory, empty where there is none."""
+    path = Path(get_base_dir(), "tokenizer", "tokenizer.pkl")
+    return _checksum(str(path), path.stat().st_mtime_ns) if path.exists() else ""
+
+
+@functools.lru_cache(maxsize=8)
+def _checksum(path: str, changed: int) -> str:
+    return get_tokenizer().checksum()
+
+
 def _begin(trains: list[dict]) -> float:
     """FLOPs before the first of these steps."""
     return max(0.0, 2 * trains[0]["flops"] - trains[1]["flops"]) if len(trains) > 1 else 0.0
@@ -186,4 +224,4 @@ def _begin(trains: list[dict]) -> float:
 
 def weights(folder: Path) -> set[int]:
     """The steps of its checkpoints."""
-    return {int(path.stem[6:]) for path in folder.glob("model_*.pt")}
+    return {int(match[1]) for path in folder.glob("model_*.pt") if (match := re.fullmatch(r"model_(\d+)\.pt", path.name))}

@@ -1,4 +1,5 @@
 """What studies share: many short trainings by the runner (runner.py), each done once, and what is made of their results."""
+import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from analysis.trial import Result, Trial, folder_of, read, weights
 from nanochat.cli import ArgumentParser, UsageError, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
+from nanochat.drawing import new_figure
 from nanochat.files import atomic_path
 from nanochat.layered_gpt import build_gpt
 from nanochat.run_plan import PlanSettings
@@ -89,11 +91,18 @@ def study_parser(doc: str) -> ArgumentParser:
     return parser
 
 
+def width_of_heads(text: str) -> int:
+    """A width that models of the studies' heads can have."""
+    width = positive_int(text)
+    if width % SHAPE["head-dim"]:
+        raise argparse.ArgumentTypeError(f"{width} is no multiple of {SHAPE['head-dim']}, the width of a head")
+    return width
+
+
 @contextlib.contextmanager
 def pictures(path: Path, width: float, height: float, columns: int):
     """Yields the axes of so many pictures side by side, of that many inches in all, which are written to one file afterwards."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     yield figure.subplots(1, columns, squeeze=False)[0]
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)

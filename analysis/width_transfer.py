@@ -6,7 +6,7 @@ On the data and the tokenizer in NANOCHAT_BASE_DIR. A learning rate that transfe
 """
 import sys
 
-from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser
+from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser, width_of_heads
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.common import get_base_dir
 from nanochat.files import to_json, write_text_atomic
@@ -16,7 +16,7 @@ from nanochat.files import to_json, write_text_atomic
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--block", default="ngpt", choices=("ngpt", "prenorm"))
-    parser.add_argument("--widths", type=positive_int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--widths", type=width_of_heads, nargs="+", default=[64, 128, 256])
     parser.add_argument("--matrix-lrs", type=positive_float, nargs="+", default=[0.4, 0.8, 1.6])
     parser.add_argument("--steps", type=positive_int, default=STEPS)
     args = parser.parse_args(argv)

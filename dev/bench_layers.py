@@ -27,6 +27,7 @@ import torch
 from nanochat.cli import ArgumentParser, UsageError, command, picture_path, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.compiler import compile_model, compiled, why_not_compile
+from nanochat.drawing import new_figure
 from nanochat.files import atomic_path, write_text_atomic
 from nanochat.gpt import GPT, Linear, run_layer
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
@@ -328,10 +329,8 @@ def line(row: dict[str, Any]) -> str:
 
 def draw(summaries: list[list[dict[str, Any]]], path: Path, machine: str) -> None:
     """Time ratios to the dense layer over rank / width, one line per width; what FLOPs alone would make of it is dashed."""
+    figure = new_figure(12, 5)
     import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     colors = matplotlib.colormaps["viridis"]([0.9 * i / max(1, len(summaries) - 1) for i in range(len(summaries))])
     shares = sorted({row["rank_share"] for row in summaries[0] if row["rank_share"]})

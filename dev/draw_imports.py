@@ -10,6 +10,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from nanochat.drawing import new_figure
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals": "#14b8a6", "nanochat.export": "#f59e0b", "tasks": "#a855f7", "scripts": "#e8853d"}
 EVERYBODYS = 12  # a file with as many importers is not drawn with its arrows
@@ -54,7 +56,6 @@ def needed(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
 
 
 def draw(path: Path) -> None:
-    from matplotlib.figure import Figure
     graph = imports()
     row = rows(graph)
     importers = {name: sum(name in others for others in graph.values()) for name in graph}
@@ -67,7 +68,7 @@ def draw(path: Path) -> None:
             line.sort(key=lambda name: sum(pull[name]) / len(pull[name]) if pull[name] else place[name][0])
             for i, name in enumerate(line):
                 place[name] = ((i + 0.5) / len(line), r)
-    figure = Figure(figsize=(20, 0.75 * len(lines) + 1), layout="constrained")
+    figure = new_figure(20, 0.75 * len(lines) + 1)
     axes = figure.subplots()
     for a, b in arrows:
         (x1, y1), (x2, y2) = place[a], place[b]

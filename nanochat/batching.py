@@ -20,12 +20,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.engine import Engine, KVCache, RowState
 from nanochat.prefix_cache import Prefix, PrefixCache
+from nanochat.resources import free_memory
 from nanochat.sampling import Sampler, Sampling, Scores, score
 
 SMALLEST, LARGEST = 16, 512  # tokens of a piece of a prompt
@@ -72,7 +72,7 @@ class _Row:
 def slots_for(model, at_most: int = 64) -> int:
     """How many rows of the model's context fit into a quarter of the memory that is free."""
     device = model.get_device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return max(1, min(at_most, free // 4 // (model.kv_bytes_per_token() * model.config.sequence_len)))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, env_rank
 from nanochat.common import get_base_dir, is_ddp_initialized
 from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
@@ -41,7 +41,7 @@ class CheckpointNotFound(UsageError, FileNotFoundError):
 
 
 def log0(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if env_rank() == 0:
         logger.info(message)
 
 

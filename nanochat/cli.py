@@ -98,7 +98,7 @@ def positive_ints(text: str) -> list[int]:
 
 def folder_name(text: str) -> str:
     """A name that stays below the folder it is put in, and is not hidden there; empty for the default."""
-    if text.startswith(".") or "/" in text or "\\" in text:
+    if text.startswith(".") or "/" in text or "\\" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name")
     return text
 
@@ -181,6 +181,8 @@ def harden_streams() -> None:
             stream.reconfigure(errors="replace")
         elif stream is not getattr(sys, f"__{name}__"):
             continue  # replaced, as by a test
+        elif sys.platform == "win32" and stream and stream.isatty():  # a console, which knows its encoding
+            stream.reconfigure(errors="backslashreplace")
         elif stream is None:  # it is closed, and its number must not become that of the next file that is opened
             null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             os.set_inheritable(null, True)
@@ -198,6 +200,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class of RuntimeError for it; MPS, cuBLAS and the CPU's allocator raise plain ones."""
     texts = "allocate memory|out of memory|not enough memory|STATUS_ALLOC_FAILED|[Ss]ize calculation overflowed|multiplication overflow"
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
+
+
+def env_rank() -> int:
+    """This process's number under torchrun, which sets all three variables; 0 elsewhere, whatever RANK means there."""
+    values = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return int(values[0]) if all(value.isdecimal() for value in values) else 0
 
 
 def command(main: Callable) -> Callable[..., int]:
@@ -226,7 +234,7 @@ def command(main: Callable) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        rank = int(os.environ.get("RANK", 0))
+        rank = env_rank()
         if rank > 0:
             time.sleep(10)  # still here after what rank 0 and torchrun need to end on a busy machine: rank 0 did not meet it
         print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """What every module needs: compute dtype, base directory, logging, devices and the process group, peak speeds."""
 import contextlib
-import ctypes
 import functools
 import http.client
 import logging
@@ -13,15 +12,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 
-from nanochat.cli import UsageError
-from nanochat.files import atomic_path
+from nanochat.cli import UsageError, env_rank
+from nanochat.files import atomic_path, locked
+from nanochat.resources import keep_freed_memory, limit_threads, usable_cpus
 
 # -----------------------------------------------------------------------------
 # Compute dtype: matmuls and activations run in it, master weights stay float32.
@@ -91,7 +89,7 @@ logger = logging.getLogger(__name__)
 
 def print0(s: Any = "", **kwargs: Any) -> None:
     """`print` on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if env_rank() == 0:
         _end_live_line()
         print(s, **kwargs)
 
@@ -102,7 +100,7 @@ _live: dict[str, Any] = {"shown": False, "lasted": 0.0}
 
 def live_line(line: str) -> None:
     """Shows a line that the next one takes the place of, on rank 0; one every `LASTING_SECONDS` stays. In a pipe or file all of them do."""
-    if int(os.environ.get("RANK", 0)) != 0:
+    if env_rank() != 0:
         return
     if not sys.stdout.isatty():
         print(line, flush=True)
@@ -170,7 +168,10 @@ def get_base_dir() -> str:
     if base_dir.startswith("~"):
         raise UsageError(f"there is no home directory for {base_dir}; set NANOCHAT_BASE_DIR to a directory you can write to")
     try:
+        base_dir.encode()
         os.makedirs(base_dir, exist_ok=True)
+    except UnicodeEncodeError:
+        raise UsageError(f"the base directory {os.fsencode(base_dir)!r} is no UTF-8, which pyarrow needs; set NANOCHAT_BASE_DIR to another") from None
     except OSError as error:
         raise UsageError(f"cannot create the base directory {base_dir} ({error.strerror}); "
                          "set NANOCHAT_BASE_DIR to a directory you can write to") from error
@@ -182,7 +183,7 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[s
     path = os.path.join(get_base_dir(), filename)
     if os.path.exists(path):
         return path
-    with FileLock(path + ".lock"):
+    with locked(path):
         if not os.path.exists(path):
             try:
                 with urllib.request.urlopen(url, timeout=60) as response:
@@ -231,7 +232,11 @@ def is_ddp_initialized() -> bool:
 def get_dist_info() -> tuple[bool, int, int, int]:
     """(under torchrun, rank, local rank, world size)."""
     if is_ddp_requested():
-        return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+        values = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        if not all(value.isdecimal() for value in values):
+            raise UsageError(f"RANK, LOCAL_RANK and WORLD_SIZE are {', '.join(map(repr, values))} and no numbers; unset them, or start this by torchrun")
+        rank, local_rank, world_size = map(int, values)
+        return True, rank, local_rank, world_size
     return False, 0, 0, 1
 
 
@@ -259,37 +264,6 @@ def autodetect_device_type() -> str:
         device_type = "cpu"
     print0(f"Autodetected device type: {device_type}")
     return device_type
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory. Otherwise every large tensor is mapped anew, and its page faults take 10 % of a CPU's step."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use at once: those it is bound to, and no more than its container's quota of CPU time."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = {"/sys/fs/cgroup/cpu.max": None, "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "/sys/fs/cgroup/cpu/cpu.cfs_period_us"}  # cgroup 2, cgroup 1
-    for quota_file, period_file in quotas.items():
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            words = Path(quota_file).read_text().split() + (Path(period_file).read_text().split() if period_file else [])
-            quota, period = map(int, words)
-            if quota > 0:
-                cpus = min(cpus, max(1, quota // period))
-    return cpus
-
-
-def limit_threads() -> None:
-    """No more threads than CPUs: PyTorch starts one for each core it sees, also where a container may use only a few of them, and then each
-    operation waits for threads that do not run. OMP_NUM_THREADS has the last word."""
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cpus():
-        torch.set_num_threads(usable_cpus())
 
 
 def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.device]:

@@ -2,14 +2,14 @@
 
 Everything is read from the logs and from the results beside the checkpoints (evals/results.py); nothing is measured here.
 """
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 
 from nanochat.cli import UsageError
-from nanochat.eval_report import COLORS, INK, EvalReport
+from nanochat.drawing import COLORS, INK, as_png, new_figure
+from nanochat.eval_report import EvalReport
 from nanochat.run_log import FILENAME
 from nanochat.run_report import TrainingRun, count, duration, table
 
@@ -104,10 +104,8 @@ def compare(contestants: list[Contestant], picture: str) -> str:
 
 def draw(contestants: list[Contestant]) -> bytes:
     """PNG: left validation losses over FLOPs, right the labelled accuracies with their standard errors."""
-    from matplotlib.figure import Figure  # slow to import
-
     keys = list(dict.fromkeys(key for one in contestants for key, row in one.rows.items() if row.get("label") and row.get("metric", "accuracy") == "accuracy"))
-    figure = Figure(figsize=(11 if keys else 6, 4), layout="constrained")
+    figure = new_figure(11 if keys else 6, 4)
     panels = figure.subplots(1, 2 if keys else 1, squeeze=False)[0]
     for i, one in enumerate(contestants):
         color = COLORS[i % len(COLORS)]
@@ -124,12 +122,6 @@ def draw(contestants: list[Contestant]) -> bytes:
         panels[1].set_yticks([place + 0.4 for place in range(len(keys))], keys, fontsize=8)
         panels[1].set_xlabel("accuracy", color=INK)
     for panel in panels:
-        panel.grid(color=INK, alpha=0.25, linewidth=0.6)
-        panel.tick_params(colors=INK)
-        panel.spines[:].set_visible(False)
-        panel.set_facecolor("none")
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, labelcolor=INK, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, transparent=True)
-    return buffer.getvalue()
+    return as_png(figure, panels)

@@ -168,7 +168,7 @@ def remove_truncated(folder: Path) -> None:
             with FileLock(folder / "locks" / f"{library.name.partition('.')[0]}.lock", timeout=0):
                 library.unlink(missing_ok=True)
             print0(f"Compiled anew: {library} is only the beginning of a file")
-        except (OSError, Timeout):
+        except (NotImplementedError, OSError, Timeout):  # no locks there
             pass
 
 

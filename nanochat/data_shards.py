@@ -50,6 +50,8 @@ class Shard:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
             raise damaged(path, error) from error
+        except UnicodeEncodeError:
+            raise UsageError(f"the path {os.fsencode(path)!r} is no UTF-8, which pyarrow needs; rename that file or folder") from None
         schema = self._file.schema_arrow
         if "text" not in schema.names:
             raise UsageError(f"{path} has no column 'text' but {', '.join(schema.names) or 'none at all'}; "

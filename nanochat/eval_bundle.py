@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nanochat.cli import UsageError
 from nanochat.common import download_file_with_lock, get_base_dir
 from nanochat.evals.jsonl import Rows, read_rows
+from nanochat.files import locked
 
 EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
@@ -50,7 +49,7 @@ def find_eval_bundle() -> Path:
             archive = download_file_with_lock(EVAL_BUNDLE_URL, "eval_bundle.zip")
         except UsageError as error:
             raise UsageError(f"{error}, or its unpacked content at {bundle}") from error
-        with FileLock(f"{archive}.lock"):
+        with locked(archive):
             if not bundle.is_dir():
                 place_eval_bundle(archive)
     return bundle

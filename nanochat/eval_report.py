@@ -1,12 +1,11 @@
 """What was measured of a run, as a table and a picture, drawn from the files of results beside its checkpoints (evals/results.py)."""
-import io
 from pathlib import Path
 
+from nanochat.drawing import COLORS, INK, as_png, new_figure
 from nanochat.evals.results import all_results, table
 
 BARS = 40  # at most: with BLiMP's 67 paradigms nobody would see the rest
 EARLIER_RUNS = 3  # that are drawn beside
-INK, COLORS = "#808890", ("#3b82f6", "#e8853d", "#10b981", "#a855f7", "#64748b", "#d946ef")
 
 
 class EvalReport:
@@ -60,14 +59,12 @@ class EvalReport:
 
     def picture(self) -> bytes | None:
         """PNG: accuracies with their standard errors, guessing and the earlier runs; below, how the summary's numbers moved over the FLOPs. None without either."""
-        from matplotlib.figure import Figure  # slow to import
-
         bars, curves = self.bars(), self.curves()
         if not bars and not curves:
             return None
         bar_height, rows = 0.6 + 0.2 * len(bars), -(-len(curves) // 2)
         heights = ([bar_height] if bars else []) + [2.2] * rows
-        figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
+        figure = new_figure(8, sum(heights) + 0.3)
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         panels = []
         if bars:
@@ -93,11 +90,4 @@ class EvalReport:
             panel.errorbar(flops, values, yerr=errors, color=COLORS[i % len(COLORS)], marker="o", markersize=3, linewidth=1.4, elinewidth=0.8)
             panel.set_title(key, fontsize=8, color=INK)
             panel.set_xlabel("training FLOPs", fontsize=7, color=INK)
-        for panel in panels:
-            panel.grid(color=INK, alpha=0.25, linewidth=0.6)
-            panel.tick_params(colors=INK, labelsize=7)
-            panel.spines[:].set_visible(False)
-            panel.set_facecolor("none")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, transparent=True)
-        return buffer.getvalue()
+        return as_png(figure, panels, labelsize=7)

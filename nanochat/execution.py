@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass
 
 from nanochat import sandbox
+from nanochat.cli import UsageError
 
 
 @dataclass
@@ -86,6 +87,15 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | No
     return ExecutionResult(False, out, err, (err.strip().splitlines() or [how])[-1][:1000], memory_exceeded="MemoryError" in err)
 
 
+def check_sandbox() -> None:
+    """Raises UsageError where a program that must pass does not, as it would be for all of them: another Python's library is missing, or the kernel refuses to lock up."""
+    if os.name != "posix":
+        raise UsageError("generated code runs in processes that lock themselves up as POSIX systems let them; on Windows take WSL")
+    result = execute_code("def one():\n    return 1", timeout=60, test="assert one() == 1")
+    if not result.success:
+        raise UsageError(f"the sandbox for generated code does not work here ({result.error}): every program would count as wrong")
+
+
 class _Process:
     """A sandboxed process, its folder and its files for stdin, stdout and stderr; killed and removed at the end of the `with` block."""
 
@@ -104,7 +114,8 @@ class _Process:
             command = [sys.executable, "-B", "-X", "utf8", "-I", "-S", os.path.abspath(sandbox.__file__), role, str(os.getpid()), str(timeout),
                        str(memory or 0), str(requests), str(answers), *libraries]
             stdin, stdout, stderr = self.files
-            self.popen = subprocess.Popen(command, cwd=self.folder, env={"PATH": "/usr/bin:/bin"}, stdin=stdin, stdout=stdout, stderr=stderr,
+            environment = {"PATH": "/usr/bin:/bin"} | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # Python's own library may need it
+            self.popen = subprocess.Popen(command, cwd=self.folder, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
                                           pass_fds=[end for end in (requests, answers) if end >= 0], start_new_session=True)
             stack.callback(self.kill)
             self._poll = None

@@ -1,6 +1,7 @@
 """Files that are whole or not there at all, folders that one process at a time writes to, text in any wrapping."""
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -46,6 +47,9 @@ def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
             stack.enter_context(lock.acquire())
         except NotImplementedError:
             pass
+        except OSError as error:  # NFS without its lock daemon and others say so in their own ways
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL) or error.filename is not None:
+                raise
         yield
 
 
@@ -71,9 +75,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp makes it private to the user
+        with contextlib.suppress(PermissionError):  # a mount that gives all files to one user
+            temporary.chmod(0o666 & ~current_umask())  # mkstemp makes it private to the user
         os.replace(temporary, path)
-        if os.name == "posix":  # make the rename itself durable
+        with contextlib.suppress(OSError):  # make the rename itself durable, where folders can be synced; the file is there
             directory = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)

@@ -17,6 +17,7 @@ Notable:
   largest tensor of a step), and weights are read in the compute dtype. `python -m dev.bench_kernels` puts choices and rules to the test.
 """
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, env_rank
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, is_ddp_initialized
 from nanochat.distributed import agreed
 from nanochat.files import write_text_atomic
@@ -63,7 +64,7 @@ def settle() -> None:
     forced, source = _forced(), "set by NANOCHAT_KERNELS"
     measured: dict[str, str] = {}
     if forced.keys() != KERNELS.keys():
-        if int(os.environ.get("RANK", 0)) == 0 or not is_ddp_initialized():
+        if env_rank() == 0 or not is_ddp_initialized():
             measured, source = _remembered(), "measured on this machine before"
             if not measured:
                 started = time.perf_counter()
@@ -76,7 +77,7 @@ def settle() -> None:
 
 
 def _say(source: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if env_rank() == 0:
         logger.info(f"Kernels: {describe(_settled)} ({source})")  # not on stdout, which may be a pipe
 
 
@@ -104,9 +105,12 @@ def _forced() -> dict[str, str]:
 def machine() -> str:
     """What a measurement holds for, as a file name. OneDNN's and ATen's limits of the instruction set are part of it."""
     try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]  # type: ignore[index]
-    except (OSError, TypeError):
-        cpu = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    # Arm's cores have numbers and lists of features instead of a name
+    fields = re.findall(r"^(model name|CPU implementer|CPU part|CPU variant|Features)\s*:\s*(.+)$", info.partition("\n\n")[0], re.MULTILINE)
+    cpu = " ".join(hashlib.sha256(value.encode()).hexdigest()[:8] if name == "Features" else value for name, value in fields) or platform.processor() or platform.machine()
     isa = [torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")]
     isa += [name for name in ("amx_tile", "avx512_bf16") if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
     parts = (cpu, *isa, f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", str(COMPUTE_DTYPE).removeprefix("torch."))

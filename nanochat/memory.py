@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import math
-import os
 import sys
 import weakref
 from collections import Counter
@@ -28,13 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from nanochat import cross_entropy, flash_attention
-from nanochat.cli import command, flag, fraction, parse_settings, positive_float, positive_int
+from nanochat.cli import UsageError, command, flag, fraction, parse_settings, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, get_peak_flops
 from nanochat.compiler import why_not_compile
 from nanochat.gpt import GPTConfig
 from nanochat.kernel_choice import chosen, chosen_backward
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import gpt_config, plan_horizon
+from nanochat.resources import memory_limit
 
 ROLES = ("weights", "gradients", "optimizer", "activations", "logits")
 
@@ -340,7 +340,7 @@ def device_bytes(device: torch.device) -> float:
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    return memory_limit()
 
 
 # -----------------------------------------------------------------------------
@@ -355,10 +355,10 @@ def card(text: str) -> tuple[str, float, float]:
     size, _, peak = size.partition("@")
     try:
         gib, flops = float(size), float(peak) * 1e12 if peak else get_peak_flops(name)
-        if not (name and 0 < gib < math.inf and 0 < flops):
+        if not (name and 0 < gib < math.inf and 0 < flops < math.inf):
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a card; write name=GiB or name=GiB@TFLOPS, for example 'RTX 3060=12'") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a card; write name=GiB, for example 'RTX 3060=12', or name=GiB@TFLOPS for one whose speed is not known by its name") from None
     return name, gib, flops
 
 
@@ -378,6 +378,8 @@ class Settings:
 def main(argv=None) -> None:
     settings = parse_settings(Settings, argv, "What fits on which card, and how long its training takes")
     compiled = not settings.eager and can_compile(settings.device_type)
+    if settings.mfu <= 0:
+        raise UsageError(f"--mfu={settings.mfu:g}: training takes some share of the peak, for example 0.4")
     print(f"Rows of {settings.max_seq_len} tokens per pass that fit, and the hours of a whole run at {settings.mfu:.0%} of the peak: {COMPUTE_DTYPE}, {settings.device_type}, "
           f"{'compiled' if compiled else 'eager'}, {settings.target_param_data_ratio:g} tokens per parameter\n")
     print("| depth | parameters | FLOPs | " + " | ".join(f"{name}, {gib:g} GB" for name, gib, _ in settings.cards) + " |\n|---:|---:|---:|" + "---:|" * len(settings.cards))

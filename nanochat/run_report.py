@@ -1,5 +1,4 @@
 """One pretraining run, finished or still going on, as Markdown and as pictures, drawn from its log alone."""
-import io
 import re
 import time
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.cli import UsageError
+from nanochat.drawing import COLORS, INK, as_png, new_figure
 from nanochat.growth.kappa import earlier_runs, read_config
 from nanochat.growth.plan import describe
 from nanochat.run_log import FILENAME, read_run_log
@@ -255,13 +255,10 @@ class TrainingRun:
 
         Growths are marked, and the validation of the same model trained from scratch is drawn beside if there is one. The background is transparent and the lines are mid-tones, for light and dark pages.
         """
-        from matplotlib.figure import Figure  # slow to import, and most who import this module draw nothing
-        from matplotlib.ticker import EngFormatter, MaxNLocator
-
         axes = axes or self.axes
         scratch, branches = self.from_scratch(), self.branches()
-        ink, colors = "#808890", ("#3b82f6", "#e8853d")
-        figure = Figure(figsize=(5 * len(axes), 5), layout="constrained")
+        figure = new_figure(5 * len(axes), 5)
+        from matplotlib.ticker import EngFormatter, MaxNLocator
         panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
         for column, x in enumerate(axes):
             loss_panel, bpb_panel = panels[:, column]
@@ -274,25 +271,25 @@ class TrainingRun:
                 starts = np.arange(0, len(xs), 1 + len(xs) // points)  # a point of the drawing is the mean of the steps it stands for
                 size = np.diff(np.r_[starts, len(xs)])
                 if len(xs):
-                    loss_panel.plot(np.add.reduceat(xs, starts) / size / scale, np.add.reduceat(ys, starts) / size, color=colors[0], **style)
+                    loss_panel.plot(np.add.reduceat(xs, starts) / size / scale, np.add.reduceat(ys, starts) / size, color=COLORS[0], **style)
             xs, ys = self._curve("eval", x, "val_bpb")
-            bpb_panel.plot(xs / scale, ys, color=colors[1], linewidth=1.8, marker="o", markersize=3, label=self.tag)
+            bpb_panel.plot(xs / scale, ys, color=COLORS[1], linewidth=1.8, marker="o", markersize=3, label=self.tag)
             for i, branch in enumerate(branches):
                 xs, ys = branch._curve("eval", x, "val_bpb")
                 bpb_panel.plot(xs / scale, ys, color=f"C{2 + i % 6}", linewidth=1.4, marker="o", markersize=2, label=branch.tag)
             if scratch:
                 xs, ys = scratch._curve("eval", x, "val_bpb")
-                bpb_panel.plot(xs / scale, ys, color=ink, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
+                bpb_panel.plot(xs / scale, ys, color=INK, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
             if scratch or branches:
-                bpb_panel.legend(frameon=False, labelcolor=ink, fontsize=8)
+                bpb_panel.legend(frameon=False, labelcolor=INK, fontsize=8)
             for record in self.of("grow"):
                 before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]
                 at = record.get(x, before[-1] if before else 0) / scale
                 for panel in (loss_panel, bpb_panel):
-                    panel.axvline(at, color=ink, linestyle="--", linewidth=1)
+                    panel.axvline(at, color=INK, linestyle="--", linewidth=1)
                 bpb_panel.annotate(str(record.get("label", "growth")), (at, 0.97), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                                   textcoords="offset points", rotation=90, va="top", fontsize=8, color=ink)
-            bpb_panel.set_xlabel({"time": f"training time ({unit})", "flops": "training FLOPs"}.get(x, "training tokens"), color=ink)
+                                   textcoords="offset points", rotation=90, va="top", fontsize=8, color=INK)
+            bpb_panel.set_xlabel({"time": f"training time ({unit})", "flops": "training FLOPs"}.get(x, "training tokens"), color=INK)
             if x == "tokens":
                 bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
                 tokens, flops = self._curve("train", "tokens", "flops")
@@ -302,21 +299,14 @@ class TrainingRun:
                     top = loss_panel.secondary_xaxis("top", functions=(lambda v, t=t, f=f: np.interp(v, t, f), lambda v, t=t, f=f: np.interp(v, f, t)))
                     top.xaxis.set_major_locator(MaxNLocator(4))
                     top.xaxis.set_major_formatter(lambda v, _: f"{v:.2g}".replace("e+", "e"))
-                    top.set_xlabel("training FLOPs", color=ink)
-                    top.tick_params(colors=ink)
+                    top.set_xlabel("training FLOPs", color=INK)
+                    top.tick_params(colors=INK)
                     top.spines[:].set_visible(False)
-        for panel in panels.flat:
-            panel.grid(color=ink, alpha=0.25, linewidth=0.6)
-            panel.tick_params(colors=ink)
-            panel.spines[:].set_visible(False)
-            panel.set_facecolor("none")
         self._frame(panels[0, 0], self._curve("train", "step", "loss")[1])
         self._frame(panels[1, 0], self._curve("eval", "step", "val_bpb")[1])
-        panels[0, 0].set_ylabel("train loss (nats per token)", color=ink)
-        panels[1, 0].set_ylabel("validation bits per byte", color=ink)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, transparent=True)
-        return buffer.getvalue()
+        panels[0, 0].set_ylabel("train loss (nats per token)", color=INK)
+        panels[1, 0].set_ylabel("validation bits per byte", color=INK)
+        return as_png(figure, panels.flat)
 
     @staticmethod
     def _frame(panel, values: np.ndarray) -> None:

@@ -236,6 +236,8 @@ class TrainLoop:
 
     def validate(self) -> None:
         self.val_bpb = self.measure(self.eval_steps)
+        if math.isnan(self.val_bpb):  # of the last step's weights there is no training loss any more
+            raise UsageError(f"the validation loss after step {self.step} is {self.val_bpb}: training diverged; {self.advice}")
         self.min_val_bpb = min(self.min_val_bpb, self.val_bpb)
         print0(f"Step {self.step:05d} | Validation bpb: {self.val_bpb:.{self.digits}f}")
         self.log.log("eval", self.step, val_bpb=self.val_bpb, **self.spent())

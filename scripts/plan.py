@@ -20,7 +20,7 @@ import torch
 from nanochat import compiler
 from nanochat.checkpoint_manager import checkpoints_dir_of
 from nanochat.cli import UsageError, command, flag, fraction, int_or_off, parse_settings, positive_float, positive_int
-from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0, usable_cpus
+from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init, get_base_dir, get_peak_flops, print0
 from nanochat.data_shards import data_source, parquets_iter_batched, text_bytes
 from nanochat.dataloader import TrainingData
 from nanochat.files import check_writable, write_text_atomic
@@ -30,11 +30,13 @@ from nanochat.memory import can_compile, card, device_bytes
 from nanochat.objectives import OBJECTIVES
 from nanochat.plan_page import Page, duration
 from nanochat.planning import RECIPE, Memory, Planner, fitting, lowest, usable, vocabulary_rule
+from nanochat.resources import usable_cpus
 from nanochat.run_plan import LearningSettings
 from nanochat.scaling_law import MIN_DIFFERENT, MIN_RUNS, Law, effective_tokens, enough, fit, published
 from nanochat.step_time import Batch, Card, Measured, random_batches
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
+MOST_HOURS, MOST_FLOPS = 1e6, 1e30
 FIRST_VOCABULARY = 32768  # until the rule has a model to name another
 
 
@@ -58,6 +60,8 @@ class Settings(LearningSettings):
         """Raises UsageError for flags that contradict each other."""
         if (self.hours is None) == (self.flops is None):
             raise UsageError("say how much there is to spend: --hours=8, or --flops=1e18; one of the two")
+        if (self.hours or 0) > MOST_HOURS or (self.flops or 0) > MOST_FLOPS:
+            raise UsageError(f"no more than --hours={MOST_HOURS:g} or --flops={MOST_FLOPS:g} can be planned for")
         if self.mfu == 0:
             raise UsageError("--mfu=0 trains nothing; give the share of its peak that the card reaches, for example 0.4")
         if self.card and self.device_type:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, encoding in (("GPT-2", "gpt2"), ("GPT-4", "cl100k_base")):
         try:
             tokenizers[name] = RustBPETokenizer.from_pretrained(encoding)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter where something else comes than was asked for
             print(f"{name} is left out: its vocabulary cannot be downloaded ({type(error).__name__})")
     print("Vocabulary sizes: " + ", ".join(f"{name} {tokenizer.get_vocab_size():,}" for name, tokenizer in tokenizers.items()))
     counts = {name: count_tokens(tokenizer, texts) for name, tokenizer in tokenizers.items()}

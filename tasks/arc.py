@@ -1,6 +1,10 @@
 """AI2 Reasoning Challenge (Clark et al., 1803.05457): science questions of US schools, three to five choices each."""
+import pyarrow as pa
+
 from nanochat.cli import UsageError
-from tasks.common import Task, load_hub_dataset, render_mc
+from tasks.common import TEXT, TEXTS, Task, load_hub_dataset, render_mc
+
+CHOICES = pa.struct([("label", TEXTS), ("text", TEXTS)])
 
 
 class ARC(Task):
@@ -8,7 +12,7 @@ class ARC(Task):
         super().__init__(**kwargs)
         assert subset in ("ARC-Easy", "ARC-Challenge"), f"there is no ARC subset {subset!r}"
         assert split in ("train", "validation", "test"), f"there is no ARC split {split!r}"
-        self.ds = load_hub_dataset("allenai/ai2_arc", subset, split, ("question", "choices", "answerKey")).shuffle(seed=42)
+        self.ds = load_hub_dataset("allenai/ai2_arc", subset, split, {"question": TEXT, "choices": CHOICES, "answerKey": TEXT}).shuffle(seed=42)
 
     @property
     def eval_type(self) -> str:

@@ -46,8 +46,9 @@ class HubDataset:
         return self.table.slice(row, 1).to_pylist()[0]
 
 
-def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train", columns: tuple[str, ...] = ()) -> HubDataset:
-    """All rows of a split. Raises UsageError where they cannot be had, are damaged, or have rows without one of `columns`."""
+def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train", columns: dict[str, pa.DataType | None] | None = None) -> HubDataset:
+    """All rows of a split. columns: those that every row must have, and what they must hold, None for anything. Raises UsageError where rows cannot be had, are damaged or are not so."""
+    columns = columns or {}
     folder = Path(get_base_dir(), "task_data", repo_id.replace("/", "--"), subset, split)
     table = _read_folder(folder)
     if table is None:
@@ -67,7 +68,23 @@ def load_hub_dataset(repo_id: str, subset: str = "default", split: str = "train"
                          f"see {folder} for local files of another kind")
     if empty := [f"{table[name].null_count:,} have no {name}" for name in columns if table[name].null_count]:
         raise UsageError(f"of the {len(table):,} rows of {repo_id} ({subset}, {split}) {', '.join(empty)}; put those that have it into files in {folder}")
+    if table.num_rows and (wrong := [f"{name} is {table.schema.field(name).type}, not {kind}" for name, kind in columns.items() if kind and not _fits(table.schema.field(name).type, kind)]):
+        raise UsageError(f"the rows of {repo_id} ({subset}, {split}) are of another kind: {'; '.join(wrong)}; put those that are meant into files in {folder}")
     return HubDataset(table)
+
+
+TEXT, TEXTS, NUMBER = pa.string(), pa.list_(pa.string()), pa.int64()
+
+
+def _fits(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of a column are texts, whole numbers, lists or structures like those that are wanted, whatever Arrow stores them as."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_list(wanted):
+        return (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) and _fits(kind.value_type, wanted.value_type)
+    if pa.types.is_struct(wanted):
+        return pa.types.is_struct(kind) and all(kind.get_field_index(field.name) >= 0 and _fits(kind.field(field.name).type, field.type) for field in wanted)
+    return pa.types.is_integer(kind) if pa.types.is_integer(wanted) else pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _read_folder(folder: Path) -> pa.Table | None:

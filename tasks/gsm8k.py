@@ -1,7 +1,7 @@
 """Grade School Math 8K (Cobbe et al., 2110.14168): word problems whose solutions call a calculator as <<12/60=0.2>>."""
 import re
 
-from tasks.common import Task, load_hub_dataset
+from tasks.common import TEXT, Task, load_hub_dataset
 
 GSM_RE = re.compile(r"#### (\-?[0-9\.\,]+)")
 CALL_RE = re.compile(r"(<<[^>]+>>)")
@@ -24,7 +24,7 @@ class GSM8K(Task):
         super().__init__(**kwargs)
         assert subset in ("main", "socratic"), f"there is no GSM8K subset {subset!r}"
         assert split in ("train", "test"), f"there is no GSM8K split {split!r}"
-        self.ds = load_hub_dataset("openai/gsm8k", subset, split, ("question", "answer")).shuffle(seed=42)
+        self.ds = load_hub_dataset("openai/gsm8k", subset, split, {"question": TEXT, "answer": TEXT}).shuffle(seed=42)
 
     @property
     def eval_type(self) -> str:

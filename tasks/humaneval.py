@@ -1,8 +1,8 @@
 """HumanEval (Chen et al., 2107.03374): Python functions to be written from their docstring, judged by running their tests."""
 import re
 
-from nanochat.execution import execute_code
-from tasks.common import Task, load_hub_dataset
+from nanochat.execution import check_sandbox, execute_code
+from tasks.common import TEXT, Task, load_hub_dataset
 
 FENCED_RE = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
@@ -27,7 +27,8 @@ def extract_program(completion: str) -> str:
 class HumanEval(Task):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        columns = ("prompt", "canonical_solution", "entry_point", "test")
+        check_sandbox()
+        columns = dict.fromkeys(("prompt", "canonical_solution", "entry_point", "test"), TEXT)
         self.ds = load_hub_dataset("openai/openai_humaneval", "openai_humaneval", "test", columns).shuffle(seed=42)
 
     @property

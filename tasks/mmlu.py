@@ -1,6 +1,6 @@
 """Massive Multitask Language Understanding (Hendrycks et al., 2009.03300): exam questions in 57 subjects, four choices each."""
 from nanochat.cli import UsageError
-from tasks.common import Task, load_hub_dataset, render_mc
+from tasks.common import NUMBER, TEXT, TEXTS, Task, load_hub_dataset, render_mc
 
 
 class MMLU(Task):
@@ -22,7 +22,7 @@ class MMLU(Task):
         super().__init__(**kwargs)
         assert subset == "all", f"the only subset of MMLU here is all, not {subset!r}"
         assert split in ("auxiliary_train", "validation", "dev", "test"), f"there is no MMLU split {split!r}"
-        self.ds = load_hub_dataset("cais/mmlu", subset, split, ("question", "choices", "answer")).shuffle(seed=42)
+        self.ds = load_hub_dataset("cais/mmlu", subset, split, {"question": TEXT, "choices": TEXTS, "answer": NUMBER}).shuffle(seed=42)
 
     @property
     def eval_type(self) -> str:

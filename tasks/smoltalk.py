@@ -6,7 +6,7 @@ class SmolTalk(Task):
     def __init__(self, split: str, **kwargs):
         super().__init__(**kwargs)
         assert split in ("train", "test"), f"there is no SmolTalk split {split!r}"
-        self.ds = load_hub_dataset("HuggingFaceTB/smol-smoltalk", "default", split, ("messages",)).shuffle(seed=42)
+        self.ds = load_hub_dataset("HuggingFaceTB/smol-smoltalk", "default", split, {"messages": None}).shuffle(seed=42)
 
     def num_examples(self) -> int:
         return len(self.ds)

@@ -62,7 +62,7 @@ QUESTIONS = [
 def _all_words(base_dir: str) -> list[str]:
     word_list = Path(base_dir, "words_alpha.txt")
     if word_list.exists():
-        words = set(word_list.read_text(encoding="utf-8").split())
+        words = set(word_list.read_text(encoding="utf-8", errors="replace").split())  # what is no UTF-8 is no word of these letters
     else:
         counts: Counter[str] = Counter()
         read = 0

@@ -18,6 +18,7 @@ from analysis import (
     operators,
     runner,
     small_english,
+    spectra,
     trials,
     width_transfer,
 )
@@ -48,6 +49,12 @@ def test_table_numbers_and_picture(study, flags, runs, tmp_path, base_dir, monke
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert list(dict.fromkeys(line.split(" | ")[0].removeprefix("| ") for line in table[1:])) == list(rows)
     assert "bpb" in json.dumps(rows) and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("study", [width_transfer, spectra], ids=lambda study: study.__name__)
+def test_widths_that_no_model_has_are_refused(study, base_dir, capsys):
+    assert pytest.raises(SystemExit, study.main, ["--widths", "64", "100"]).value.code == 2
+    assert "100 is no multiple of 32, the width of a head" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("study", [mixing, growth_family, growth_cause, growth_few_data, operators], ids=lambda study: study.__name__)

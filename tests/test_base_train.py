@@ -327,3 +327,9 @@ def test_a_meta_file_of_another_stage(trained, capsys):
 
 def test_divergence(base, capsys):
     assert_refused(capsys, "training diverged", "--embedding-lr=1e30", "--unembedding-lr=1e30", "--warmup-steps=0", "--eval-every=-1")
+
+
+def test_divergence_by_the_last_step(base, capsys, monkeypatch):
+    """Its own loss was a number still; what comes of it is not taken for a result."""
+    monkeypatch.setattr("nanochat.train_loop.evaluate_bpb", lambda *args: float("nan"))
+    assert_refused(capsys, "the validation loss after step 0 is nan: training diverged")

@@ -76,7 +76,7 @@ def test_pictures():
             cli.picture_path(text)
 
 
-@pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), (".d12", False), ("a/b", False), ("..", False), ("../x", False), ("a\\b", False)])
+@pytest.mark.parametrize("text, good", [("d12", True), ("a.b_c", True), ("", True), (".d12", False), ("a/b", False), ("..", False), ("a\x00b", False), ("../x", False), ("a\\b", False)])
 def test_folder_names(text, good):
     if good:
         assert cli.folder_name(text) == text
@@ -181,12 +181,21 @@ def test_other_ranks_speak_after_rank_0(capsys, monkeypatch):
     """They give torchrun the time to end them when rank 0 has said it."""
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    monkeypatch.setenv("RANK", "3")
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
     assert failing(UsageError("only here"))() == 2
     assert capsys.readouterr().err == "error on rank 3: only here\n" and len(pauses) == 1
     monkeypatch.setenv("RANK", "0")
     assert failing(UsageError("here"))() == 2
     assert capsys.readouterr().err == "error: here\n" and len(pauses) == 1
+
+
+@pytest.mark.parametrize("variables, rank", [({}, 0), ({"RANK": "2"}, 0), ({"RANK": "abc"}, 0), ({"RANK": "", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, 0),
+                                             ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, 2)])
+def test_rank_is_torchrun_s_or_none(monkeypatch, variables, rank):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.env_rank() == rank
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Files, devices, ranks and logging: what every module stands on. (Peak speeds: golden/test_small.py.)"""
+import errno
 import http.client
 import io
 import logging
@@ -88,6 +89,37 @@ def test_one_process_holds_a_folder(tmp_path, other):
     other.wait()
     with files.locked(tmp_path / "d4", wait=False), files.locked(tmp_path / "d4", wait=False):
         assert not (tmp_path / "d4").exists()
+
+
+@pytest.mark.parametrize("number, known", [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number, known):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    if known:
+        with files.locked(tmp_path / "d4"):
+            pass
+    else:
+        with pytest.raises(OSError), files.locked(tmp_path / "d5"):
+            pass
+
+
+def test_a_file_is_there_where_folders_cannot_be_synced_and_owners_not_changed(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    def chmod(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    monkeypatch.setattr(files.Path, "chmod", chmod)
+    files.write_text_atomic(tmp_path / "x", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "whole"
 
 
 def test_waiting_for_a_folder(tmp_path, other, capsys, monkeypatch):
@@ -204,10 +236,23 @@ def test_unknown_device():
 
 @pytest.mark.parametrize("rank, printed", [(None, "x\n"), ("0", "x\n"), ("1", "")])
 def test_print0(capsys, monkeypatch, rank, printed):
-    if rank:
-        monkeypatch.setenv("RANK", rank)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if rank else ():
+        monkeypatch.setenv(name, rank)
     common.print0("x")
     assert capsys.readouterr().out == printed
+
+
+def test_ranks_that_are_no_numbers(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "first")
+    with pytest.raises(UsageError, match="'first', 'first', 'first' and no numbers; unset them"):
+        common.get_dist_info()
+
+
+def test_a_base_directory_whose_name_is_no_text(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "/tmp/\udcff")
+    with pytest.raises(UsageError, match="is no UTF-8"):
+        common.get_base_dir()
 
 
 def test_colors():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat import execution, sandbox
+from nanochat.cli import UsageError
 from nanochat.execution import execute_code
 from tasks.humaneval import HumanEval
 from tests.sandbox_corpus import BOMBS, ESCAPES, FORGERIES, PASSES, REFUSALS, TEST, running, without_mounts
@@ -170,6 +171,14 @@ def human_eval(completion: str) -> bool:
     problem = {"messages": [{"content": "import math\n\ndef root(x):\n"}], "entry_point": "root",
                "test": "def check(candidate):\n    assert candidate(9) == 3\n    assert math.isclose(root(2), 2 ** 0.5)\n"}
     return HumanEval.evaluate(HumanEval.__new__(HumanEval), problem, completion)
+
+
+def test_a_sandbox_that_does_not_work_is_no_verdict(monkeypatch):
+    """Of a Python that cannot start every program would be wrong."""
+    execution.check_sandbox()
+    monkeypatch.setattr(execution.sys, "executable", "/bin/false")
+    with pytest.raises(UsageError, match="the sandbox for generated code does not work here"):
+        HumanEval()
 
 
 def test_human_eval_is_passed_by_solutions_only():

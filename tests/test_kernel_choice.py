@@ -1,6 +1,5 @@
 """Kernels are chosen once, kept, and the same on every rank and after a resume. What the stopwatch says is replaced: it is not what is tested."""
 import json
-import sys
 
 import pytest
 import torch
@@ -48,6 +47,31 @@ def test_measured_once_and_kept(fresh, monkeypatch, base_dir, caplog):
     assert choices() == FAST and len(fresh) == 2
     assert sorted(path.name for path in (base_dir / "kernels").iterdir()) == sorted(["another.json", next(
         path.name for path in (base_dir / "kernels").iterdir() if path.name != "another.json")])
+
+
+ARM = """processor	: 0
+BogoMIPS	: 243.75
+Features	: {features}
+CPU implementer	: 0x41
+CPU part	: {part}
+
+processor	: 1
+CPU part	: 0xfff
+"""
+
+
+def test_arm_s_cpus_have_names_of_their_own(monkeypatch):
+    """Theirs are numbers and lists of features; what is measured or compiled for one is nothing for another."""
+    def name(text: str) -> str:
+        kernel_choice.machine.cache_clear()
+        monkeypatch.setattr(kernel_choice.Path, "read_text", lambda path: text)
+        return kernel_choice.machine()
+
+    names = {name(ARM.format(features=features, part=part)) for features in ("fp asimd", "fp asimd sve") for part in ("0xd0c", "0xd40")}
+    assert len(names) == 4 and all("0x41" in found and "0xfff" not in found for found in names)
+    assert name("model name	: Some CPU\n\nmodel name	: Some CPU\n").startswith("some-cpu-")
+    monkeypatch.undo()
+    kernel_choice.machine.cache_clear()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps(FAST | dict(of=kernel_choice._alternatives(), decode="gpu")),
@@ -140,7 +164,7 @@ def test_the_stopwatch():
 
 RANKS = """
 import os, sys
-from nanochat import kernel_choice
+from nanochat import common, kernel_choice
 from nanochat.common import compute_cleanup, compute_init
 rank = int(os.environ["RANK"])
 measured = []
@@ -160,39 +184,6 @@ def test_rank_0_decides_for_all(base_dir, tmp_path):
     assert process.returncode == 0, err
     assert sorted(line for line in out.splitlines() if line.startswith("rank")) == ["rank 0: fused 1", "rank 1: fused 0"]
     assert err.count("Kernels:") == 1
-
-
-def test_threads_of_a_container(monkeypatch, tmp_path):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    counts = []
-    monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(common, "usable_cpus", lambda: 2)
-    common.limit_threads()
-    assert counts == [2]
-    monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    common.limit_threads()
-    assert counts == [2], "who sets the variable knows better"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(common, "usable_cpus", lambda: 128)  # hyper-threads: PyTorch counts cores
-    common.limit_threads()
-    assert counts == [2]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
-@pytest.mark.parametrize("files, cpus", [({}, 64), ({"/sys/fs/cgroup/cpu.max": "max 100000"}, 64), ({"/sys/fs/cgroup/cpu.max": "250000 100000"}, 2),
-                                         ({"/sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
-                                         ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 64),
-                                         ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 4)])
-def test_usable_cpus(monkeypatch, files, cpus):
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(common.Path, "read_text", read_text)
-    monkeypatch.setattr(common.os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert common.usable_cpus() == cpus
 
 
 @pytest.mark.slow

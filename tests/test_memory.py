@@ -1,4 +1,5 @@
 """The memory planner against what a real training step on this CPU allocates, as PyTorch's profiler saw it."""
+import argparse
 import json
 import os
 import shutil
@@ -109,6 +110,16 @@ def test_compiled_layers_take_less_and_leave_everything_as_it_was():
     assert flash_attention.flash_attn.flash_attn_func is flash_attention.flash_attn_func and "meta" not in cross_entropy.CHUNK_ELEMENTS
 
 
+@pytest.mark.parametrize("text", ["RTX 3060", "RTX 2080=8", "A=8@0", "A=8@inf", "A=8@nan", "=8@1", "A=0@1"])
+def test_cards_of_which_too_little_is_known(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a card; write name=GiB"):
+        memory.card(text)
+
+
+def test_no_share_of_the_peak(capsys):
+    assert memory.main(["--mfu=0"]) == 2 and "--mfu=0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_larger_cards_fit_more_rows_and_faster_ones_take_less_time(capsys):
     assert memory.main(["--depths", "2", "12", "--max-seq-len=512", "--eager", "--cards", "A=2@1", "B=3@4"]) == 0
@@ -116,5 +127,3 @@ def test_larger_cards_fit_more_rows_and_faster_ones_take_less_time(capsys):
     (rows_a, hours_a), (rows_b, hours_b) = (cell.strip(" |h").split(": ") for cell in small[3:])
     assert int(rows_a) <= int(rows_b) and float(hours_a) == pytest.approx(4 * float(hours_b), rel=0.1)
     assert large[3].strip(" |") == "no"
-    with pytest.raises(SystemExit, match="2"):
-        memory.main(["--cards", "RTX 3060"])

@@ -277,7 +277,7 @@ def test_published_constants_say_nothing_of_tiny_models(prepared):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "say how much"), (["--hours=1", "--flops=1e9"], "one of the two"), (["--hours=1", "--gpus=2", "--device-type=cpu"], "--card="),
+    (["--hours=1e305"], "no more than --hours=1e"), (["--flops=1e40"], "no more than"), ([], "say how much"), (["--hours=1", "--flops=1e9"], "one of the two"), (["--hours=1", "--gpus=2", "--device-type=cpu"], "--card="),
     (["--hours=1", "--card=H100=80", "--mfu=0"], "--mfu=0"), (["--hours=1", "--card=H100=80", "--device-type=cpu"], "one of them"),
     (["--flops=10", "--card=H100=80"], "too little"), (["--hours=1", "--card=H100=80", "--total-batch-size=1000"], "--total-batch-size=1000"),
     (["--hours=1", "--card=H100=80", "--device-batch-size=3", "--total-batch-size=8192"], "--device-batch-size=3"), pytest.param(["--hours=10", "--card=H100=0.01", "--depth=8"], "fits into", marks=pytest.mark.slow)])

@@ -22,7 +22,7 @@ from analysis.claims import EXPIRES, take
 from analysis.progress import Display, share_done, why
 from analysis.runner import Runner, Work, cpu_places, cuda_places
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
-from analysis.trial import Trial, folder_of, status_of
+from analysis.trial import Trial, folder_of, read, status_of, weights
 from analysis.trials import run_trials
 from nanochat.cli import UsageError
 from scripts import base_train
@@ -112,6 +112,17 @@ def test_a_claim_that_a_power_cut_has_emptied_expires(tmp_path):
     assert take(tmp_path)
 
 
+def test_claims_are_for_whoever_shares_the_folder(tmp_path):
+    before = os.umask(0o002)
+    try:
+        claim = take(tmp_path)
+    finally:
+        os.umask(before)
+    assert claim.path.stat().st_mode & 0o777 == 0o664
+    (tmp_path / "claim-9.bak").touch()
+    assert claim.beat(), "what else lies there is no claim"
+
+
 def test_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def link(*args):
         raise PermissionError(1, "Operation not permitted")
@@ -142,6 +153,11 @@ def test_what_a_file_describes():
     assert [trial.name for trial in trials] == ["mine_2_1", "mine_4_1", "mine_2_2", "mine_4_2"]
     assert trials[1].arguments() == ["--num-iterations=20", "--seed=1", "--depth=4", "--matrix-lr=0.1", "--grow-freeze", "--save-every=5", "--model-tag=mine_4_1"]
     assert found.label(trials[1]) == "seed=1 depth=4 matrix-lr=0.1"
+
+
+def test_texts_stay_texts():
+    found = read_sweep("x.toml", GOOD, "--blimp=007 --run=1_0 --matrix-lr=1e-1")
+    assert found.overrides == {"blimp": "007", "run": "1_0", "matrix-lr": 0.1}
 
 
 def test_runs_are_those_of_studies_with_the_same_flags():
@@ -201,6 +217,13 @@ GOOD = "[grid]\ndepth = [2, 4]\n"
     ("[search]\nmethod = 'random'\nruns = 3\nflags.depth = {min = 4, max = 2}\n", "line 4: depth: min must be below max"),
     ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\nmatrix-lr = {min = 0, max = 2, log = true}\n", "line 5: matrix-lr: with log = true min must be above 0"),
     ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {min = 1, max = 4, step = 0}\n", "line 5: depth: step must be above 0"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\nmatrix-lr = {min = 0.1, max = 1, log = 1}\n", "line 5: matrix-lr: log must be true or false"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\nmatrix-lr = {min = 0.1, max = 1, step = nan}\n", "line 5: matrix-lr: step must be above 0"),
+    ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {min = 1, max = 4, step = 0.5}\n", "line 5: argument --depth: '1.5'"),
+    ("[search]\nmethod = 'random'\nruns = 3\nseed = -1\n", "line 4: seed must be from 0"),
+    ("[grid]\ndepth = [" + "9" * 5000 + "]\n", "sweep.toml is not TOML"),
+    ("[grid]\ndepth = " + "[" * 5000 + "]" * 5000 + "\n", "sweep.toml is not TOML"),
+    ('name = "a\\u0000b"\n' + GOOD, "line 1: name: .* is not a plain name"),
     ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {from = 1, to = 4}\n", "line 5: depth must be a list of values, or"),
     ("[search]\nmethod = 'random'\nruns = 3\n[search.flags]\ndepth = {min = 1.5, max = 4}\n", "line 5: argument --depth: '1.5'"),
 ])
@@ -441,6 +464,57 @@ def test_what_is_said(fake, monkeypatch, capsys):
     assert not (folder_of(fake, trials[1]) / "done.json").exists(), "as if it had never run"
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"status": "bad", "flags": {}}'])
+def test_a_damaged_end_is_said_in_a_line(fake, content):
+    trial = Trial({"seed": 9})
+    assert states(fake, [trial]) == ["done"]
+    (folder_of(fake, trial) / "done.json").write_text(content)
+    with pytest.raises(UsageError, match="done.json is damaged .*delete that folder"):
+        status_of(fake, trial)
+
+
+def test_other_files_beside_the_weights(fake):
+    trial = Trial({"seed": 9})
+    folder_of(fake, trial).mkdir(parents=True)
+    for name in ("model_best.pt", "weights.pt", "model_000004.pt"):
+        (folder_of(fake, trial) / name).touch()
+    assert weights(folder_of(fake, trial)) == {4} and states(fake, [trial]) == ["done"]
+    assert sorted(path.name for path in folder_of(fake, trial).glob("*.pt")) == ["model_best.pt", "weights.pt"]
+
+
+def test_runs_of_other_text_are_not_taken_for_these(fake, tmp_path, capsys):
+    """What lies in the base directory may have been replaced since."""
+    trial = Trial({"seed": 9, "device-type": "cpu"})
+    assert states(fake, [trial]) == ["done"] and read(fake, trial)
+    log = folder_of(fake, trial) / "log.jsonl"
+    log.write_text(log.read_text().replace('"conditions": {', '"conditions": {"data": "stdlib", "tokenizer": "one", ', 1))
+    assert read(fake, trial), "where there is no text one can still look at results"
+    shards = Path(fake, "base_data_climbmix")
+    shards.mkdir()
+    (shards / "source.json").write_text('{"source": "stdlib"}')
+    assert read(fake, trial)
+    (shards / "source.json").write_text('{"source": "tinystories"}')
+    for ask in (lambda: read(fake, trial), lambda: run_trials(str(fake), [trial])):
+        with pytest.raises(UsageError, match=r"other text \(stdlib\) than is in NANOCHAT_BASE_DIR now"):
+            ask()
+    path = tmp_path / "seeds.toml"
+    path.write_text("[grid]\nseed = [9, 10]\n")
+    assert sweep.main([str(path)]) == 2 and "other text" in capsys.readouterr().err
+    assert not folder_of(fake, Trial({"seed": 10, "device-type": "cpu"})).exists(), "nothing has begun"
+
+
+def test_where_no_process_can_be_started(fake, monkeypatch):
+    def start(self):
+        raise OSError("AF_UNIX path too long")
+
+    trial = Trial({"seed": 9})
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.context.ForkServerProcess.start", start)
+        with pytest.raises(UsageError, match="cannot start the process of a run .*AF_UNIX path too long.*TMPDIR"):
+            states(fake, [trial])
+    assert states(fake, [trial]) == ["done"], "its claim is free"
+
+
 def test_gpus_are_dealt_out(monkeypatch):
     devices = lambda places: [place.environment["CUDA_VISIBLE_DEVICES"] for place in places]
     assert devices(cuda_places(["0", "1", "GPU-a"])) == ["0", "1", "GPU-a"]
@@ -546,6 +620,20 @@ def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
     path.write_text(text.format(13))
     assert sweep.main([str(path)]) == 0
     assert rows(fake, "best")[:24] == before and len(rows(fake, "best")) == 26
+
+
+def test_points_that_are_no_runs_are_left_out_and_said(fake, tmp_path, capsys):
+    """Their values go well one by one: a normalized model takes no weight decay."""
+    path = tmp_path / "both.toml"
+    path.write_text("[fixed]\ndevice-type = 'cpu'\nseed = 9\n[search]\nmethod = 'optuna'\nruns = 6\n"
+                    "[search.flags]\nblock = ['ngpt', 'prenorm']\nweight-decay = {min = 0.0, max = 0.3}\n")
+    assert sweep.main([str(path), "--jobs=1"]) == 0
+    out = capsys.readouterr().out
+    points = [json.loads(found.read_text()) for found in sorted(Path(fake, "sweeps", "both", "points").iterdir())]
+    refused = [number for number, point in enumerate(points) if point["block"] == "ngpt" and point["weight-decay"]]
+    assert len(points) == 6 and 0 < len(refused) < 6 and len(rows(fake, "both")) == 6 - len(refused)
+    assert [f"not run: point {number}: both, the run with block=ngpt" in out for number in range(6)] == [number in refused for number in range(6)]
+    assert sweep.main([str(path), "--list"]) == 0, "it can be looked at and gone on with"
 
 
 def test_optuna_s_steps_may_have_many_digits(fake):

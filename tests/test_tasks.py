@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from collections import Counter
+from contextlib import nullcontext
 
 import huggingface_hub.constants
 import pyarrow as pa
@@ -65,7 +66,7 @@ def test_hub_data_through_the_datasets_library(base_dir, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or Dataset()))
     assert len(load_hub_dataset("a/b")) == 3
-    assert load_hub_dataset("a/b", "c", "test", columns=("x",))[1] == {"x": 2}
+    assert load_hub_dataset("a/b", "c", "test", columns={"x": None})[1] == {"x": 2}
     assert asked == [(("a/b", None), {"split": "train"}), (("a/b", "c"), {"split": "test"})]
 
 
@@ -92,6 +93,37 @@ def test_damaged_local_data(base_dir, content):
     (base_dir / "task_data/openai--gsm8k/main/train/rows.jsonl").write_text(content)
     with pytest.raises(UsageError):
         GSM8K("main", "train")
+
+
+@pytest.mark.parametrize("rows, reason", [
+    ([{"question": "?", "answer": 4}], "answer is int64, not string"), ([{"question": ["?"], "answer": "4"}], "question is list<.*, not string")])
+def test_rows_of_another_kind(base_dir, rows, reason):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=rows)
+    with pytest.raises(UsageError, match=f"of another kind: {reason}"):
+        GSM8K("main", "train")
+
+
+@pytest.mark.parametrize("choices, good", [({"label": ["A"], "text": ["a"]}, True), ("a", False), (["a"], False), ({"label": ["A"]}, False), ({"label": ["A"], "text": [1]}, False)])
+def test_choices_of_another_kind(base_dir, choices, good):
+    put(base_dir, "allenai--ai2_arc", "ARC-Easy", "test", rows=[{"question": "?", "choices": choices, "answerKey": "A"}])
+    with nullcontext() if good else pytest.raises(UsageError, match="of another kind: choices is"):
+        assert len(ARC("ARC-Easy", "test")) == 1
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_texts_that_are_stored_otherwise(base_dir, kind):
+    put(base_dir, "openai--gsm8k", "main", "train", rows=[])
+    (base_dir / "task_data/openai--gsm8k/main/train/rows.jsonl").unlink()
+    pq.write_table(pa.table({"question": pa.array(["?"]).cast(kind), "answer": pa.array(["4"]).cast(kind)}), base_dir / "task_data/openai--gsm8k/main/train/rows.parquet")
+    assert GSM8K("main", "train")[0]["messages"][0]["content"] == "?"
+
+
+def test_words_that_are_no_utf_8_are_none_of_the_list(base_dir):
+    (base_dir / "words_alpha.txt").write_bytes("\n".join(["plain", "naïve", *(letter * 5 for letter in LETTERS)]).encode("latin-1"))
+    spellingbee._all_words.cache_clear()
+    words = spellingbee._all_words(str(base_dir))
+    spellingbee._all_words.cache_clear()
+    assert "plain" in words and len(words) == 27
 
 
 def test_damaged_parquet(base_dir):

@@ -211,12 +211,17 @@ def test_tok_train_without_data_says_how_to_get_some(base_dir, capsys):
     assert "python -m nanochat.dataset --source=stdlib" in capsys.readouterr().err
 
 
+def another_page(*args):
+    raise ValueError("Hash mismatch for data downloaded")
+
+
 def offline(name):
     raise ConnectionError("no network")
 
 
-def test_tok_eval_offline_shows_our_numbers(data, capsys, monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+@pytest.mark.parametrize("answer", [offline, another_page], ids=["no network", "a login page"])
+def test_tok_eval_offline_shows_our_numbers(data, capsys, monkeypatch, answer):
+    monkeypatch.setattr(tiktoken, "get_encoding", answer)
     assert tok_train.main(["--vocab-size=277"]) == 0
     assert tok_eval.main([]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,26 @@
+"""Pictures of reports and studies: figures without a window, and one style for light and dark pages."""
+import io
+import os
+from collections.abc import Iterable
+from typing import Any
+
+INK, COLORS = "#808890", ("#3b82f6", "#e8853d", "#10b981", "#a855f7", "#64748b", "#d946ef")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib Figure of that many inches. Importing matplotlib is slow, so it comes with the first."""
+    os.environ["MPLBACKEND"] = "agg"  # no window is wanted, and a name that this matplotlib does not know, as from a notebook, would end the import
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Any, panels: Iterable[Any], **ticks: Any) -> bytes:
+    """The picture with a transparent background, its panels with a grid of mid-tones and no frame. ticks: what `tick_params` takes."""
+    for panel in panels:
+        panel.grid(color=INK, alpha=0.25, linewidth=0.6)
+        panel.tick_params(colors=INK, **ticks)
+        panel.spines[:].set_visible(False)
+        panel.set_facecolor("none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, transparent=True)
+    return buffer.getvalue()
