@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from nanochat.cli import UsageError
-from nanochat.files import current_umask
+from nanochat.files import apply_umask
 
 BEAT = 15.0  # seconds
 EXPIRES = 300.0  # seconds; an NFS client may show another's beat up to a minute late
@@ -42,7 +42,7 @@ def create_once(path: Path, text: str) -> bool:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes it private, and a group may share the folder
+        apply_umask(temporary)
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
             return True

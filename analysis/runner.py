@@ -177,6 +177,7 @@ class Runner:
         self.seconds: list[float] = []  # that the runs of this runner took
         self._looked: dict[str, float] = {}
         self._full = False  # the disk, when a run should have begun
+        self._again_at = 0.0  # when the next run may begin, after one could not
         self._processes = _processes(places)
 
     def state(self, trial: Trial) -> str:
@@ -236,7 +237,7 @@ class Runner:
                 self.states[trial.name] = "failed"  # for this time: there is no telling what it would be
                 continue
             self._looked[trial.name] = now
-            if not self._ended(trial) and self.free:
+            if not self._ended(trial) and self.free and now >= self._again_at:
                 self._try(trial)
 
     def _try(self, trial: Trial) -> None:
@@ -273,12 +274,13 @@ class Runner:
         try:
             with _environment(place.environment):
                 process.start()
-        except OSError as error:  # no memory, no more processes
+        except (EOFError, OSError) as error:  # no memory, no more processes; the former where the fork server met it
             self.free.insert(0, place)
             claim.release()
             if not self.running:
-                raise UsageError(f"cannot start the process of a run ({error.strerror or error}); make room for it, or set TMPDIR to a shorter path") from error
-            self._full = True
+                raise UsageError(f"cannot start the process of a run ({getattr(error, 'strerror', None) or str(error) or 'no more processes'}); "
+                                 "make room for it, or set TMPDIR to a shorter path") from error
+            self._full, self._again_at = True, time.monotonic() + BEAT  # each try takes a claim
             return
         self.running[trial.name] = Running(trial, claim, process, place)
         self.states[trial.name] = "running"

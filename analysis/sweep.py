@@ -23,7 +23,7 @@ from analysis.progress import Display, why
 from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
-from analysis.trial import Trial, check_text, folder_of, status_of
+from analysis.trial import Trial, check_conditions, folder_of, status_of
 from analysis.trials import pictures
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
@@ -67,7 +67,8 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
             raise UsageError("the last validation is missing")
     except UsageError:  # a broken log costs its numbers only
         return row
-    losses = [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None]
+    losses = [record["val_bpb"] for record in records if record["kind"] == "eval"]
+    losses = [] if status == 0 and losses and losses[-1] is None else [loss for loss in losses if loss is not None]  # broken by its last step: no loss before it is its own
     of = last_of_each_kind(records)
     spent = of.get("train", {})
     row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
@@ -225,7 +226,7 @@ def main(argv=None) -> int:
         return 0
     if not settings.list:
         for trial in work.trials:
-            check_text(base_dir, trial)
+            check_conditions(base_dir, trial)
         places = places_of(sweep, sweep.trials({}), settings.jobs)
         display = Display("runs", sweep.label)
         runner = Runner(base_dir, work, places, again=settings.retry, wait=not settings.no_wait)
@@ -248,7 +249,7 @@ def main(argv=None) -> int:
         print(f"failed: {sweep.label(trial)}: {why(base_dir, trial, status)}")
     for reason in work.refused:
         print(f"not run: {reason}")
-    return int(bool(failed) and not settings.list)
+    return int(bool(failed or work.refused and not work.trials) and not settings.list)
 
 
 def work_of(sweep: Sweep, base_dir: str, folder: Path) -> Work:

@@ -302,15 +302,15 @@ def _read_search(sweep: Sweep, table: dict, typed, named, source: Source) -> Non
         raise source.error('method must be "random" or "optuna"', "search", "method")
     if sweep.runs < 1:
         raise source.error("runs must say how many points are drawn", "search", "runs")
-    if not 0 <= sweep.seed < 2 ** 32 - sweep.runs:  # each point of optuna's has its own
-        raise source.error("seed must be from 0 to 2^32, less the runs", "search", "seed")
+    if sweep.method == "optuna" and not 0 <= sweep.seed <= 2 ** 32 - sweep.runs:  # each point has its own
+        raise source.error("optuna takes seeds from 0 to 2^32, less the runs", "search", "seed")
     values: dict[str, Values] = {}
     for key, entry in table.get("flags", {}).items():
         where = "search", "flags", key
         if isinstance(entry, list) and entry:
             values[key] = Values(tuple(entry))
             continue
-        number = lambda name: isinstance(entry.get(name), (int, float)) and not isinstance(entry[name], bool) and math.isfinite(entry[name])
+        number = lambda name: isinstance(entry.get(name), (int, float)) and not isinstance(entry[name], bool) and abs(entry[name]) <= sys.float_info.max
         if not isinstance(entry, dict) or not entry.keys() <= {"min", "max", "log", "step"} or not (number("min") and number("max")):
             raise source.error(f"{key} must be a list of values, or {{min = ..., max = ...}} with log = true or a step", *where)
         if not isinstance(entry.get("log", False), bool):

@@ -59,7 +59,7 @@ class Search(Work):
         trials = self.sweep.trials(point)
         try:
             check_runs(self.sweep, trials)
-        except UsageError as error:  # values that go well one by one, and not together: optuna shall learn it like any failure
+        except UsageError as error:  # values that go well one by one, and not together
             self.refused.append(f"point {len(self.points)}: {error}")
             self._values[len(self.points)] = None
             trials = []

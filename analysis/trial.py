@@ -116,10 +116,10 @@ def status_of(base_dir: str, trial: Trial) -> int | None:
     if (done := folder / "done.json").exists():
         try:
             ended = parse_json(done.read_bytes())
-            status = int(ended["status"])
+            status, flags = int(ended["status"]), ended["flags"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{done} is damaged ({error}); delete that folder, and the same command trains it again") from None
-        if trial.tag and ended["flags"] != trial.flags:
+        if trial.tag and flags != trial.flags:
             raise UsageError(f"{trial.name} was trained with other flags ({folder}); give the new runs another name, or delete that folder")
         return status
     if trial.tag and (last := last_record(folder / FILENAME)) and last["kind"] == "end":  # without a runner
@@ -179,7 +179,7 @@ def read(base_dir: str, trial: Trial) -> Result | None:
             raise UsageError("the last validation is missing")
     except UsageError as error:
         raise UsageError(f"the log in {folder} is damaged ({error}); delete that folder, and the same command trains it again") from None
-    check_text(base_dir, trial)
+    check_conditions(base_dir, trial)
     evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
     if evals and evals[-1]["val_bpb"] is None:  # no number: its last step has broken the weights
         evals = []
@@ -192,7 +192,7 @@ def read(base_dir: str, trial: Trial) -> Result | None:
                   [r["time"] for r in evals])
 
 
-def check_text(base_dir: str, trial: Trial) -> None:
+def check_conditions(base_dir: str, trial: Trial) -> None:
     """Raises UsageError for a trial that was trained with other text or another tokenizer than those that are in the base directory now, by their names and checksums."""
     folder = folder_of(base_dir, trial)
     try:
@@ -202,8 +202,8 @@ def check_text(base_dir: str, trial: Trial) -> None:
         return
     for what, now in (("data", data_source), ("tokenizer", _tokenizer)):
         if what in had and (here := now()) and had[what] != here:
-            raise UsageError(f"the run in {folder} is of {'other text (' + str(had[what]) + ')' if what == 'data' else 'another tokenizer'} than is in NANOCHAT_BASE_DIR now; "
-                             "choose another NANOCHAT_BASE_DIR, or delete that folder, and the same command trains it again")
+            raise UsageError(f"the run in {folder} is of {'other text (' + str(had[what]) + ')' if what == 'data' else 'another tokenizer'} than is in NANOCHAT_BASE_DIR now; choose another "
+                             f"NANOCHAT_BASE_DIR, or {'give the new runs another name' if trial.tag else 'delete that folder, and the same command trains it again'}")
 
 
 def _tokenizer() -> str:

@@ -1,6 +1,8 @@
 """Pictures of reports and studies: figures without a window, and one style for light and dark pages."""
+import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +11,16 @@ INK, COLORS = "#808890", ("#3b82f6", "#e8853d", "#10b981", "#a855f7", "#64748b",
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib Figure of that many inches. Importing matplotlib is slow, so it comes with the first."""
-    os.environ["MPLBACKEND"] = "agg"  # no window is wanted, and a name that this matplotlib does not know, as from a notebook, would end the import
+    if "matplotlib" not in sys.modules:
+        wanted = os.environ.pop("MPLBACKEND", None)  # a name that this matplotlib does not know would end the import, and a figure needs none
+        try:
+            import matplotlib
+        finally:
+            if wanted is not None:
+                os.environ["MPLBACKEND"] = wanted
+        with contextlib.suppress(ValueError):
+            if wanted:  # of whoever draws on a screen
+                matplotlib.rcParams["backend"] = wanted
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 

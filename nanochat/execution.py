@@ -1,7 +1,7 @@
 """Runs a model's Python code in a process of its own: HumanEval programs, mostly wrong, sometimes harmful.
 
 The process locks itself up before it runs the code (nanochat/sandbox.py says against what, and how). This side starts it, with an
-empty environment, nothing to read and no file but its own; keeps the time and the size of its folder; kills it; reads its output; and
+environment of PATH (and LD_LIBRARY_PATH, where it is set), nothing to read and no file but its own; keeps the time and the size of its folder; kills it; reads its output; and
 removes its folder, also one that an earlier process left when it was killed itself.
 
 Linux on x86-64 and ARM64 has all of it, for any user and in most containers. Where seccomp (kernel 3.17) or Landlock (5.13) is missing,
@@ -90,10 +90,10 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | No
 def check_sandbox() -> None:
     """Raises UsageError where a program that must pass does not, as it would be for all of them: another Python's library is missing, or the kernel refuses to lock up."""
     if os.name != "posix":
-        raise UsageError("generated code runs in processes that lock themselves up as POSIX systems let them; on Windows take WSL")
+        raise UsageError("generated code runs in processes that lock themselves up as POSIX systems let them; on Windows take WSL, or leave HumanEval out: -a 'ARC-Easy|ARC-Challenge|MMLU|GSM8K'")
     result = execute_code("def one():\n    return 1", timeout=60, test="assert one() == 1")
     if not result.success:
-        raise UsageError(f"the sandbox for generated code does not work here ({result.error}): every program would count as wrong")
+        raise UsageError(f"the sandbox for generated code does not work here ({result.error}), and every program would count as wrong; leave HumanEval out: -a 'ARC-Easy|ARC-Challenge|MMLU|GSM8K'")
 
 
 class _Process:
@@ -114,7 +114,7 @@ class _Process:
             command = [sys.executable, "-B", "-X", "utf8", "-I", "-S", os.path.abspath(sandbox.__file__), role, str(os.getpid()), str(timeout),
                        str(memory or 0), str(requests), str(answers), *libraries]
             stdin, stdout, stderr = self.files
-            environment = {"PATH": "/usr/bin:/bin"} | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # Python's own library may need it
+            environment = {"PATH": "/usr/bin:/bin", **{name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}}  # which Python's own library may need
             self.popen = subprocess.Popen(command, cwd=self.folder, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
                                           pass_fds=[end for end in (requests, answers) if end >= 0], start_new_session=True)
             stack.callback(self.kill)

@@ -59,6 +59,12 @@ def current_umask() -> int:
     return mask
 
 
+def apply_umask(path: str | os.PathLike) -> None:
+    """Gives a file or folder that was made private, as tempfile and safetensors do, the permissions that the umask asks for."""
+    with contextlib.suppress(PermissionError):  # a mount that gives all files to one user
+        os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~current_umask())
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced to disk and renamed onto `path`.
@@ -75,8 +81,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        with contextlib.suppress(PermissionError):  # a mount that gives all files to one user
-            temporary.chmod(0o666 & ~current_umask())  # mkstemp makes it private to the user
+        apply_umask(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # make the rename itself durable, where folders can be synced; the file is there
             directory = os.open(path.parent, os.O_RDONLY)
@@ -108,11 +113,12 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
         raise UsageError(f"cannot write to {folder.absolute().parent} ({error.strerror}); choose another {flag}") from error
     try:
         yield temporary
-        umask = current_umask()
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors make theirs private to the user
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        for path in (temporary, *temporary.rglob("*")):
+            apply_umask(path)
         check_free(folder, flag)  # nobody was faster
         os.rename(temporary, folder)
+    except UsageError:  # some are OSErrors too, and say what is wrong
+        raise
     except OSError as error:
         raise UsageError(f"cannot write {folder} ({error.strerror or error}); make room or choose another {flag}") from error
     finally:

@@ -1,7 +1,6 @@
 """What this process may use of the machine: CPUs, threads, memory; less than there is in a container or where a job's control group says so."""
 import contextlib
 import ctypes
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,27 +51,25 @@ def control_groups(controller: str, *names: str) -> Iterator[list[str]]:
                     break
 
 
-def memory_limit() -> float:
+def memory_limit() -> int:
     """Bytes that this process and those in its container may take in all: the machine's memory, or less where a control group limits it."""
-    return min(psutil.virtual_memory().total, _group_memory()[0])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_memory())])
 
 
-def free_memory() -> float:
+def free_memory() -> int:
     """Bytes that can still be taken."""
-    limit, taken = _group_memory()
-    return max(0.0, min(psutil.virtual_memory().available, limit - taken))
+    return max(0, min([psutil.virtual_memory().available, *(limit - taken for limit, taken in _group_memory())]))
 
 
-def _group_memory() -> tuple[float, float]:
-    """The tightest limit of the control groups in bytes, inf without one, and what is taken of it; files that are only cached do not count."""
-    tightest = (math.inf, 0.0)
+def _group_memory() -> Iterator[tuple[int, int]]:
+    """Of each control group that has a limit that limit in bytes, and what is taken of it; files that are only cached do not count."""
     for controller, *names, cached in (("", "memory.max", "memory.current", "memory.stat", "inactive_file"),
                                        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")):
         for limit, taken, stat in control_groups(controller, *names):
             with contextlib.suppress(ValueError):  # "max"
                 known = dict(line.split() for line in stat.splitlines())
-                tightest = min(tightest, (int(limit), int(taken) - int(known.get(cached, 0))))
-    return tightest
+                yield int(limit), int(taken) - int(known.get(cached, 0))
+
 
 
 def openmp_threads() -> int:

@@ -35,7 +35,7 @@ from nanochat.cli import (
 from nanochat.common import print0
 from nanochat.compiler import compile_model
 from nanochat.conversation_loader import furthest, pack_conversations
-from nanochat.distributed import share_weights
+from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine, check_causal
 from nanochat.files import locked
 from nanochat.gpt import GPT
@@ -142,6 +142,7 @@ class FineTuning(TrainLoop):
         self.train_data, self.val_data = build_mixture(settings.mixture, settings.mmlu_epochs, settings.gsm8k_epochs)
         print0(f"Training mixture: {len(self.train_data):,} conversations; validation: {len(self.val_data):,}")
         self.tasks = evaluation_tasks(settings.mixture) if settings.chatcore_every > 0 else {}
+        check_agreement("the tasks to evaluate on", sorted(self.tasks), "let all of them see the same data, or give --chatcore-every=-1")
 
         # The base model, or the checkpoint to continue from
         self.resume_step = self.saved_step = find_resume_step(settings, folder)

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import socket
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -109,7 +110,7 @@ def test_a_file_is_there_where_folders_cannot_be_synced_and_owners_not_changed(t
     fsync = os.fsync
 
     def only_files(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(handle)
 
@@ -117,7 +118,7 @@ def test_a_file_is_there_where_folders_cannot_be_synced_and_owners_not_changed(t
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "fsync", only_files)
-    monkeypatch.setattr(files.Path, "chmod", chmod)
+    monkeypatch.setattr(os, "chmod", chmod)
     files.write_text_atomic(tmp_path / "x", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "whole"
 

@@ -60,18 +60,19 @@ CPU part	: 0xfff
 """
 
 
-def test_arm_s_cpus_have_names_of_their_own(monkeypatch):
+def test_arm_s_cpus_have_names_of_their_own(monkeypatch, request):
     """Theirs are numbers and lists of features; what is measured or compiled for one is nothing for another."""
+    request.addfinalizer(kernel_choice.machine.cache_clear)
+
     def name(text: str) -> str:
         kernel_choice.machine.cache_clear()
-        monkeypatch.setattr(kernel_choice.Path, "read_text", lambda path: text)
-        return kernel_choice.machine()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_choice.Path, "read_text", lambda path: text)
+            return kernel_choice.machine()
 
     names = {name(ARM.format(features=features, part=part)) for features in ("fp asimd", "fp asimd sve") for part in ("0xd0c", "0xd40")}
     assert len(names) == 4 and all("0x41" in found and "0xfff" not in found for found in names)
     assert name("model name	: Some CPU\n\nmodel name	: Some CPU\n").startswith("some-cpu-")
-    monkeypatch.undo()
-    kernel_choice.machine.cache_clear()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps(FAST | dict(of=kernel_choice._alternatives(), decode="gpu")),
@@ -164,7 +165,7 @@ def test_the_stopwatch():
 
 RANKS = """
 import os, sys
-from nanochat import common, kernel_choice
+from nanochat import kernel_choice
 from nanochat.common import compute_cleanup, compute_init
 rank = int(os.environ["RANK"])
 measured = []

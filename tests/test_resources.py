@@ -66,6 +66,8 @@ def test_cpus_of_control_groups(files, group, limits, cpus):
 @pytest.mark.parametrize("group, limits, limit, free", [
     ("", {}, 512, 400), ("0::/", {f"{TWO}/memory.max": "max", f"{TWO}/memory.current": "5", f"{TWO}/memory.stat": ""}, 512, 400),
     ("0::/job", {f"{TWO}/job/memory.max": str(4 * GIB), f"{TWO}/job/memory.current": str(3 * GIB), f"{TWO}/job/memory.stat": f"anon {GIB}\ninactive_file {2 * GIB}\n"}, 4, 3),
+    ("0::/job/step", {f"{TWO}/job/step/memory.max": str(8 * GIB), f"{TWO}/job/step/memory.current": str(GIB), f"{TWO}/job/step/memory.stat": "",
+                      f"{TWO}/job/memory.max": str(10 * GIB), f"{TWO}/job/memory.current": str(10 * GIB), f"{TWO}/job/memory.stat": ""}, 8, 0),
     ("9:memory:/box", {"/sys/fs/cgroup/memory/memory.limit_in_bytes": str(8 * GIB), "/sys/fs/cgroup/memory/memory.usage_in_bytes": str(2 * GIB),
                        "/sys/fs/cgroup/memory/memory.stat": "cache 5"}, 8, 6)])
 def test_memory_of_control_groups(files, group, limits, limit, free):

@@ -75,7 +75,8 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | 
                 continue  # it may be the decay of a model that grew
             if conditions is not None and not _alike(start["conditions"], conditions):
                 continue
-            found.append((path, [record["val_bpb"] for record in records if record["kind"] == "eval" and record["val_bpb"] is not None][-1]))
+            if (last := [record["val_bpb"] for record in records if record["kind"] == "eval"][-1]) is not None:  # else its last step has broken it
+                found.append((path, last))
         except (UsageError, KeyError, IndexError, StopIteration, TypeError, AttributeError, ValueError, AssertionError):
             continue  # the log of something else
     return found
