@@ -165,7 +165,7 @@ def test_a_result_tells_all_growths_and_the_time_of_each_validation(base_dir):
     for step, loss in enumerate((3.0, 2.0, 1.5)):
         log.log("eval", step, val_bpb=loss, flops=10 * step, time=1.0 * step)
         log.log("grow", step, loss_before=loss - 0.1, loss_after=loss + 0.1, flops=10 * step, time=1.0 * step)
-    (folder / "done.json").write_text('{"status": 0}')
+    (folder / "done.json").write_text('{"status": 0, "flags": {"seed": 9}}')
     with pytest.raises(UsageError, match="the last validation is missing"):
         read(str(base_dir), trial)
     log.log("end", 2)
