@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from analysis.rates import best_rate, rates_table, try_rates
-from analysis.runner import Place, cpu_places, cuda_places, default_device, gpus
+from analysis.runner import places_for
+from analysis.study import run_trials
 from analysis.sweep_config import check_runs, read_sweep, text_of
 from analysis.trial import Result, Trial
-from analysis.trials import run_trials
 from nanochat.cli import UsageError
-from nanochat.common import get_base_dir
+from nanochat.common import default_device, get_base_dir
 
 HORIZONS = ("num-iterations", "target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
 RATE = "matrix-lr"
@@ -68,15 +68,6 @@ def configurations(path: Path, flags: str = "", objective: str | None = None) ->
     return arms
 
 
-def places_of(device_type: str, jobs: int) -> list[Place] | None:
-    """One GPU a run, one run at a time on MPS, or (None) cores. Raises UsageError where there is no GPU."""
-    if device_type != "cuda":
-        return cpu_places(1) if device_type == "mps" else None
-    if not (found := cuda_places(gpus())[:jobs]):
-        raise UsageError("this is for a GPU with CUDA, and there is none here; ask for another size, or the flag device-type=cpu")
-    return found
-
-
 def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
     """From 42 on, without the one that rates are tuned with."""
     tuning = arms[0].tuning[0].flags["seed"]
@@ -85,7 +76,7 @@ def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
 
 def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
     """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates, which are tuned without other evaluations than that of the loss."""
-    places = places_of(arms[0].tuning[0].flags["device-type"], jobs)
+    places = places_for(arms[0].tuning[0].flags["device-type"], jobs)
     keys = {f"{arm.name}, {unit:g} units": (i, unit) for i, arm in enumerate(arms) for unit in units}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:

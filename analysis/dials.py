@@ -5,8 +5,9 @@
     sed 's/= .*# 9M: /= /' analysis/sweeps/dials/width.toml | python -m analysis.dials - --plot=width_9m.png                 the real size, for a GPU
 
 A file of analysis/sweeps/dials asks one question: to ask another, change a line of it. The learning rate of each configuration is tuned by one seed and half of the steps
-(rates.py), other seeds are reported, and compared with the first configuration, seed by seed. All read the same text in the same order. Every evaluation of --eval-tasks is a
-column. Seconds and decoding speed are of this machine, with whatever else it does.
+(rates.py), other seeds are reported, and compared with the first configuration, seed by seed. All read the same text in the same order, so they have equal tokens and not equal
+FLOPs, which are a column, as is every evaluation of --eval-tasks. Seconds and decoding speed are of this machine, with whatever else it does. A configuration that diverges is
+said to, and the others are told.
 """
 import statistics
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 
 from analysis.arms import RATE, configurations, reported_seeds, run_arms
 from analysis.estimates import Estimate
+from analysis.study import check_ended, study_parser
 from analysis.trial import Result
-from analysis.trials import check_ended, pictures, study_parser
-from nanochat.cli import command, positive_int
+from nanochat.cli import command
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
 LOSS = "bits per byte"
@@ -28,7 +30,7 @@ LOSS = "bits per byte"
 class Arm:
     name: str
     rate: float
-    runs: list[Result]  # of each seed
+    runs: list[Result]  # of each seed, all with losses
     first: list[Result]  # those that it is compared with
 
     def values(self, measure: str, runs: Sequence[Result] | None = None) -> list[float]:
@@ -68,14 +70,15 @@ def measures(runs: Sequence[Result]) -> list[str]:
 
 def table(arms: Sequence[Arm]) -> str:
     labels = measures(arms[0].runs)
-    lines = [f"| configuration | {RATE} | parameters | of the blocks | MB as float32 | tokens seen | seconds | {LOSS}, mean | by seed | above the first | "
-             + "".join(f"{label} | " for label in labels[1:]), "|---|" + "---:|" * 7 + "---|---|" + "---:|" * (len(labels) - 1)]
+    lines = [f"| configuration | {RATE} | parameters | of the blocks | MB as float32 | tokens seen | FLOPs, of the first's | seconds | {LOSS}, mean | by seed | above the first | "
+             + "".join(f"{label} | " for label in labels[1:]), "|---|" + "---:|" * 8 + "---|---|" + "---:|" * (len(labels) - 1)]
     for arm in arms:
         first = arm.runs is arm.first
         cells = [f"{statistics.mean(arm.values(label)):.{digits}f}" + ("" if first else f" ({arm.difference(label).shown(digits)})")
                  for label in labels[1:] for digits in [_digits(arm.runs[0], label)]]
         gap = "" if first else f"{arm.difference(LOSS).shown(4)}: {arm.verdict}"
         lines.append(f"| {arm.name} | {arm.rate:g} | {arm.runs[0].params:,} | {arm.runs[0].blocks:,} | {4e-6 * arm.runs[0].params:.1f} | {arm.runs[0].tokens:,} | "
+                     f"{arm.runs[0].flops[-1] / arm.first[0].flops[-1]:.2f} | "
                      f"{statistics.mean(run.seconds for run in arm.runs):.0f} | "
                      f"{statistics.mean(arm.values(LOSS)):.4f} | {', '.join(f'{value:.4f}' for value in arm.values(LOSS))} | {gap} | " + "".join(f"{cell} | " for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
@@ -102,16 +105,19 @@ def main(argv=None) -> None:
     parser.add_argument("config", type=Path, help="TOML file of the configurations, - for standard input")
     parser.add_argument("--objective", default="next-token", help="of those in the file")
     parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")
-    parser.add_argument("--seeds", type=positive_int, default=3, help="reported ones, none of which is the tuning's")
     args = parser.parse_args(argv)
     chosen = configurations(args.config, args.flags, args.objective)
     seeds = reported_seeds(chosen, args.seeds)
     runs = run_arms(chosen, [1.0], seeds, args.jobs)
-    check_ended((one.name, result) for one, (_, results) in zip(chosen, runs.values()) for result in results)
     first = next(iter(runs.values()))[1]
-    arms = [Arm(one.name, rate, results, first) for one, (rate, results) in zip(chosen, runs.values())]
+    check_ended((chosen[0].name, result) for result in first)
+    whole = lambda results: all(result.bpb for result in results)
+    arms = [Arm(one.name, rate, results, first) for one, (rate, results) in zip(chosen, runs.values()) if whole(results)]
     print(f"{args.objective}, seeds {', '.join(map(str, seeds))}; ± half of a 95 % interval of the difference to the first\n")
     print(table(arms))
+    for one, (rate, results) in zip(chosen, runs.values()):
+        if not whole(results):
+            print(f"\n{one.name}: diverged with {RATE} {rate:g} for {sum(not result.bpb for result in results)} of {len(seeds)} seeds")
     if args.out:
         write_text_atomic(args.out, to_json({arm.name: {"rate": arm.rate, "runs": arm.runs} for arm in arms}))
     if args.plot:

@@ -10,9 +10,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, cost_with, nats_per_bpb, picture, run_trials, study_parser
-from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
+from analysis.study import SHAPE, STEPS, TUNED, cost_with, dense_flops, nats_per_bpb, run_by_seed, study_parser
+from analysis.trial import Result, Trial
+from nanochat.cli import command
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 
 SCRATCH = (0.45, 0.6, 0.8, 1.0)  # budgets: shares of the FLOPs of STEPS steps of the last model
@@ -30,12 +31,13 @@ CONTESTANTS: dict[str, tuple[dict, tuple[float, ...]]] = {
     # not a way to the model from scratch, but what growth must be measured against as well: the small model alone, for as many FLOPs
     "4x64, never grown": ({"aspect-ratio": 16}, (0.6, 0.8)),
 }
-DENSE_FLOPS = 7_865_040 * 4096 * STEPS  # of one run from scratch
+ALL = {"from scratch": ({}, SCRATCH), **CONTESTANTS}
 
 
-def flags_of(flags: dict, budget: float, seed: int) -> dict:
-    horizon = {"num-iterations": STEPS, "grow-budget": budget} if "grow-path" in flags else {"target-flops": budget * DENSE_FLOPS}
-    return {**SHAPE, **TUNED, **horizon, **flags, "seed": seed}
+def plan(seed: int) -> dict[str, Trial]:
+    flops = dense_flops()
+    horizon = lambda flags, budget: {"num-iterations": STEPS, "grow-budget": budget} if "grow-path" in flags else {"target-flops": budget * flops}
+    return {f"{name}, {budget:g}": Trial({**SHAPE, **TUNED, **horizon(flags, budget), **flags, "seed": seed}) for name, (flags, budgets) in ALL.items() for budget in budgets}
 
 
 def draw(runs: dict[str, list[list[Result]]], nats: float, path: Path) -> None:
@@ -57,19 +59,14 @@ def draw(runs: dict[str, list[list[Result]]], nats: float, path: Path) -> None:
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     args = parser.parse_args(argv)
-    contestants = {"from scratch": ({}, SCRATCH), **CONTESTANTS}
-    seeds = range(42, 42 + args.seeds)
-    results = iter(run_trials(get_base_dir(), [flags_of(flags, budget, seed) for flags, budgets in contestants.values() for seed in seeds
-                                               for budget in budgets], args.jobs))
-    runs = {name: [[next(results) for _ in budgets] for _ in seeds] for name, (_, budgets) in contestants.items()}
-    check_ended((name, run) for name, found in runs.items() for seed in found for run in seed)
+    by_seed = run_by_seed(plan, args.seeds, args.jobs)
+    runs = {name: [[found[f"{name}, {budget:g}"] for budget in budgets] for found in by_seed] for name, (_, budgets) in ALL.items()}
     nats = nats_per_bpb()
     print("| contestant | FLOPs | nats per token | by seed | FLOPs, of those from scratch to the same loss | by seed | seconds, of the same |\n|---|---:|---:|---|---:|---|---:|")
     scratch = runs["from scratch"]
     for name, found in runs.items():
-        for k, budget in enumerate(contestants[name][1]):
+        for k, budget in enumerate(ALL[name][1]):
             losses = [seed[k].final for seed in found]
             flops = [seed[k].flops[-1] / cost_with(seed[k].final, [r.flops[-1] for r in base], [r.final for r in base])
                      for seed, base in zip(found, scratch)]

@@ -8,9 +8,10 @@ in the same order. The FLOPs that scratch needs for a loss are read off its own 
 import statistics
 import sys
 
-from analysis.mixing import FLOPS_SHARE, LARGE, SMALL, steps
-from analysis.trials import Trial, cost_with, nats_per_bpb, picture, run_by_seed, study_parser
-from nanochat.cli import command, positive_float, positive_int
+from analysis.study import FLOPS_SHARE, LARGE, SMALL, cost_with, nats_per_bpb, run_by_seed, steps_of, study_parser
+from analysis.trial import Trial
+from nanochat.cli import command, positive_float
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 
 WARMDOWNS = (0.65, 0.15)
@@ -21,22 +22,21 @@ SHORTER = (0.5, 0.75)  # shares of the tokens
 def plan(units: float, seed: int) -> dict[str, Trial]:
     found = {}
     for warmdown in WARMDOWNS:
-        flags = {**LARGE, "num-iterations": steps(units), "warmdown-ratio": warmdown, "seed": seed}
+        flags = {**LARGE, "num-iterations": steps_of(units), "warmdown-ratio": warmdown, "seed": seed}
         found[f"scratch, {warmdown}"] = Trial(flags)
         for share in SHORTER:
-            found[f"scratch, {share} of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps(units * share)})
+            found[f"scratch, {share} of the tokens, {warmdown}"] = Trial({**flags, "num-iterations": steps_of(units * share)})
         for moment in MOMENTS:
             budget = round(FLOPS_SHARE * moment + 1 - moment, 4)
             found[f"grown at {moment}, {warmdown}"] = Trial({**flags, "grow-path": "4x64,4x128", "grow-at-tokens": moment, "grow-budget": budget,
                                                              "matrix-lr": SMALL["4x64"]["matrix-lr"] if moment > 0.5 else LARGE["matrix-lr"]})
-            found[f"4x64 alone, for the FLOPs of {moment}, {warmdown}"] = Trial({**flags, **SMALL["4x64"], "num-iterations": steps(units * budget / FLOPS_SHARE)})
+            found[f"4x64 alone, for the FLOPs of {moment}, {warmdown}"] = Trial({**flags, **SMALL["4x64"], "num-iterations": steps_of(units * budget / FLOPS_SHARE)})
     return found
 
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
     args = parser.parse_args(argv)
     by_seed = run_by_seed(lambda seed: plan(args.units, seed), args.seeds, args.jobs)

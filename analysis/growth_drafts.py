@@ -8,8 +8,10 @@ grows by fractions too; they report SNLI and MNLI (nanochat/evals/nli.py) and sa
 known. Here `64m` has 8 layers of width 512, 8 heads and 63.0M parameters, embeddings and value embeddings among them, and 20 tokens for each of the 31M in blocks and
 head; the default is its twin, with half as many layers and heads, an eighth of the width and 4.5 tokens for each of its 0.33M. All arms have the FLOPs of the standard run, the same text in the same
 order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of a run (rates.py), for the largest model, whose rate all that become it
-have, and for the small model alone. A stage ends by --kappa, the share of its gain that is left; what the smallest model would end with is known from the runs of it alone (so
-begin with all seeds that you want), later stages foretell it. The small model alone reads 2.5 times the tokens of the standard one: give it text enough.
+have, and for the two smaller ones that never grow: the first stage's, and that of the middle stage. A stage ends by --kappa, the share of its gain that is left; what the smallest
+model would end with is known from the runs of it alone, whose FLOPs are not counted (so begin with all seeds that you want), later stages foretell it. What grows in one step is
+large from then on, what grows by fractions only at the end of its last stage but one: compare modes among those that grow alike. The small model alone reads 2.5 times the
+tokens of the standard one: give it text enough.
 
 Measured: validation loss over FLOPs and seconds (of which the first steps of a run and the first after a growth, which compile, take none), and by a briefer validation
 around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the tokens with schedules of their own, has an arm's loss;
@@ -23,25 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.arms import places_of
-from analysis.estimates import Estimate, verdict
+from analysis.estimates import Estimate
 from analysis.rates import best_rate, rates_table, try_rates
-from analysis.runner import Place
-from analysis.trials import (
-    SHAPE,
-    TUNED,
-    Result,
-    Trial,
-    check_ended,
-    cost_with,
-    flops_per_token,
-    nats_per_bpb,
-    pictures,
-    run_trials,
-    study_parser,
-)
+from analysis.runner import Place, places_for
+from analysis.study import SHAPE, TUNED, cost_with, flops_per_token, nats_per_bpb, run_by_seed, run_trials, study_parser
+from analysis.trial import Result, Trial
 from nanochat.cli import UsageError, command, fraction, positive_int
 from nanochat.common import get_base_dir
+from nanochat.drawing import pictures
 from nanochat.evals.nli import DRAFTS, read_sets
 from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
@@ -59,9 +50,13 @@ class Size:
         return ",".join(f"{self.flags['depth']}x{width}" for width in widths)
 
     @property
-    def small(self) -> dict:
-        """What makes the model of the first stage of the last one's flags."""
-        return {"aspect-ratio": self.widths[0] // self.flags["depth"]}
+    def smaller(self) -> dict[str, dict]:
+        """What makes the models that never grow of the flags of the last stage."""
+        return {name: {"aspect-ratio": width // self.flags["depth"]} for name, width in ((SMALL, self.widths[0]), (MIDDLE, self.widths[len(self.widths) // 2]))}
+
+    def shares(self) -> dict[str, float]:
+        """FLOPs of a token of these, of those of the last stage's."""
+        return {name: flops_per_token({**self.flags, **flags}, self.vocabulary) / flops_per_token(self.flags, self.vocabulary) for name, flags in self.smaller.items()}
 
 
 SIZES = {
@@ -70,9 +65,9 @@ SIZES = {
     "64m": Size({"device-type": "cuda", "depth": 8, "aspect-ratio": 64, "head-dim": 64, "max-seq-len": 1024, "window-pattern": "L", "device-batch-size": 32,
                  "total-batch-size": 131072, "block": "ngpt", "eval-tokens": 1048576}, (256, 320, 384, 448, 512), 12288, 4800, (0.02, 0.04)),
 }
-STANDARD, ALONE = "standard", "small alone"
-HYPERCLONE, BUS_ONCE, BUS, LOSSLESS = "HyperCloning, in one step", "BUS, in one step", "BUS, by fractions", "lossless, by fractions"
-GROWN = {HYPERCLONE: ("hyperclone", False), BUS_ONCE: ("bus", False), BUS: ("bus", True), LOSSLESS: ("lossless", True)}  # mode, and whether by fractions
+STANDARD, SMALL, MIDDLE = "standard", "small alone", "middle alone"
+HYPERCLONE, BUS_ONCE, LOSSLESS_ONCE, BUS, LOSSLESS = "HyperCloning, in one step", "BUS, in one step", "lossless, in one step", "BUS, by fractions", "lossless, by fractions"
+GROWN = {HYPERCLONE: ("hyperclone", False), BUS_ONCE: ("bus", False), LOSSLESS_ONCE: ("lossless", False), BUS: ("bus", True), LOSSLESS: ("lossless", True)}  # mode, and whether by fractions
 METHOD_OF = {STANDARD: "standard", BUS: "BUS", HYPERCLONE: "HyperCloning"}  # of the drafts
 SHARES = (0.05, 0.1, 0.2, 0.4)  # of the tokens, for runs of their own
 CLAIMED = ((0.15, 0.8), (0.2, 0.9))  # share of the tokens, share of the gain
@@ -89,34 +84,30 @@ def shorter(share: float) -> str:
     return f"{STANDARD}, {share:.0%} of the tokens"
 
 
-def plan(size: Size, steps: int, rates: dict[str, float], kappa: float, evaluations: dict, small_share: float, seed: int) -> tuple[dict[str, Trial], dict[str, Trial]]:
-    """Those that do not grow, by their names, and those that do. small_share: FLOPs of a token of the smallest model, of those of the largest."""
+def plan(size: Size, steps: int, rates: dict[str, float], kappa: float, evaluations: dict, seed: int) -> list[dict[str, Trial]]:
+    """By their names, in three parts that come one after the other: what kappa learns from, those that grow, and what it must not learn from."""
     shared = {**size.flags, "matrix-lr": rates[STANDARD], "num-iterations": steps, "eval-every": max(1, steps // VALIDATIONS), "seed": seed}
     flags = {**shared, **evaluations}
-    longer = round(steps / small_share)
-    alone = {STANDARD: Trial(flags), ALONE: Trial({**flags, **size.small, "matrix-lr": rates[ALONE], "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})}
-    if rates[ALONE] != rates[STANDARD]:  # kappa knows the end of a stage from runs of the same rates only
-        alone["small, for kappa"] = Trial({**shared, **size.small, "num-iterations": longer, "eval-every": max(1, longer // VALIDATIONS)})
+    alone = {name: Trial({**flags, **changes, "matrix-lr": rates[name], **lasting(round(steps / size.shares()[name]))}) for name, changes in size.smaller.items()}
+    first = {STANDARD: Trial(flags), SMALL: alone[SMALL]}
+    if rates[SMALL] != rates[STANDARD]:  # kappa knows the end of a stage from runs of the same rates only
+        first["small, for kappa"] = Trial({**shared, **size.smaller[SMALL], **lasting(round(steps / size.shares()[SMALL]))})
     for share in SHARES:
         length = max(1, round(steps * share))
-        alone[shorter(share)] = Trial({**shared, "num-iterations": length, "eval-every": length})
+        first[shorter(share)] = Trial({**shared, "num-iterations": length, "eval-every": length})
     grown = {arm: Trial({**flags, "grow-path": size.path(*(size.widths if by_fractions else (size.widths[0], size.widths[-1]))), "kappa": kappa, "grow-mode": mode})
              for arm, (mode, by_fractions) in GROWN.items()}
-    return alone, grown
+    return [first, grown, {MIDDLE: alone[MIDDLE]}]
 
 
-def results_of(plans: list[dict[str, Trial]], jobs: int, places: list[Place] | None) -> list[dict[str, Result]]:
-    """Those of each seed. Raises UsageError for a run that diverged."""
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], jobs, places))
-    found = [{name: next(results) for name in trials} for trials in plans]
-    check_ended(pair for runs in found for pair in runs.items())
-    return found
+def lasting(steps: int) -> dict:
+    return {"num-iterations": steps, "eval-every": max(1, steps // VALIDATIONS)}
 
 
-def tune(size: Size, steps: int, small_share: float, jobs: int, places: list[Place] | None) -> dict[str, float]:
+def tune(size: Size, steps: int, jobs: int, places: list[Place] | None) -> dict[str, float]:
     """The rates of the matrices, by runs of half as many steps as each will have."""
-    lengths = {STANDARD: max(1, steps // 2), ALONE: max(1, round(steps / small_share / 2))}
-    shapes = {name: {**(size.small if name == ALONE else {}), "num-iterations": length, "eval-every": length} for name, length in lengths.items()}
+    lengths = {STANDARD: max(1, steps // 2), **{name: max(1, round(steps / share / 2)) for name, share in size.shares().items()}}
+    shapes = {name: {**size.smaller.get(name, {}), "num-iterations": length, "eval-every": length} for name, length in lengths.items()}
     shared = {**size.flags, "seed": TUNING_SEED}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
@@ -140,8 +131,7 @@ class Claim:
     drafts: str = ""  # what they have
 
     def verdict(self) -> str:
-        value, half = self.effect.value if self.above else -self.effect.value, self.effect.half
-        return verdict(value - half, value + half) + (" (one seed)" if math.isinf(half) else "")
+        return self.effect.verdict(self.above) + (" (one seed)" if math.isinf(self.effect.half) else "")
 
 
 def row_of(run: Result, task: str, name: str) -> dict | None:
@@ -153,7 +143,7 @@ class Study:
 
     def __init__(self, by_seed: list[dict[str, Result]], nats: float):
         self.by_seed, self.nats = by_seed, nats
-        self.arms = [STANDARD, ALONE, *GROWN]
+        self.arms = [STANDARD, SMALL, MIDDLE, *GROWN]
         self.sets = sorted({key.split("/")[1] for runs in by_seed for run in runs.values() for key in run.rows if key.startswith(TASKS)}, reverse=True)
 
     def of(self, arm: str) -> list[Result]:
@@ -227,7 +217,8 @@ class Study:
 
     def claims(self) -> list[Claim]:
         found = [Claim(f"{arm}, ends below {other} (nats per token)", self.gaps(arm, other), 4, above=False)
-                 for arm, other in (*((arm, STANDARD) for arm in GROWN), *((arm, ALONE) for arm in GROWN), (BUS, HYPERCLONE), (BUS, BUS_ONCE), (LOSSLESS, BUS))]
+                 for arm, other in (*((arm, other) for other in (STANDARD, SMALL, MIDDLE) for arm in GROWN), (LOSSLESS_ONCE, HYPERCLONE), (LOSSLESS_ONCE, BUS_ONCE), (LOSSLESS, BUS),
+                                    (BUS, BUS_ONCE), (LOSSLESS, LOSSLESS_ONCE))]
         for arm, task, name in ((arm, task, name) for arm in (BUS, HYPERCLONE) for task in TASKS for name in self.sets if name in DRAFTS["standard"]):
             theirs = DRAFTS[METHOD_OF[arm]][name] - DRAFTS["standard"][name]
             pairs = [(row_of(run, task, name), row_of(base, task, name)) for run, base in zip(self.of(arm), self.of(STANDARD))]
@@ -250,11 +241,11 @@ def draw(study: Study, path: Path) -> None:
     """Losses over FLOPs and over seconds, all seeds, each growth a bar as long as the loss jumps; shares of the gain over shares of the tokens."""
     with pictures(path, 17, 5, 3) as (flops, seconds, gains):
         for i, arm in enumerate(study.arms):
-            color = "black" if arm == STANDARD else "grey" if arm == ALONE else f"C{i - 2}"
+            color = "black" if arm == STANDARD else "grey" if arm in (SMALL, MIDDLE) else f"C{i - 3}"
             for run in study.of(arm):
                 label = arm if run is study.of(arm)[0] else None
                 for axes, costs, of_growth in ((flops, run.flops, [g.flops for g in run.growths]), (seconds, run.times, [g.seconds for g in run.growths])):
-                    axes.plot(costs[1:], run.bpb[1:], ":" if arm == ALONE else "-", color=color, label=label, linewidth=1)
+                    axes.plot(costs[1:], run.bpb[1:], {SMALL: ":", MIDDLE: "--"}.get(arm, "-"), color=color, label=label, linewidth=1)
                     on_curve = np.interp([g.flops for g in run.growths], run.flops, run.bpb)  # the losses around a growth are of a briefer validation
                     jumped = on_curve + [g.after - g.before for g in run.growths]
                     axes.vlines(of_growth, on_curve, jumped, color=color, linewidth=2)
@@ -280,12 +271,11 @@ def draw(study: Study, path: Path) -> None:
 # The command
 
 
-def check_vocabulary(name: str) -> int:
+def check_vocabulary(name: str) -> None:
     wanted, found = SIZES[name].vocabulary, get_tokenizer().get_vocab_size()
     if found != wanted:
         raise UsageError(f"--size={name} is meant for a vocabulary of {wanted:,}, and the tokenizer in {get_base_dir()} has {found:,}: "
                          f"python -m scripts.tok_train --vocab-size={wanted}, or another NANOCHAT_BASE_DIR")
-    return wanted
 
 
 def nli_flags(folder: Path | None) -> dict:
@@ -300,23 +290,20 @@ def nli_flags(folder: Path | None) -> dict:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--steps", type=positive_int, help="of the standard run (default: by --size)")
     parser.add_argument("--kappa", type=fraction, default=0.15, help="share of a stage's gain that is left when it ends")
     parser.add_argument("--nli", type=Path, help="folder of SNLI and MNLI, as for base_eval (default: nli in the base directory, if it is there)")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
-    steps, places = args.steps or size.steps, places_of(size.flags.get("device-type", "cpu"), args.jobs)
-    vocabulary = check_vocabulary(args.size)
+    steps, places = args.steps or size.steps, places_for(size.flags.get("device-type", "cpu"), args.jobs)
+    check_vocabulary(args.size)
     evaluations = nli_flags(args.nli)
-    small_share = flops_per_token({**size.flags, **size.small}, vocabulary) / flops_per_token(size.flags, vocabulary)
-    rates = tune(size, steps, small_share, args.jobs, places)
-    plans = [plan(size, steps, rates, args.kappa, evaluations, small_share, seed) for seed in range(42, 42 + args.seeds)]
+    rates = tune(size, steps, args.jobs, places)
     # in this order, so that kappa finds the same finished runs whatever is interrupted
-    alone, grown = (results_of(list(found), args.jobs, places) for found in zip(*plans))
-    study = Study([{**one, **other} for one, other in zip(alone, grown)], nats_per_bpb())
+    parts = [run_by_seed(lambda seed, part=part: plan(size, steps, rates, args.kappa, evaluations, seed)[part], args.seeds, args.jobs, places) for part in range(3)]
+    study = Study([{**first, **grown, **last} for first, grown, last in zip(*parts)], nats_per_bpb())
     print(f"{study.of(STANDARD)[0].params:,} parameters; kappa {args.kappa:g}; {args.seeds} seed(s), ± half of a 95 % interval; growths are those of the first seed\n")
     print(study.losses() + "\n")
     if study.sets:

@@ -12,13 +12,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.mixing import FLOPS_SHARE, LARGE, steps
-from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
-from nanochat.cli import command, positive_float, positive_int
+from analysis.study import DECAY, FLOPS_SHARE, LARGE, SMALL, cost_with, nats_per_bpb, run_by_seed, steps_of, study_parser
+from analysis.trial import Result, Trial
+from nanochat.cli import command, positive_float
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
-SIZES = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
-DECAY = 0.15  # share of a run's steps
+SIZES: dict[str, dict] = {"4x64": SMALL["4x64"], "4x96": {"aspect-ratio": 24, "matrix-lr": 0.17}, "4x128": {}}
 SHARES = (0.6, 0.8, 1.0)  # of the tokens of 4x128 alone, that each size has alone
 ENDS = {"short": SHARES, "long": (0.6, 1.0, 1.5)}  # where the sizes of a family end, in the same measure
 EXTENSIONS = (0.1, 0.25, 0.5)  # lengths, as shares of the tokens of 4x128 from scratch; what does not grow goes on for as many FLOPs
@@ -46,7 +46,7 @@ def family(length: int, ends: tuple[float, ...], seed: int) -> dict[str, Trial]:
 
 
 def plan(units: float, seed: int) -> dict[str, Trial]:
-    length = steps(units)
+    length = steps_of(units)
     found: dict[str, Trial] = {}
     for name, ends in ENDS.items():
         found |= {f"{size}, {name} family": trial for size, trial in family(length, ends, seed).items()}
@@ -66,8 +66,7 @@ def plan(units: float, seed: int) -> dict[str, Trial]:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--units", type=positive_float, default=5, help="tokens per parameter of 4x128")
     args = parser.parse_args(argv)
     by_seed = run_by_seed(lambda seed: plan(args.units, seed), args.seeds, args.jobs)

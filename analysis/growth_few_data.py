@@ -10,10 +10,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.mixing import DECAY, LARGE, SMALL
-from analysis.trials import Result, Trial, nats_per_bpb, picture, run_by_seed, study_parser
+from analysis.study import DECAY, LARGE, SMALL, nats_per_bpb, run_by_seed, study_parser
+from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_int
 from nanochat.dataset import parquets_iter_batched
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
 
@@ -47,8 +48,7 @@ def plan(epoch: float, epochs: list[int], seed: int) -> dict[str, Trial]:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--epochs", type=positive_int, nargs="+", default=[5, 10, 20, 40])
     args = parser.parse_args(argv)
     epoch = steps_of_an_epoch()

@@ -9,8 +9,8 @@ Any base model: stock, low-rank, normalized, grown. Nothing of a model is change
   *induction*, that paid to the token after the last occurrence of the present one. Also the attention paid to the first token.
 * **Neurons**: hidden units of the MLPs, with the tokens of the validation text on which they are largest.
 * **Logit lens** (nostalgebraist, 2020): the stream after each layer, read by the model's own head.
-* **Twins**: the share of neurons of a layer whose values on the text correlate with another's by more than 0.95. Plain clones are twins and stay so; a growth that breaks the
-  symmetry should leave few.
+* **Twins**: the share of neurons of a layer whose values on the text correlate with another's by more than 0.95, of those that fire on more than 1 % of its tokens: two that fire
+  on the same few tokens correlate by chance. Plain clones are twins and stay so; a growth that breaks the symmetry should leave few. Beside it the share of those that hardly fire.
 """
 import contextlib
 import sys
@@ -31,6 +31,7 @@ from nanochat.origin import Checkpoint, checkpoint_name
 
 TEXT = "Mr and Mrs Dursley lived at number four. One day Mrs Dursley said to Mr"
 TWINS = 0.95  # correlation
+FIRES = 0.01  # of the tokens, at least
 
 
 @dataclass
@@ -120,16 +121,26 @@ def neurons(model: GPT, rows: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat(values[layer]) for layer in sorted(values)]
 
 
+def quiet(values: torch.Tensor) -> float:
+    """The share of units, the columns of (tokens, hidden), that hardly fire: on no more than FIRES of the tokens."""
+    return (~_fire(values)).double().mean().item()
+
+
 def twins(values: torch.Tensor) -> float:
-    """The share of units (columns) that have a twin; units that never fire have none."""
-    values = values.double() - values.double().mean(0)
-    norms = values.norm(dim=0)
-    live = values[:, norms > 0] / norms[norms > 0]
+    """The share of the others that have a twin; 0 where there are none."""
+    live = values[:, _fire(values)].double()
+    live = live - live.mean(0)
+    live = live[:, live.norm(dim=0) > 0]  # those of one value have no correlation
     if not live.size(1):
         return 0.0
+    live = live / live.norm(dim=0)
     correlation = live.mT @ live
     correlation.fill_diagonal_(-1)
-    return (correlation.amax(0) > TWINS).sum().item() / values.size(1)
+    return (correlation.amax(0) > TWINS).double().mean().item()
+
+
+def _fire(values: torch.Tensor) -> torch.Tensor:
+    return (values != 0).double().mean(0) > FIRES
 
 
 def rows_of(tokenizer, count: int, length: int) -> torch.Tensor:
@@ -156,13 +167,13 @@ def look(checkpoint: Checkpoint, args) -> dict[str, list]:
     rows = rows_of(tokenizer, args.rows, min(args.length, model.config.sequence_len))
     read, seen = lens(model, ids)
     values = neurons(model, rows)
-    scores, shares = head_scores(model, min(64, model.config.sequence_len // 2)), [twins(each) for each in values]
+    scores, shares, silent = head_scores(model, min(64, model.config.sequence_len // 2)), [twins(each) for each in values], [quiet(each) for each in values]
     attention = [seen.attention[layer][0] for layer in sorted(seen.attention)]
     path = args.out / f"{name}.html"
-    write_text_atomic(path, page(name, model, tokenizer, ids, attention, read, scores, rows, values, shares, args.neurons))
+    write_text_atomic(path, page(name, model, tokenizer, ids, attention, read, scores, rows, values, shares, silent, args.neurons))
     print0(f"{path}")
     return {"checkpoint": [name], "most induction": [max(max(layer) for layer in scores["induction"])], "most previous": [max(max(layer) for layer in scores["previous"])],
-            "neurons with a twin, by layer": shares}
+            "neurons with a twin, by layer": shares, "neurons that hardly fire": silent}
 
 
 @command

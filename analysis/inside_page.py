@@ -81,13 +81,13 @@ def neuron_list(tokenizer, rows: torch.Tensor, values: torch.Tensor, count: int)
     return "".join(parts)
 
 
-def page(name: str, model, tokenizer, ids, attention, read, scores, rows, values, twin_shares: list[float], count: int) -> str:
+def page(name: str, model, tokenizer, ids, attention, read, scores, rows, values, twin_shares: list[float], silent: list[float], count: int) -> str:
     """attention: (H, T, T) of each layer; read: (T, V) log-probabilities after each; values: (tokens, hidden) of each on `rows`."""
     names = [visible(tokenizer, int(token)) for token in ids]
     maps = "".join(f"<h3>layer {layer}</h3><div class=maps>" + "".join(
         f"<figure>{heat_map(probs, names)}<figcaption>head {head}</figcaption></figure>" for head, probs in enumerate(heads)) + "</div>" for layer, heads in enumerate(attention))
-    units = "".join(f"<h3>layer {layer}: {100 * share:.0f} % of {each.size(1)} units have a twin</h3>{neuron_list(tokenizer, rows, each, count)}"
-                    for layer, (each, share) in enumerate(zip(values, twin_shares)))
+    units = "".join(f"<h3>layer {layer}: of {each.size(1)} units {100 * dead:.0f} % hardly fire, and {100 * share:.0f} % of the others have a twin</h3>{neuron_list(tokenizer, rows, each, count)}"
+                    for layer, (each, share, dead) in enumerate(zip(values, twin_shares, silent)))
     text = escape(tokenizer.decode(ids.tolist()[1:]))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Inside {escape(name)}</title><style>{STYLE}</style></head><body>
@@ -96,6 +96,6 @@ def page(name: str, model, tokenizer, ids, attention, read, scores, rows, values
 <h2>Logit lens</h2><p class=note>Below each token what the model would say next after each layer; the darker, the surer.</p>{lens_table(tokenizer, ids, read)}
 <h2>Heads</h2><p class=note>Mean attention on random tokens that come twice: to the token before; to the one after the last occurrence of the present one; to the first of all.</p>{scores_table(scores)}
 <h2>Attention</h2><p class=note>Queries downwards, keys to the right.</p>{maps}
-<h2>Neurons</h2><p class=note>Hidden units of the MLPs with the highest peaks, and the tokens of the validation text on which they are largest. A twin is a unit whose values correlate with another's by more than 0.95.</p>{units}
+<h2>Neurons</h2><p class=note>Hidden units of the MLPs with the highest peaks, and the tokens of the validation text on which they are largest. Units that fire on 1 % of the tokens or fewer hardly do; a twin is one of the others whose values correlate with another's by more than 0.95.</p>{units}
 </body></html>
 """

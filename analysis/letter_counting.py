@@ -41,9 +41,10 @@ from analysis.estimates import verdict
 from analysis.letters import ARMS, BETTER, TASKS, Outcome, Run, Text, finish, use
 from analysis.rates import best_rate, try_rates
 from analysis.runner import LOOK
-from analysis.trials import pictures, study_parser
+from analysis.study import study_parser
 from nanochat.cli import UsageError, command, positive_float, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, get_base_dir, with_progress
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
 TOGETHER = 5  # seeds
@@ -279,11 +280,10 @@ def positive_floats(text: str) -> list[float]:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, seeds=25)
     parser.add_argument("--task", choices=TASKS, default="counting")
     parser.add_argument("--widths", type=positive_ints, default=[64, 128, 256], help="joined by commas")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="plain is always among them")
-    parser.add_argument("--seeds", type=positive_int, default=25)
     parser.add_argument("--strings", type=positive_int, default=128, help="in an epoch")
     parser.add_argument("--epochs", type=positive_int, default=50)
     parser.add_argument("--rates", type=positive_floats, default=[0.005, 0.01, 0.02, 0.04], help="of which, and beyond, the best is taken for each width and arm")

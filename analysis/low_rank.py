@@ -9,26 +9,32 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, nats_per_bpb, picture, run_trials, study_parser
-from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
+from analysis.study import SHAPE, STEPS, TUNED, dense_flops, nats_per_bpb, run_by_seed, study_parser
+from analysis.trial import Result, Trial
+from nanochat.cli import command
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 
 LOW_RANK = {**TUNED, "matrix-lr": 0.24}
 RANK = 32
-DENSE_FLOPS = 7_865_040 * 4096 * STEPS  # of one dense run
+EQUAL = {"target-flops": 0}  # those of a dense run, which the vocabulary decides
 CONTESTANTS: dict[str, dict] = {
     "dense": {**TUNED, "num-iterations": STEPS},
     "both, equal tokens": {**LOW_RANK, "rank": RANK, "num-iterations": STEPS},
-    "both, equal FLOPs": {**LOW_RANK, "rank": RANK, "target-flops": DENSE_FLOPS},
+    "both, equal FLOPs": {**LOW_RANK, "rank": RANK, **EQUAL},
     "attention, equal tokens": {**LOW_RANK, "attn-rank": RANK, "num-iterations": STEPS},
-    "attention, equal FLOPs": {**LOW_RANK, "attn-rank": RANK, "target-flops": DENSE_FLOPS},
+    "attention, equal FLOPs": {**LOW_RANK, "attn-rank": RANK, **EQUAL},
     "MLP, equal tokens": {**LOW_RANK, "mlp-rank": RANK, "num-iterations": STEPS},
-    "MLP, equal FLOPs": {**LOW_RANK, "mlp-rank": RANK, "target-flops": DENSE_FLOPS},
+    "MLP, equal FLOPs": {**LOW_RANK, "mlp-rank": RANK, **EQUAL},
     "naive (AdamW on the factors), equal tokens": {**TUNED, "matrix-lr": 1.0, "matrix-optimizer": "adamw", "rank": RANK, "num-iterations": STEPS},
     # ten low-rank layers of width 128 have the block parameters of four dense ones
     "both, ten layers, equal tokens": {**LOW_RANK, "rank": RANK, "num-iterations": STEPS, "depth": 10, "aspect-ratio": 12},
 }
+
+
+def plan(names: list[str], seed: int) -> dict[str, Trial]:
+    flops = {"target-flops": dense_flops()}
+    return {name: Trial({**SHAPE, **CONTESTANTS[name], **(flops if "target-flops" in CONTESTANTS[name] else {}), "seed": seed}) for name in names}
 
 
 def draw(rows: dict[str, list[Result]], nats: float, path: Path) -> None:
@@ -48,14 +54,11 @@ def draw(rows: dict[str, list[Result]], nats: float, path: Path) -> None:
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="contestants")
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(["dense", *args.only]))
-    seeds = range(42, 42 + args.seeds)
-    results = iter(run_trials(get_base_dir(), [{**SHAPE, **CONTESTANTS[name], "seed": seed} for name in names for seed in seeds], args.jobs))
-    rows = {name: [next(results) for _ in seeds] for name in names}
-    check_ended((name, run) for name, found in rows.items() for run in found)
+    by_seed = run_by_seed(lambda seed: plan(names, seed), args.seeds, args.jobs)
+    rows = {name: [runs[name] for runs in by_seed] for name in names}
     nats = nats_per_bpb()
     print(f"Nats per token = {nats:.4f} x bits per byte\n\n| contestant | bits per byte, by seed | nats above dense, mean | by seed | FLOPs of dense | parameters |\n|---|---|---:|---|---:|---:|")
     for name, found in rows.items():

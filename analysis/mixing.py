@@ -17,27 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trials import Result, Trial, cost_with, nats_per_bpb, pictures, run_by_seed, study_parser
-from nanochat.cli import command, positive_int
+from analysis.study import DECAY, FLOPS_SHARE, LARGE, SMALL, UNIT, cost_with, nats_per_bpb, run_by_seed, steps_of, study_parser
+from analysis.trial import Result, Trial
+from nanochat.cli import command
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
-UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
-LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,
-         "eval-every": UNIT, "eval-tokens": 262144, "warmdown-ratio": 0.0, "weight-decay": 0.0,
-         "unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.12}
-SMALL = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128}}
-FLOPS_SHARE = 0.375  # of a token of 4x64 and one of 4x128
-DECAY = 0.15  # share of the steps in which a branch decays
 HORIZON, SHARE = 20, 0.8  # tokens per parameter; share of them that a small model sees
 TRUNK, MIXED = 30, 10  # tokens per parameter of the trunk; after a growth at a constant rate
 
 
-def steps(units: float) -> int:
-    return round(units * UNIT)
-
-
 def trunk(seed: int, units: int, **flags) -> Trial:
-    return Trial({**LARGE, "num-iterations": steps(units), "save-every": UNIT, "seed": seed, **flags})
+    return Trial({**LARGE, "num-iterations": steps_of(units), "save-every": UNIT, "seed": seed, **flags})
 
 
 def decayed(parent: Trial, at: int, until: int) -> Trial:
@@ -49,15 +40,15 @@ def plan(seed: int) -> dict[str, Trial]:
     """All trainings of a seed, in the order in which they answer most."""
     large = trunk(seed, TRUNK)
     found = {"4x128": large}
-    begin = steps(SHARE * HORIZON)
+    begin = steps_of(SHARE * HORIZON)
     for shape, flags in SMALL.items():
         small = trunk(seed, int(SHARE * HORIZON), **flags)
         found[shape] = small
-        grown = small.branch(begin, grow_to="4x128", steady_steps=steps(MIXED), matrix_lr=LARGE["matrix-lr"], save_every=UNIT)
+        grown = small.branch(begin, grow_to="4x128", steady_steps=steps_of(MIXED), matrix_lr=LARGE["matrix-lr"], save_every=UNIT)
         found[f"{shape} -> 4x128"] = grown
-        found[f"{shape} -> 4x128, decayed at {HORIZON}"] = decayed(grown, steps(HORIZON * (1 - DECAY)), steps(HORIZON))  # as many tokens as scratch
+        found[f"{shape} -> 4x128, decayed at {HORIZON}"] = decayed(grown, steps_of(HORIZON * (1 - DECAY)), steps_of(HORIZON))  # as many tokens as scratch
     for units in (5, 10, HORIZON):
-        found[f"4x128, decayed at {units}"] = decayed(large, steps(units * (1 - DECAY)) // UNIT * UNIT, steps(units))
+        found[f"4x128, decayed at {units}"] = decayed(large, steps_of(units * (1 - DECAY)) // UNIT * UNIT, steps_of(units))
     return found
 
 
@@ -108,8 +99,7 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser = study_parser(__doc__, seeds=1)
     args = parser.parse_args(argv)
     by_seed = run_by_seed(plan, args.seeds, args.jobs)
     runs = {name: [seed[name] for seed in by_seed] for name in by_seed[0]}

@@ -11,9 +11,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.trials import SHAPE, STEPS, TUNED, Result, check_ended, cost_with, nats_per_bpb, picture, run_trials, study_parser
-from nanochat.cli import command, positive_int
-from nanochat.common import get_base_dir
+from analysis.study import SHAPE, STEPS, TUNED, cost_with, nats_per_bpb, run_by_seed, study_parser
+from analysis.trial import Result, Trial
+from nanochat.cli import command
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 
 CONTESTANTS: dict[str, dict] = {
@@ -39,14 +40,11 @@ def draw(runs: dict[str, list[list[Result]]], nats: float, path: Path) -> None:
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     args = parser.parse_args(argv)
     lengths = [round(STEPS * share) for share in HORIZONS]
-    seeds = range(42, 42 + args.seeds)
-    trials = [{**SHAPE, **flags, "num-iterations": length, "seed": seed} for flags in CONTESTANTS.values() for seed in seeds for length in lengths]
-    results = iter(run_trials(get_base_dir(), trials, args.jobs))
-    runs = {name: [[next(results) for _ in lengths] for _ in seeds] for name in CONTESTANTS}
-    check_ended((name, run) for name, found in runs.items() for seed in found for run in seed)
+    plan = lambda seed: {f"{name}, {length}": Trial({**SHAPE, **flags, "num-iterations": length, "seed": seed}) for name, flags in CONTESTANTS.items() for length in lengths}
+    by_seed = run_by_seed(plan, args.seeds, args.jobs)
+    runs = {name: [[found[f"{name}, {length}"] for length in lengths] for found in by_seed] for name in CONTESTANTS}
     nats = nats_per_bpb()
     print("| contestant | " + " | ".join(f"nats at {length} steps" for length in lengths) + " | steps to pre-norm's loss | seconds per step, of pre-norm |\n|---|" + "---|" * (len(lengths) + 2))
     for name, found in runs.items():

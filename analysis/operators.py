@@ -12,18 +12,20 @@ import statistics
 import sys
 from pathlib import Path
 
-from analysis.mixing import LARGE, UNIT, steps
-from analysis.trials import Result, Trial, nats_per_bpb, pictures, run_by_seed, study_parser
+from analysis.estimates import Estimate
+from analysis.study import FLOPS_SHARE, LARGE, SMALL, UNIT, nats_per_bpb, run_by_seed, steps_of, study_parser
+from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_int
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
 TRUNK = 4  # tokens per parameter before the growth
 DECAY = UNIT // 2  # steps
 FAR = 0.3  # nats, where the picture ends
-STARTS = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128},
+STARTS = {**SMALL,
           "0x128": {"grow-path": "0x128,4x128", "grow-at": 0.9, "num-iterations": UNIT}}  # nobody trains that alone; its own growth comes after the one here
 GOES_ON = ("4x64", "1x128")
-SHARES = {"4x64": 0.375, "1x128": 0.389, "0x128": 0.185}  # of the FLOPs of a token of 4x128
+SHARES = {"4x64": FLOPS_SHARE, "1x128": 0.389, "0x128": 0.185}  # of the FLOPs of a token of 4x128
 OPERATORS: dict[str, dict[str, dict]] = {
     "4x64": {
         "lossless": {},
@@ -53,26 +55,25 @@ def plan(seed: int, follow: int) -> dict[str, Trial]:
     found = {}
     finished = lambda trial, at: trial.branch(at, warmdown_steps=DECAY)
     spent = {start: TRUNK * share + follow for start, share in SHARES.items()}  # tokens of 4x128 per parameter
-    scratch = Trial({**LARGE, "num-iterations": steps(math.ceil(max(spent.values()))), "save-every": UNIT // 4, "seed": seed})
+    scratch = Trial({**LARGE, "num-iterations": steps_of(math.ceil(max(spent.values()))), "save-every": UNIT // 4, "seed": seed})
     for start, flags in STARTS.items():
         alone = int(spent[start] / SHARES[start]) if start in GOES_ON else TRUNK
-        trunk = Trial({**LARGE, "num-iterations": steps(alone), "save-every": UNIT, "seed": seed, **flags})
+        trunk = Trial({**LARGE, "num-iterations": steps_of(alone), "save-every": UNIT, "seed": seed, **flags})
         for operator, how in OPERATORS[start].items():
-            grown = trunk.branch(steps(TRUNK), grow_to="4x128", matrix_lr=LARGE["matrix-lr"], steady_steps=steps(follow), save_every=UNIT, **{k.replace("-", "_"): v for k, v in how.items()})
+            grown = trunk.branch(steps_of(TRUNK), grow_to="4x128", matrix_lr=LARGE["matrix-lr"], steady_steps=steps_of(follow), save_every=UNIT, **{k.replace("-", "_"): v for k, v in how.items()})
             found[f"{start}, {operator}"] = grown
             for units in sorted({1, follow}):
-                found[f"{start}, {operator}, decayed after {units}"] = finished(grown, steps(TRUNK + units))
+                found[f"{start}, {operator}, decayed after {units}"] = finished(grown, steps_of(TRUNK + units))
         if start in GOES_ON:
             rest = round(UNIT * ((spent[start] + DECAY / UNIT) / SHARES[start] - alone)) - DECAY  # a small model's decay is cheaper, too
-            found[f"{start}, goes on"] = trunk.branch(steps(alone), steady_steps=rest, warmdown_steps=DECAY)
-        found[f"{start}, 4x128 from scratch"] = finished(scratch, steps(round(spent[start] * 4) / 4))
+            found[f"{start}, goes on"] = trunk.branch(steps_of(alone), steady_steps=rest, warmdown_steps=DECAY)
+        found[f"{start}, 4x128 from scratch"] = finished(scratch, steps_of(round(spent[start] * 4) / 4))
     return found
 
 
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--follow", type=positive_int, default=1, help="tokens per parameter of 4x128 after the growth")
     args = parser.parse_args(argv)
     by_seed = run_by_seed(lambda seed: plan(seed, args.follow), args.seeds, args.jobs)
@@ -92,7 +93,7 @@ def main(argv=None) -> None:
                                                            *(lambda runs, n=n: runs[f"{grown}, decayed after {n}"].final for n in units[:-1]))]
             cost = mean(lambda runs: runs[name].flops[-1] / runs[f"{start}, 4x128 from scratch"].flops[-1])
             found = gaps(by_seed, start, name, args.follow, nats)
-            cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", told(found), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
+            cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", Estimate.of(found).shown(4), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
             print("| " + " | ".join(cells) + " |")
     if args.out:
         write_text_atomic(args.out, to_json(by_seed))
@@ -114,12 +115,7 @@ def gaps(by_seed: list[dict[str, Result]], start: str, name: str, follow: int, n
 
 def at(result: Result, units: int) -> float:
     """The loss after so many tokens per parameter."""
-    return result.bpb[result.steps.index(steps(units))]
-
-
-def told(values: list[float]) -> str:
-    """Mean and standard error."""
-    return f"{statistics.mean(values):+.4f}" + (f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else "")
+    return result.bpb[result.steps.index(steps_of(units))]
 
 
 def draw(by_seed: list[dict[str, Result]], path: Path, follow: int, nats: float) -> None:

@@ -30,9 +30,10 @@ from pathlib import Path
 
 from analysis.arms import RATE, Configuration, configurations, reported_seeds, run_arms
 from analysis.estimates import Estimate
+from analysis.study import nats_per_bpb, study_parser
 from analysis.trial import Result
-from analysis.trials import nats_per_bpb, pictures, study_parser
-from nanochat.cli import UsageError, command, positive_float, positive_int
+from nanochat.cli import UsageError, command, positive_float
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 
 DEFAULT = Path(__file__).parent / "sweeps" / "rank_depth.toml"
@@ -179,7 +180,6 @@ def main(argv=None) -> None:
     parser.add_argument("--objective", default="next-token", help="of those in the file; losses of several are no rivals")
     parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")
     parser.add_argument("--units", nargs="+", type=positive_float, default=[1.0], help="budgets, in those of the file")
-    parser.add_argument("--seeds", type=positive_int, default=3, help="reported ones, none of which is the tuning's")
     parser.add_argument("--threshold", type=positive_float, help="perplexity to which the way is measured (default: 1.1 times the first configuration's at the smallest budget)")
     args = parser.parse_args(argv)
     found = configurations(args.config, args.flags, args.objective)

@@ -24,6 +24,7 @@ from analysis.claims import BEAT, Claim, holder, take
 from analysis.trial import Trial, folder_of, says_diverged, status_of, weights
 from nanochat.cli import UsageError
 from nanochat.files import locked, write_text_atomic
+from nanochat.resources import usable_cpus
 
 LOOK = 2.0  # seconds between two looks at a run that another runner has
 POLL = 0.5  # seconds between two looks at everything
@@ -58,9 +59,19 @@ def gpus() -> list[str]:
     return [name for name in visible.split(",") if name] if visible is not None else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def default_device() -> str:
-    import torch
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def places_for(device_type: str, jobs: int | None, ranks: int = 1, threads: int = 1) -> list[Place]:
+    """One device for each of `ranks` ranks of a run. jobs: runs at a time; None: as many as there are devices. threads: of a rank on the CPU; 0: what the other runs leave.
+
+    Raises UsageError where there are fewer GPUs than a run needs.
+    """
+    if device_type == "cuda":
+        if len(names := gpus()) < ranks:
+            raise UsageError(f"a run needs {ranks} GPU{'s' if ranks > 1 else ''} with CUDA, and {len(names)} are to be seen; take fewer ranks, or the flag device-type=cpu")
+        return cuda_places(names, ranks)[:jobs]
+    if device_type == "mps":  # there is one
+        jobs = 1
+    jobs = jobs or max(1, usable_cpus() // (ranks * max(1, threads)))
+    return cpu_places(jobs, threads or max(1, usable_cpus() // (jobs * ranks)), ranks)
 
 
 def train(base_dir: str, folder: Path, arguments: list[str], place: Place) -> None:

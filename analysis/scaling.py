@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trials import picture
 from nanochat.cli import ArgumentParser, UsageError, command, folder_name
 from nanochat.common import get_base_dir
+from nanochat.drawing import picture
 from nanochat.files import write_text_atomic
 from nanochat.run_log import is_finished, last_of_each_kind, read_run_log
 

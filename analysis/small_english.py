@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 from analysis.rates import rates_table, try_rates
-from analysis.trials import Result, Trial, flops_per_token, pictures, run_by_seed, run_trials, study_parser
+from analysis.study import flops_per_token, run_by_seed, run_trials, study_parser
+from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_int
 from nanochat.common import get_base_dir
 from nanochat.compare import paired_test
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 from nanochat.tokenizer import get_tokenizer
 
@@ -102,7 +104,6 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--steps", type=positive_int, default=300, help="of 4,096 tokens")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help=f"{PLAIN} is always among them")
     parser.add_argument("--tune", action="store_true", help="find learning rates instead, in half as many steps")

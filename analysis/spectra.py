@@ -3,8 +3,10 @@
     python -m analysis.spectra --out=spectra.json --plot=dev/spectra.png
 
 On the data and the tokenizer in NANOCHAT_BASE_DIR. A claim of drafts on growth by upscaling: the spectra of equally trained models of different widths agree, up to their scale.
-A spectrum is taken as the distribution of a matrix's singular values, divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean
-squared difference of their quantiles: 0 for equal shapes at any scale, and comparable at any size.
+A spectrum is taken in two parts. The largest singular values, which training pulls out of the rest, are few at any width: one of 64 is a sixty-fourth of a distribution, one of
+256 a quarter of that, so a distance of whole distributions would tell widths apart that look alike. So a sixteenth of the values, the largest, is left out of the bulk, which is
+the distribution of the others divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean squared difference of their quantiles: 0
+for equal shapes at any scale, and comparable at any size. The largest value of each matrix, over that root mean square, is told beside it.
 
 It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width), and set against what must be told apart from it:
 two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
@@ -20,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis.estimates import Estimate, verdict
-from analysis.trials import SHAPE, STEPS, TUNED, Trial, check_ended, pictures, run_trials, study_parser, width_of_heads
+from analysis.estimates import Estimate
+from analysis.study import SHAPE, STEPS, TUNED, run_by_seed, study_parser, width_of_heads
+from analysis.trial import Trial
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError, command, positive_int
-from nanochat.common import get_base_dir
+from nanochat.drawing import pictures
 from nanochat.files import to_json, write_text_atomic
 from nanochat.gpt import GPT
 from nanochat.growth import grow
@@ -32,15 +35,27 @@ from nanochat.growth.target import grown_config
 
 KINDS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 QUANTILES = (np.arange(64) + 0.5) / 64
+TOP = 1 / 16  # of the values are no part of the bulk
 MODES = ("lossless", "hyperclone", "bus")  # of growth
 Spectra = dict[str, np.ndarray]  # by "layer.kind"
 
 
-def spectrum(weight: torch.Tensor) -> np.ndarray:
-    """Quantiles of the singular values over their root mean square, from the largest on."""
+def singular_values(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(the largest, the bulk), from the largest on, over the root mean square of the bulk."""
     values = torch.linalg.svdvals(weight.detach().double().cpu()).numpy()
-    values = values / math.sqrt(np.mean(values ** 2))
-    return np.interp(QUANTILES, (np.arange(len(values)) + 0.5) / len(values), values)
+    values = values / math.sqrt(np.mean(values[math.ceil(TOP * len(values)):] ** 2))
+    return np.split(values, [math.ceil(TOP * len(values))])
+
+
+def spectrum(weight: torch.Tensor) -> np.ndarray:
+    """Quantiles of the bulk, from its largest on."""
+    bulk = singular_values(weight)[1]
+    return np.interp(QUANTILES, (np.arange(len(bulk)) + 0.5) / len(bulk), bulk)
+
+
+def largest(model: GPT) -> float:
+    """Mean over the matrices."""
+    return statistics.mean(singular_values(block.get_submodule(kind).weight)[0][0] for block in model.transformer.h for kind in KINDS)
 
 
 def spectra_of(model: GPT) -> Spectra:
@@ -109,7 +124,7 @@ def claims(rows: dict[str, list[float]]) -> str:
     lines = ["| models of several widths are nearer to each other than | by | verdict |", "|---|---:|---|"]
     for name in ("two seeds", "a quarter of the rate", "half of the steps", "two layers of a model", "trained and random"):
         gap = Estimate.of([b - a for a, b in zip(rows["across widths"], rows[name])])
-        lines.append(f"| {name} | {gap.shown(4)} | {verdict(gap.value - gap.half, gap.value + gap.half)} |")
+        lines.append(f"| {name} | {gap.shown(4)} | {gap.verdict()} |")
     return "\n".join(lines)
 
 
@@ -122,7 +137,7 @@ def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]]
             axes.set_title(f"layer {name.replace('.', ', ', 1)}")
             axes.set_xlabel("quantile")
             axes.legend(frameon=False, fontsize=8)
-        panels[0].set_ylabel("singular value over root mean square")
+        panels[0].set_ylabel("singular value of the bulk over its root mean square")
         means = {name: Estimate.of(values) for name, values in reversed(rows.items())}
         panels[2].barh(list(means), [mean.value for mean in means.values()], xerr=[mean.half for mean in means.values()], color="C0")
         panels[2].tick_params(labelsize=8)
@@ -132,7 +147,6 @@ def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]]
 @command
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--widths", type=width_of_heads, nargs="+", default=[64, 128, 256])
     parser.add_argument("--steps", type=positive_int, default=STEPS)
     args = parser.parse_args(argv)
@@ -140,9 +154,7 @@ def main(argv=None) -> None:
     if args.seeds < 3 or len(widths) < 2:
         raise UsageError("give --seeds=3 or more, so that two seeds can be compared more than once, and two --widths or more")
     plans = [trials(widths, args.steps, seed) for seed in range(42, 42 + args.seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for plan in plans for trial in plan.values()], args.jobs))
-    runs = [{name: next(results) for name in plan} for plan in plans]
-    check_ended(pair for found in runs for pair in found.items())
+    runs = run_by_seed(lambda seed: trials(widths, args.steps, seed), args.seeds, args.jobs)
     losses = [{name: result.final for name, result in found.items()} for found in runs]
     models = [{name: load(trial) for name, trial in plan.items()} for plan in plans]
     found = [distances(widths, own, models[i - 1], i) for i, own in enumerate(models)]
@@ -151,8 +163,12 @@ def main(argv=None) -> None:
     for name, values in rows.items():
         print(f"| {name} | {Estimate.of(values).shown(3, sign=False)} | {', '.join(f'{value:.4f}' for value in values)} |")
     print("\n" + claims(rows))
+    tops = {name: [largest(own[name]) for own in models] for name in models[0]}
+    print("\n| the largest singular value over that of the bulk | mean over the matrices | by seed |\n|---|---:|---|")
+    for name, values in tops.items():
+        print(f"| {name} | {Estimate.of(values).shown(3, sign=False)} | {', '.join(f'{value:.3f}' for value in values)} |")
     if args.out:
-        write_text_atomic(args.out, to_json({"distances": rows, "bpb": losses}))
+        write_text_atomic(args.out, to_json({"distances": rows, "largest": tops, "bpb": losses}))
     if args.plot:
         draw(models[0], widths, rows, args.plot)
 

@@ -20,15 +20,15 @@ from typing import Any
 import yaml
 
 from analysis.progress import Display, why
-from analysis.runner import Place, Runner, Work, cpu_places, cuda_places, default_device, gpus
+from analysis.runner import Runner, Work, places_for
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
 from analysis.trial import Trial, check_conditions, folder_of, status_of
-from analysis.trials import pictures
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
-from nanochat.common import get_base_dir
+from nanochat.common import default_device, get_base_dir
+from nanochat.drawing import pictures
 from nanochat.files import check_writable, write_text_atomic
-from nanochat.resources import openmp_threads, usable_cpus
+from nanochat.resources import openmp_threads
 from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 MEASURES = ["status", "final_bpb", "min_bpb", "flops", "tokens", "seconds", "params", "peak_memory_mib"]
@@ -162,20 +162,12 @@ def means_of_seeds(sweep: Sweep, rows: list[dict[str, Any]]) -> list[float]:
 # Running
 
 
-def places_of(sweep: Sweep, trials: list[Trial], jobs: int | None) -> list[Place]:
-    devices = {str(trial.flags.get("device-type", "")) or default_device() for trial in trials}
+def device_of(sweep: Sweep) -> str:
+    """The one that all its runs are for. Raises UsageError for several."""
+    devices = {str(trial.flags.get("device-type", "")) or default_device() for trial in sweep.trials({})}
     if len(devices) > 1:
         raise UsageError(f"{sweep.name} is for several device types ({', '.join(sorted(devices))}); make a sweep of each")
-    if devices == {"cuda"}:
-        names = gpus()
-        if len(names) < sweep.ranks:
-            raise UsageError(f"a run of {sweep.name} needs {sweep.ranks} GPUs, and {len(names)} are to be seen; lower `ranks`, or give the flag device-type")
-        return cuda_places(names, sweep.ranks)[:jobs]
-    threads = openmp_threads()
-    if devices == {"mps"}:  # there is one
-        jobs = jobs or 1
-    jobs = jobs or max(1, usable_cpus() // (sweep.ranks * max(1, threads)))
-    return cpu_places(jobs, threads or max(1, usable_cpus() // (jobs * sweep.ranks)), sweep.ranks)
+    return devices.pop()
 
 
 def submit(settings: Settings, sweep: Sweep, folder: Path, tasks: int) -> list:
@@ -227,7 +219,7 @@ def main(argv=None) -> int:
     if not settings.list:
         for trial in work.trials:
             check_conditions(base_dir, trial)
-        places = places_of(sweep, sweep.trials({}), settings.jobs)
+        places = places_for(device_of(sweep), settings.jobs, sweep.ranks, openmp_threads())
         display = Display("runs", sweep.label)
         runner = Runner(base_dir, work, places, again=settings.retry, wait=not settings.no_wait)
         written = -1

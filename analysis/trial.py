@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.cli import UsageError
-from nanochat.common import get_base_dir
+from nanochat.common import COMPUTE_DTYPE, default_device, get_base_dir
 from nanochat.data_shards import data_source
 from nanochat.files import parse_json
 from nanochat.run_log import FILENAME, is_finished, read_run_log
@@ -193,13 +193,18 @@ def read(base_dir: str, trial: Trial) -> Result | None:
 
 
 def check_conditions(base_dir: str, trial: Trial) -> None:
-    """Raises UsageError for a trial that was trained with other text or another tokenizer than those that are in the base directory now, by their names and checksums."""
+    """Raises UsageError for a trial that was trained with other text or another tokenizer than those that are in the base directory now, by their names and checksums, or
+    computed in another dtype than this machine would: what is compared must not differ in these."""
     folder = folder_of(base_dir, trial)
     try:
         with open(folder / FILENAME, "rb") as f:
-            had = parse_json(f.readline())["conditions"]
+            start = parse_json(f.readline())
+        had, dtype, device = start["conditions"], start.get("dtype"), start.get("device", "").split(":")[0]
     except (OSError, ValueError, KeyError, TypeError):  # not begun, or of an earlier version
         return
+    if device == default_device() and dtype != str(COMPUTE_DTYPE):  # a machine without GPUs may look at the results of those that have some
+        raise UsageError(f"the run in {folder} computed in {dtype}, and this machine would in {COMPUTE_DTYPE}; say NANOCHAT_DTYPE={dtype.removeprefix('torch.')} for the others too, "
+                         f"or choose another NANOCHAT_BASE_DIR")
     for what, now in (("data", data_source), ("tokenizer", _tokenizer)):
         if what in had and (here := now()) and had[what] != here:
             raise UsageError(f"the run in {folder} is of {'other text (' + str(had[what]) + ')' if what == 'data' else 'another tokenizer'} than is in NANOCHAT_BASE_DIR now; choose another "

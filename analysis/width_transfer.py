@@ -6,15 +6,16 @@ On the data and the tokenizer in NANOCHAT_BASE_DIR. A learning rate that transfe
 """
 import sys
 
-from analysis.trials import SHAPE, STEPS, TUNED, picture, run_trials, study_parser, width_of_heads
+from analysis.study import SHAPE, STEPS, TUNED, run_trials, study_parser, width_of_heads
 from nanochat.cli import command, positive_float, positive_int
 from nanochat.common import get_base_dir
+from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
 
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, seeds=0)
     parser.add_argument("--block", default="ngpt", choices=("ngpt", "prenorm"))
     parser.add_argument("--widths", type=width_of_heads, nargs="+", default=[64, 128, 256])
     parser.add_argument("--matrix-lrs", type=positive_float, nargs="+", default=[0.4, 0.8, 1.6])

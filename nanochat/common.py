@@ -256,14 +256,12 @@ def autodetect_device_type() -> str:
     """Raises UsageError where a GPU would be left unused because its driver is too old."""
     if reason := why_no_cuda():
         raise UsageError(f"{reason}; update it, install a PyTorch for it (this one is for CUDA {torch.version.cuda}), or give --device-type=cpu")
-    if torch.cuda.is_available():
-        device_type = "cuda"
-    elif torch.backends.mps.is_available():
-        device_type = "mps"
-    else:
-        device_type = "cpu"
-    print0(f"Autodetected device type: {device_type}")
-    return device_type
+    print0(f"Autodetected device type: {default_device()}")
+    return default_device()
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.device]:

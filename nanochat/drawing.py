@@ -4,7 +4,10 @@ import io
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from nanochat.files import atomic_path
 
 INK, COLORS = "#808890", ("#3b82f6", "#e8853d", "#10b981", "#a855f7", "#64748b", "#d946ef")
 
@@ -35,3 +38,19 @@ def as_png(figure: Any, panels: Iterable[Any], **ticks: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, transparent=True)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def pictures(path: Path, width: float, height: float, columns: int):
+    """Yields the axes of so many pictures side by side, of that many inches in all, which are written to one file afterwards."""
+    figure = new_figure(width, height)
+    yield figure.subplots(1, columns, squeeze=False)[0]
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float):
+    """One of `pictures`."""
+    with pictures(path, width, height, 1) as (axes,):
+        yield axes

@@ -35,7 +35,7 @@ def asked(monkeypatch):
         noise = (flags["seed"] - 43) * (0.01 if depth != 6 else 0.5)
         value = {"value": 0.5 + depth / 100, "n": 100, "se": 0.001, "metric": "accuracy", "label": "BLiMP"}
         rows = {"blimp/pairs": value, "blimp/pairs/field/syntax": {"value": 0.1, "label": ""}, "decode/cpu": {"value": 10.0 * depth, "se": None, "metric": "tokens/s", "label": "decoded"}}
-        return Result(flags, [0, 4], [3.0, LOSSES[depth] + noise + abs(math.log2(flags["matrix-lr"] / LIKED[depth]))], [0.0, 1.0], 2.0, 7, tokens=1000,
+        return Result(flags, [0, 4], [3.0, LOSSES[depth] + noise + abs(math.log2(flags["matrix-lr"] / LIKED[depth]))], [0.0, 0.25 * depth], 2.0, 7, tokens=1000,
                       rows=rows if "eval-tasks" in flags else {})
 
     def run_trials(base_dir, trials, jobs, places):
@@ -59,9 +59,9 @@ def test_each_configuration_has_its_own_rate_and_is_told_from_the_first_by_paire
     assert list(rows)[2:] == ["depth=4 aspect-ratio=32", "depth=2 aspect-ratio=64", "depth=6 aspect-ratio=16"]
     first, shallow, deep = list(rows.values())[2:]
     assert (first[0], shallow[0], deep[0]) == ("2", "0.5", "1")
-    assert first[3:9] == ["0.0", "1,000", "2", "2.0000", "1.9900, 2.0000, 2.0100", ""] and shallow[8] == "+0.1000 ± 0.0000: worse"
-    assert deep[8].startswith("-0.1000 ± 1.2") and deep[8].endswith(": not told apart"), "the mean is better, by one seed"
-    assert first[9:] == ["54.0", "40.0"] and shallow[9:] == ["52.0 (-2.0 ± 0.3)", "20.0 (-20.0 ± 0.0)"]
+    assert first[3:10] == ["0.0", "1,000", "1.00", "2", "2.0000", "1.9900, 2.0000, 2.0100", ""] and shallow[9] == "+0.1000 ± 0.0000: worse (p < 0.01)"
+    assert shallow[5] == "0.50" and deep[9].startswith("-0.1000 ± 1.2") and deep[9].endswith(": not told apart"), "the mean is better, by one seed"
+    assert first[10:] == ["54.0", "40.0"] and shallow[10:] == ["52.0 (-2.0 ± 0.3)", "20.0 (-20.0 ± 0.0)"]
     tuning, reported = ([flags for flags in asked if (flags["seed"] == 41) == wanted] for wanted in (True, False))
     assert {flags["num-iterations"] for flags in tuning} == {2} and not any("eval-tasks" in flags for flags in tuning)
     assert [(flags["depth"], flags["seed"], flags["num-iterations"]) for flags in reported] == [(depth, seed, 4) for depth in (4, 2, 6) for seed in (42, 43, 44)]
@@ -80,3 +80,13 @@ def test_what_the_file_does_not_have(asked, config, capsys):
     assert dials.main([str(config), "--objective=mixed"]) == 2
     error = capsys.readouterr().err
     assert error == "error: --objective=mixed: blocks has mlm and next-token\n" and not asked
+
+
+def test_one_that_diverges_is_said_to_and_the_others_are_told(asked, config, monkeypatch, capsys):
+    runs = arms.run_trials
+    broken = lambda trial: trial.flags["depth"] == 6 and trial.flags["seed"] == 44
+    monkeypatch.setattr(arms, "run_trials", lambda base_dir, trials, *rest: [Result(trial.flags, [], [], [], 0.0, 0) if broken(trial) else result
+                                                                             for trial, result in zip(trials, runs(base_dir, trials, *rest))])
+    assert dials.main([str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "depth=6 aspect-ratio=16: diverged with matrix-lr 1 for 1 of 3 seeds" in out and "+0.1000 ± 0.0000: worse" in out and "nan" not in out

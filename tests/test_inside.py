@@ -100,7 +100,17 @@ def test_clones_are_twins():
     grown = lambda mode: grow(model, grown_config(model.config, n_embd=128), mode=mode)[0].eval()
     assert max(shares(model)) < 0.1
     assert min(shares(grown("hyperclone"))) > 0.95
-    assert inside.twins(torch.zeros(10, 3)) == 0
+    assert inside.twins(torch.zeros(10, 3)) == 0 and inside.quiet(torch.zeros(10, 3)) == 1
+
+
+def test_units_that_hardly_fire_are_no_twins():
+    """Two that fire on the same two tokens of a thousand correlate by chance."""
+    values = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0))
+    values[:, 1:3] = 0
+    values[[5, 700], 1:3] = 1.0
+    assert inside.twins(values) == 0 and inside.quiet(values) == 0.5
+    values[:, 3] = 2 * values[:, 0]
+    assert inside.twins(values) == 1
 
 
 def test_pages_of_a_run(base_dir, tmp_path, monkeypatch, capsys):

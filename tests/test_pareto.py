@@ -137,12 +137,12 @@ def test_the_difference_to_the_first_configuration_is_that_of_pairs_of_seeds(con
     points, threshold = pareto.points_of(found, runs, 2.0, None)
     second, third, fourth = points[1:]
     assert (second.above.value, third.above.value) == (pytest.approx(0.3), pytest.approx(-0.6)) and fourth.above is None
-    assert (points[0].above.value, second.above.loss_verdict, third.above.loss_verdict) == (0, "not told apart", "better")
+    assert (points[0].above.value, second.above.loss_verdict, third.above.loss_verdict) == (0, "not told apart", "better (p < 0.01)")
     rows = pareto.table(points, threshold).splitlines()
     assert "FLOPs to 22.1 |" in rows[0]
     _, none = pareto.points_of(found, {**runs, (0, 1.0): (1, [run(), run(1.0)])}, 2.0, None)
     assert none is None and "FLOPs to the threshold |" in pareto.table(points, none)
-    assert "| -0.6000 ± 0.0000: better |" in rows[4] and "± 1.2710: not told apart |" in rows[3] and "told" not in rows[2]
+    assert "| -0.6000 ± 0.0000: better (p < 0.01) |" in rows[4] and "± 1.2710: not told apart |" in rows[3] and "told" not in rows[2]
 
 
 def point(number, unit=1.0, perplexity=2.0, **costs):

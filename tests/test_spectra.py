@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from analysis import spectra
+from analysis import spectra, study
 from analysis.trial import Result
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import build_gpt
@@ -28,9 +28,18 @@ def test_a_spectrum_is_a_shape_at_any_scale_and_size():
     assert spectra.spectrum(weight) == pytest.approx(spectra.spectrum(-7 * weight.T))
     assert all(spectra.spectrum(scale * torch.eye(size)) == pytest.approx([1.0] * 64) for scale, size in ((1, 16), (2, 128)))
     half = torch.zeros(64, 64)
-    half[:32, :32] = torch.eye(32)  # half of the singular values are 0, so the others are at the root of 2
+    half[:34, :34] = torch.eye(34)  # four are no part of the bulk, of the others half are 0, so the rest is at the root of 2
     assert spectra.spectrum(half)[[0, 63]] == pytest.approx([2 ** 0.5, 0])
     assert spectra.distance({"0.mlp.c_fc": spectra.spectrum(half)}, {"0.mlp.c_fc": spectra.spectrum(torch.eye(64))}) == pytest.approx((2 - 2 ** 0.5) ** 0.5, abs=0.02)
+
+
+def test_a_few_large_values_tell_no_widths_apart():
+    """Two outliers, of one size over the bulk, at any width: they count as the largest values, and not by what share of a width they are."""
+    plain, pulled = ({width: torch.diag(torch.cat((torch.full((2,), top), torch.linspace(1.5, 0.5, width - 2)))) for width in (64, 256)} for top in (1.5, 6.0))
+    between = lambda found: spectra.distance(*({"0.mlp.c_fc": spectra.spectrum(weight)} for weight in found.values()))
+    assert between(pulled) == pytest.approx(between(plain), abs=1e-6) and between(plain) < 0.02
+    tops = [spectra.singular_values(weight)[0][0] for weight in pulled.values()]
+    assert tops == pytest.approx([6 / (1 + 1 / 12) ** 0.5] * 2, rel=0.05)
 
 
 def test_random_matrices_agree_across_widths_and_those_of_low_rank_do_not_agree_with_them():
@@ -44,7 +53,7 @@ def test_claims_are_about_pairs_of_seeds():
             "two layers of a model": [0.2, 0.2, 0.2], "trained and random": [0.11, 0.22, 0.33]}
     found = dict(line.split("|")[1::2][:2] for line in spectra.claims(rows).splitlines()[2:])
     assert {name.strip(): verdict.strip() for name, verdict in found.items()} == {
-        "two seeds": "opposite", "a quarter of the rate": "confirmed", "half of the steps": "not confirmed", "two layers of a model": "not confirmed", "trained and random": "not confirmed"}
+        "two seeds": "opposite (p < 0.01)", "a quarter of the rate": "confirmed (p < 0.01)", "half of the steps": "not confirmed", "two layers of a model": "not confirmed", "trained and random": "not confirmed"}
 
 
 @pytest.mark.slow
@@ -53,19 +62,19 @@ def test_the_study(base_dir, tmp_path, monkeypatch, capsys):
     def width(trial):
         return 4 * trial.flags["aspect-ratio"]
 
-    monkeypatch.setattr(spectra, "run_trials", lambda base_dir, trials, jobs: [Result(trial.flags, [1], [2.0], [1.0], 1.0, 7) for trial in trials])
+    monkeypatch.setattr(study, "run_trials", lambda base_dir, trials, jobs, places: [Result(trial.flags, [1], [2.0], [1.0], 1.0, 7) for trial in trials])
     monkeypatch.setattr(spectra, "load", lambda trial: model_of(width(trial), trial.flags["seed"] + trial.flags["num-iterations"], 8 if "slow" in trial.tag else None))
     assert spectra.main(["--widths", "64", "32", "--steps=4", f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}"]) == 0
     kept = json.loads((tmp_path / "numbers.json").read_text())["distances"]
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(kept) + 1 + 5 and all(len(values) == 3 for values in kept.values())
+    assert len(rows) == 1 + len(kept) + 1 + 5 + 1 + 5 and all(len(values) == 3 for values in kept.values())
     assert min(kept["a quarter of the rate"]) > 0.5 > 0.1 > max(kept["across widths"]) and "4x32 grown to 4x64, hyperclone, untrained" in kept
-    assert any(row.startswith("| a quarter of the rate | +0.") and row.endswith("| confirmed |") for row in rows)
+    assert any(row.startswith("| a quarter of the rate | +1.") and "| confirmed" in row for row in rows)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     for flags in (["--seeds=2"], ["--widths", "64"], ["--widths", "64", "64"]):
         assert spectra.main(flags) == 2 and "--seeds=3" in capsys.readouterr().err
 
 
 def test_a_run_that_diverged(base_dir, monkeypatch, capsys):
-    monkeypatch.setattr(spectra, "run_trials", lambda base_dir, trials, jobs: [Result(trial.flags, [], [], [], 0.0, 0) for trial in trials])
+    monkeypatch.setattr(study, "run_trials", lambda base_dir, trials, jobs, places: [Result(trial.flags, [], [], [], 0.0, 0) for trial in trials])
     assert spectra.main([]) == 2 and "'4x64' of seed 42 diverged" in capsys.readouterr().err

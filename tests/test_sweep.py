@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,9 @@ from analysis import claims, progress, runner, sweep
 from analysis.claims import EXPIRES, take
 from analysis.progress import Display, share_done, why
 from analysis.runner import Runner, Work, cpu_places, cuda_places
+from analysis.study import run_trials
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
 from analysis.trial import Trial, folder_of, read, status_of, weights
-from analysis.trials import run_trials
 from nanochat.cli import UsageError
 from scripts import base_train
 from tests import fake_runs, tiny
@@ -496,6 +497,16 @@ def test_runs_of_other_text_are_not_taken_for_these(fake, tmp_path, capsys):
     shards.mkdir()
     (shards / "source.json").write_text('{"source": "stdlib"}')
     assert read(fake, trial)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("analysis.trial.COMPUTE_DTYPE", "another")
+        assert read(fake, trial), "the log does not tell"
+        whole = log.read_text()
+        for device, refused in (("cuda:0", False), ("cpu", True)):
+            log.write_text(whole.replace('"conditions": {', f'"device": "{device}", "dtype": "torch.float64", "conditions": {{', 1))
+            patch.setattr("analysis.trial.default_device", lambda: "cpu")
+            with pytest.raises(UsageError, match="computed in torch.float64, and this machine would in another; say NANOCHAT_DTYPE=float64") if refused else nullcontext():
+                read(fake, trial)
+    log.write_text(whole)
     (shards / "source.json").write_text('{"source": "tinystories"}')
     for ask in (lambda: read(fake, trial), lambda: run_trials(str(fake), [trial])):
         with pytest.raises(UsageError, match=r"other text \(stdlib\) than is in NANOCHAT_BASE_DIR now"):
@@ -555,10 +566,16 @@ def test_gpus_are_dealt_out(monkeypatch):
     assert devices(cuda_places(["0", "1", "2", "3", "4"], ranks=2)) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     found = read_sweep("x.toml", "ranks = 1\n[fixed]\ndevice-type = 'cuda'\n[grid]\ndepth = [1]\n")
-    assert devices(sweep.places_of(found, found.trials({}), 2)) == ["3", "5"]
-    found.ranks = 4
-    with pytest.raises(UsageError, match="needs 4 GPUs, and 3 are to be seen"):
-        sweep.places_of(found, found.trials({}), None)
+    assert sweep.device_of(found) == "cuda" and devices(runner.places_for("cuda", 2)) == ["3", "5"]
+    with pytest.raises(UsageError, match="needs 4 GPUs with CUDA, and 3 are to be seen"):
+        runner.places_for("cuda", None, ranks=4)
+
+
+def test_cores_are_dealt_out(monkeypatch):
+    monkeypatch.setattr(runner, "usable_cpus", lambda: 8)
+    places = lambda *args: (lambda found: (len(found), found[0].environment["OMP_NUM_THREADS"], found[0].ranks))(runner.places_for("cpu", *args))
+    assert places(2) == (2, "1", 1), "studies: one thread, whatever the machine"
+    assert places(2, 1, 0) == (2, "4", 1) and places(None, 2, 2) == (2, "2", 2) and places(None, 1, 0) == (8, "1", 1)
 
 
 def test_table_and_picture(fake, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """What studies share: many short trainings by the runner (runner.py), each done once, and what is made of their results."""
 import argparse
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,17 +12,29 @@ from analysis.trial import Result, Trial, folder_of, read, weights
 from nanochat.cli import ArgumentParser, UsageError, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
-from nanochat.drawing import new_figure
-from nanochat.files import atomic_path
 from nanochat.layered_gpt import build_gpt
 from nanochat.run_plan import PlanSettings
 from nanochat.tokenizer import get_tokenizer
 
-# four layers of width 128: a minute a run on one core
+# four layers of width 128
 SHAPE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 256, "window-pattern": "L", "device-batch-size": 16, "total-batch-size": 4096,
          "eval-every": 125, "eval-tokens": 65536}
 TUNED = {"unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.48}
 STEPS = 250
+
+# of the studies that grow 4x64 or 1x128 to 4x128 (mixing.py and those after it), on fresh text
+UNIT = 256  # steps of 4,096 tokens: one token per parameter (1,048,576) of blocks and head
+LARGE = {"depth": 4, "aspect-ratio": 32, "head-dim": 32, "max-seq-len": 512, "window-pattern": "L", "device-batch-size": 8, "total-batch-size": 4096,
+         "eval-every": UNIT, "eval-tokens": 262144, "warmdown-ratio": 0.0, "weight-decay": 0.0,
+         "unembedding-lr": 0.08, "embedding-lr": 0.15, "scalar-lr": 0.15, "matrix-lr": 0.12}
+SMALL = {"4x64": {"aspect-ratio": 16, "matrix-lr": 0.24}, "1x128": {"depth": 1, "aspect-ratio": 128}}
+FLOPS_SHARE = 0.375  # of a token of 4x64 and one of 4x128
+DECAY = 0.15  # share of the steps in which a branch decays
+
+
+def steps_of(units: float) -> int:
+    """Tokens per parameter of 4x128 as steps."""
+    return round(units * UNIT)
 
 
 def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, places: list[Place] | None = None) -> list[Result]:
@@ -73,21 +84,23 @@ def check_ended(runs: Iterable[tuple[str, Result]]) -> None:
             raise UsageError(f"the run {name!r} of seed {run.flags.get('seed', 42)} diverged: there is nothing to compare the others with")
 
 
-def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int) -> list[dict[str, Result]]:
-    """For each of `seeds` seeds, from 42 on, the results of the trials that `plan` makes of it, by their names there."""
+def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int, places: list[Place] | None = None) -> list[dict[str, Result]]:
+    """For each of `seeds` seeds, from 42 on, the results of the trials that `plan` makes of it, by their names there. Raises UsageError for one that diverged."""
     plans = [plan(seed) for seed in range(42, 42 + seeds)]
-    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], jobs))
+    results = iter(run_trials(get_base_dir(), [trial for found in plans for trial in found.values()], jobs, places))
     by_seed = [{name: next(results) for name in found} for found in plans]
     check_ended(pair for runs in by_seed for pair in runs.items())
     return by_seed
 
 
-def study_parser(doc: str) -> ArgumentParser:
-    """A parser with the flags of all studies."""
+def study_parser(doc: str, seeds: int = 3) -> ArgumentParser:
+    """A parser with the flags of all studies. seeds: how many by default; 0 for a study of one."""
     parser = ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     parser.add_argument("--plot", type=picture_path, help="draw them into this picture")
+    if seeds:
+        parser.add_argument("--seeds", type=positive_int, default=seeds, help="how many")
     return parser
 
 
@@ -99,27 +112,16 @@ def width_of_heads(text: str) -> int:
     return width
 
 
-@contextlib.contextmanager
-def pictures(path: Path, width: float, height: float, columns: int):
-    """Yields the axes of so many pictures side by side, of that many inches in all, which are written to one file afterwards."""
-    figure = new_figure(width, height)
-    yield figure.subplots(1, columns, squeeze=False)[0]
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-
-
-@contextlib.contextmanager
-def picture(path: Path, width: float, height: float):
-    """One of `pictures`."""
-    with pictures(path, width, height, 1) as (axes,):
-        yield axes
-
-
 def cost_with(loss: float, costs: Sequence[float], losses: Sequence[float]) -> float:
-    """The steps, FLOPs or seconds at which runs of these costs would end with `loss`: losses against the log of the cost, by a straight line
-    through the two runs around it, or the last two."""
-    pairs = sorted(zip(costs, losses))
-    (c0, l0), (c1, l1) = next(((a, b) for a, b in zip(pairs, pairs[1:]) if b[1] <= loss), (pairs[-2], pairs[-1]))
+    """The steps, FLOPs or seconds at which runs of these costs would end with `loss`: losses against the log of the cost, by a straight line through the two runs around it, or
+    through the first or last two where it lies beyond them. Runs that are no better than a cheaper one do not count; NaN where fewer than two are left."""
+    kept: list[tuple[float, float]] = []
+    for cost, value in sorted(zip(costs, losses)):
+        if not kept or value < kept[-1][1]:
+            kept.append((cost, value))
+    if len(kept) < 2:
+        return math.nan
+    (c0, l0), (c1, l1) = next(((a, b) for a, b in zip(kept, kept[1:]) if b[1] <= loss), (kept[-2], kept[-1]))
     return math.exp(math.log(c0) + (math.log(c1) - math.log(c0)) * (l0 - loss) / (l0 - l1))
 
 
@@ -128,6 +130,11 @@ def flops_per_token(flags: dict, vocabulary: int) -> int:
     settings = parse_settings(PlanSettings, [f"--{name}={value}" for name, value in flags.items()], "")
     with torch.device("meta"):
         return build_gpt(settings.config(vocabulary)).estimate_flops()
+
+
+def dense_flops() -> int:
+    """Of STEPS steps of the model of SHAPE, with the tokenizer in the base directory."""
+    return flops_per_token(SHAPE, get_tokenizer().get_vocab_size()) * SHAPE["total-batch-size"] * STEPS
 
 
 def nats_per_bpb() -> float:
