@@ -13,6 +13,7 @@ from pathlib import Path
 from analysis.study import DECAY, LARGE, SMALL, nats_per_bpb, run_by_seed, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_int
+from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit
 from nanochat.dataset import parquets_iter_batched
 from nanochat.drawing import picture
 from nanochat.files import to_json, write_text_atomic
@@ -21,11 +22,13 @@ from nanochat.tokenizer import get_tokenizer
 MOMENTS = (0.5, 0.8)  # of the epochs, at which to grow
 
 
-def steps_of_an_epoch() -> float:
-    """Of the training text; what no row has room for is left out."""
+def steps_of_an_epoch(epochs: int) -> float:
+    """In the mean of so many, as the loader goes through the training text: it drops the ends of documents that no row has room for, more of them as long ones pile up."""
     tokenizer = get_tokenizer()
-    tokens = sum(min(len(ids) + 1, LARGE["max-seq-len"] + 1) for texts in parquets_iter_batched("train") for ids in tokenizer.encode(texts))
-    return tokens / LARGE["total-batch-size"]
+    tokens = sum(len(ids) + 1 for texts in parquets_iter_batched("train") for ids in tokenizer.encode(texts))
+    batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(tokenizer, LARGE["device-batch-size"], LARGE["max-seq-len"], "train", device="cpu")
+    state = next(state for _, _, state in batches if state["read"] >= epochs * tokens)
+    return state["used"] / epochs / LARGE["total-batch-size"]
 
 
 def plan(epoch: float, epochs: list[int], seed: int) -> dict[str, Trial]:
@@ -51,7 +54,7 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--epochs", type=positive_int, nargs="+", default=[5, 10, 20, 40])
     args = parser.parse_args(argv)
-    epoch = steps_of_an_epoch()
+    epoch = steps_of_an_epoch(max(args.epochs))
     by_seed = run_by_seed(lambda seed: plan(epoch, args.epochs, seed), args.seeds, args.jobs)
     nats = nats_per_bpb()
     best = min((name for name in by_seed[0] if "->" not in name), key=lambda name: statistics.mean(runs[name].final for runs in by_seed))

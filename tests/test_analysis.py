@@ -25,7 +25,9 @@ from analysis import (
 from analysis.study import cost_with
 from analysis.trial import Growth, Result, Trial, folder_of, read
 from nanochat.cli import UsageError
+from nanochat.dataset import parquets_iter_batched
 from nanochat.run_log import FILENAME, RunLog
+from nanochat.tokenizer import get_tokenizer
 from scripts import base_train
 from tests import fake_runs, tiny
 
@@ -72,7 +74,7 @@ def test_studies_of_branches(one, tmp_path, base_dir, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run_trials", run_trials)
     for name in ("nats_per_bpb", "steps_of_an_epoch"):
-        monkeypatch.setattr(one, name, lambda: 100.0, raising=False)
+        monkeypatch.setattr(one, name, lambda *_: 100.0, raising=False)
     flags = [f"--out={tmp_path / 'numbers.json'}", f"--plot={tmp_path / 'picture.png'}", "--seeds=2"]
     assert one.main(flags) == 0
     out = capsys.readouterr().out
@@ -80,6 +82,17 @@ def test_studies_of_branches(one, tmp_path, base_dir, monkeypatch, capsys):
     assert len(rows) > 5 and len({line.count(" | ") for line in rows}) <= 3 and "nan" not in out
     assert "bpb" in (tmp_path / "numbers.json").read_text()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_epoch_is_what_the_loader_makes_of_the_text(base_dir, monkeypatch):
+    """It drops the ends of documents that no row has room for, so a pass takes fewer steps than the text has tokens for."""
+    tiny.prepare(base_dir)
+    tokens = sum(len(get_tokenizer().encode(text)) + 1 for texts in parquets_iter_batched("train") for text in texts)
+    monkeypatch.setitem(study.LARGE, "max-seq-len", 64)
+    few, many = (growth_few_data.steps_of_an_epoch(epochs) * 4096 / tokens for epochs in (100, 200))
+    assert 0.1 < many < few < 0.9, "long documents wait until there is nothing else"
+    monkeypatch.setitem(study.LARGE, "max-seq-len", 4096)
+    assert growth_few_data.steps_of_an_epoch(20) * 4096 / tokens == pytest.approx(1, abs=0.15), "rows that hold nearly all as a whole"
 
 
 @pytest.mark.parametrize("follow", [1, 2, 3])
