@@ -4,6 +4,8 @@ from html import escape
 
 import torch
 
+from nanochat.tokenizer import special_ids
+
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; background: #fff; }
 table { border-collapse: collapse; margin: 0.5em 0 1.5em; } td, th { padding: 1px 5px; text-align: left; } th { font-weight: 600; }
@@ -22,12 +24,8 @@ def shade(share: float) -> str:
 
 def visible(tokenizer, token: int) -> str:
     """A token as text, with its spaces and line breaks to be seen."""
-    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", errors="replace") if token not in special(tokenizer) else "⟨bos⟩"
+    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", errors="replace") if token not in special_ids(tokenizer) else "⟨bos⟩"
     return escape(text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥"))
-
-
-def special(tokenizer) -> set[int]:
-    return {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
 
 
 def heat_map(probs: torch.Tensor, names: list[str]) -> str:

@@ -107,6 +107,7 @@ def save_meta(checkpoint_dir: str | os.PathLike, step: int, meta_data: dict) -> 
 
 
 def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
+    """Raises CheckpointNotFound, which says what steps there are, and UsageError for a corrupt file."""
     path = Path(checkpoint_dir) / f"meta_{step:06d}.json"
     try:
         meta = parse_json(path.read_text(encoding="utf-8"))

@@ -1,8 +1,6 @@
 """Pretraining text from the Hugging Face hub: nanochat's ClimbMix, whose files are taken as they are, and other datasets, streamed into shards.
 
 A download that was killed goes on after its last complete shard and ends in the same files.
-
-The hub could not be reached when this was written: names in `HUB` are from memory.
 """
 import contextlib
 import random

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from nanochat.tokenizer import special_ids
+
 MASK = "<|output_end|>"  # nanochat's vocabulary has no mask; this stands in no text that is pretrained on
 MASKINGS = ("dynamic", "static")
 
@@ -19,7 +21,7 @@ class Masking:
 
     def __init__(self, tokenizer, rate: float = 0.15, static: bool = False):
         self.mask, self.rate, self.static = tokenizer.encode_special(MASK), rate, static
-        self.special = torch.tensor(sorted(tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()))
+        self.special = torch.tensor(sorted(special_ids(tokenizer)))
         self.vocab_size = tokenizer.get_vocab_size()
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +71,7 @@ def pseudo_log_likelihoods(model, tokens: list[int], mask: int, special: set[int
 
 def pseudo_perplexity(model, batches: Iterator, steps: int, tokenizer) -> tuple[float, float]:
     """(exp of the mean pseudo-log-likelihood's negative, bits per byte) over the rows of `steps` batches (tokens, ...)."""
-    special = {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
+    special = special_ids(tokenizer)
     nats, count, num_bytes = 0.0, 0, 0
     for _, (x, *_) in zip(range(steps), batches):
         for row in x.tolist():

@@ -38,24 +38,6 @@ def causal_or_masked(model, inputs: torch.Tensor, targets: torch.Tensor, both_wa
     return model(inputs, targets, loss_reduction="sum", both_ways=bool(both_ways[0]))
 
 
-@dataclass
-class ObjectiveSettings:
-    """The flags of pretraining's objective."""
-
-    objective: str = flag("next-token", "What is learned; next-token: the next token, mlm: hidden tokens from both sides, mixed: both in turn",
-                          choices=("next-token", "mlm", "mixed"))
-    mask_rate: float = flag(0.15, "Share of the tokens that mlm and mixed hide", type=fraction)
-    masking: str = flag("dynamic", "Which tokens of a text they hide; dynamic: others each time, static: always the same ones", choices=MASKINGS)
-    causal_share: float = flag(0.75, "Share of the passes of mixed that learn the next token; the others learn hidden ones", type=fraction)
-
-    def check_objective(self) -> None:
-        """Raises UsageError for an objective with nothing to learn, or with one of two."""
-        if self.objective != "next-token" and not self.mask_rate:
-            raise UsageError("--mask-rate=0 hides nothing, so there is nothing to learn; use 0.15 or so")
-        if self.objective == "mixed" and self.causal_share in (0, 1):
-            raise UsageError(f"--causal-share={self.causal_share:g} mixes nothing; use --objective={'next-token' if self.causal_share else 'mlm'}, or a share between 0 and 1")
-
-
 class Objective(NamedTuple):
     """One of pretraining."""
 
@@ -64,16 +46,16 @@ class Objective(NamedTuple):
     causal: bool = True  # is attention confined to what came before?
 
 
-def _masking(tokenizer, settings: ObjectiveSettings) -> Masking:
+def _masking(tokenizer, settings: "ObjectiveSettings") -> Masking:
     return Masking(tokenizer, settings.mask_rate, settings.masking == "static")
 
 
-def _hidden_tokens(tokenizer, settings: ObjectiveSettings) -> Callable:
+def _hidden_tokens(tokenizer, settings: "ObjectiveSettings") -> Callable:
     masking = _masking(tokenizer, settings)
     return lambda tokens, following, number: masking(tokens)
 
 
-def _in_turn(tokenizer, settings: ObjectiveSettings) -> Callable:
+def _in_turn(tokenizer, settings: "ObjectiveSettings") -> Callable:
     """Passes of both kinds, as evenly as their shares allow: of 4 the first is masked at a causal share of 0.75."""
     masking, share = _masking(tokenizer, settings), settings.causal_share
 
@@ -88,3 +70,21 @@ OBJECTIVES = {
     "mlm": Objective(_hidden_tokens, causal=False),
     "mixed": Objective(_in_turn, causal_or_masked),
 }
+
+
+@dataclass
+class ObjectiveSettings:
+    """The flags of pretraining's objective."""
+
+    objective: str = flag("next-token", "What is learned; next-token: the next token, mlm: hidden tokens from both sides, mixed: both in turn",
+                          choices=tuple(OBJECTIVES))
+    mask_rate: float = flag(0.15, "Share of the tokens that mlm and mixed hide", type=fraction)
+    masking: str = flag("dynamic", "Which tokens of a text they hide; dynamic: others each time, static: always the same ones", choices=MASKINGS)
+    causal_share: float = flag(0.75, "Share of the passes of mixed that learn the next token; the others learn hidden ones", type=fraction)
+
+    def check_objective(self) -> None:
+        """Raises UsageError for an objective with nothing to learn, or with one of two."""
+        if self.objective != "next-token" and not self.mask_rate:
+            raise UsageError("--mask-rate=0 hides nothing, so there is nothing to learn; use 0.15 or so")
+        if self.objective == "mixed" and self.causal_share in (0, 1):
+            raise UsageError(f"--causal-share={self.causal_share:g} mixes nothing; use --objective={'next-token' if self.causal_share else 'mlm'}, or a share between 0 and 1")

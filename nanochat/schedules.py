@@ -27,7 +27,7 @@ def lr_multiplier(step: float, num_iterations: int, warmup_steps: int, warmdown_
     if not warmdown or step <= num_iterations - warmdown:
         return 1.0
     left = max(0.0, (num_iterations - step) / warmdown)  # a growing run's last step may lie beyond its budget
-    if shape != "linear":
+    if shape != "linear":  # which would be 1 - (1 - left), rounded otherwise than nanochat's
         left = WARMDOWN_SHAPES[shape](min(1.0, 1 - left))
     return left + (1 - left) * final_lr_frac
 

@@ -265,6 +265,10 @@ def _turns(messages: list[dict]) -> Iterator[tuple[str, object]]:
         yield message["role"], message["content"]
 
 
+def special_ids(tokenizer) -> set[int]:
+    return {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
+
+
 def get_tokenizer() -> RustBPETokenizer:
     """The tokenizer that `scripts.tok_train` left in the base directory. Raises UsageError if there is none."""
     return RustBPETokenizer.from_directory(os.path.join(get_base_dir(), "tokenizer"))

@@ -165,7 +165,7 @@ class TrainLoop:
         """What a step's record tells besides what all trainings tell."""
         return {}
 
-    def between_steps(self, validated: bool) -> None:
+    def between_steps(self) -> None:
         """Last thing before a step."""
 
     def final_report(self, peak_memory: float) -> list[dict]:
@@ -326,7 +326,7 @@ class TrainLoop:
                     event.action()
             if self.done:
                 break
-            self.between_steps(validating)
+            self.between_steps()
             self.train_step()
             collect_garbage_rarely(self.step, self.first_step)
         gc.unfreeze()

@@ -383,7 +383,7 @@ class Pretraining(TrainLoop):
                 print0(sample)
             self.log.log("sample", self.step, samples=samples)
 
-    def between_steps(self, validated: bool) -> None:
+    def between_steps(self) -> None:
         if self.growth:
             self.growth.maybe_grow(self)
 

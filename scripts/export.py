@@ -21,7 +21,7 @@ os.environ.setdefault("NANOCHAT_KERNELS", "attention=torch,window=torch,backward
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +39,23 @@ def size(text: str) -> str:
     return text
 
 
+def _onnx(subject: Exported, settings: "Settings", folder: Path) -> str:
+    from nanochat.export.onnx import export_onnx
+    return export_onnx(subject, folder)
+
+
+# what fills the folder, checks it and says what it is
+FORMATS: dict[str, Callable[[Exported, "Settings", Path], str]] = {
+    "hf": lambda subject, settings, folder: export_hf(subject, folder, settings.shard_size),
+    "onnx": _onnx,
+    "nanochat": lambda subject, settings, folder: export_base_dir(to_stock(subject, settings.dense), folder),
+    "base-dir": lambda subject, settings, folder: export_base_dir(subject, folder),
+}
+
+
 @dataclass
 class Settings:
-    to: str = flag(REQUIRED, "Format", choices=("hf", "onnx", "nanochat", "base-dir"))
+    to: str = flag(REQUIRED, "Format", choices=tuple(FORMATS))
     out: str = flag(REQUIRED, "Folder to write, which must not exist")
     source: str = flag("base", "Stage of training that the checkpoint comes from", choices=SOURCES, short="-i")
     model_tag: str | None = flag(None, "Model to export (default: the largest)", type=folder_name, short="-g")
@@ -49,18 +63,6 @@ class Settings:
     from_folder: str | None = flag(None, "Export this folder, one of --to=hf, instead of a checkpoint")
     dense: bool = flag(False, "nanochat: multiply low-rank matrices out")
     shard_size: str = flag("5GB", "hf: a file of weights is not larger than this", type=size)
-
-
-def write(subject: Exported, settings: Settings, folder: Path) -> str:
-    match settings.to:
-        case "hf":
-            return export_hf(subject, folder, settings.shard_size)
-        case "onnx":
-            from nanochat.export.onnx import export_onnx
-            return export_onnx(subject, folder)
-        case "nanochat":
-            return export_base_dir(to_stock(subject, settings.dense), folder)
-    return export_base_dir(subject, folder)
 
 
 @command
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--from-folder and a checkpoint's --model-tag or --step both say what to export; give one of them")
     subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(settings.source, settings.model_tag, settings.step)
     with new_folder(out, "--out") as folder:
-        found = write(subject, settings, folder)
+        found = FORMATS[settings.to](subject, settings, folder)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"Written to {out} ({size / 1e6:,.1f} MB): {found}")
 

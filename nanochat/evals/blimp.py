@@ -20,6 +20,7 @@ from nanochat.evals.jsonl import SUFFIXES, Rows, files_of, missing_text, plain_n
 from nanochat.evals.results import Results, Row, average, mean_row
 from nanochat.evals.scoring import Example, find_common_length, max_positions, score_all, token_nats
 from nanochat.mlm import MASK, pseudo_log_likelihoods
+from nanochat.tokenizer import special_ids
 
 # What is spelled in several ways in the published files: the paper has 12 terms, in which s-selection is a part of argument structure, and 4 fields
 SPELLINGS = {"s_selection": "argument_structure", "filler_gap": "filler_gap_dependency", "island_effect": "island_effects"}
@@ -93,7 +94,7 @@ def _costs(model, tokenizer, device, hidden: bool) -> Callable[[Sequence[Example
     """A function of examples that run in one forward pass: for each the nats of its sentences."""
     if not hidden and getattr(getattr(model, "config", None), "causal", True):
         return lambda examples: [[nats.double().sum().item() for nats in pair] for pair in token_nats(model, examples, device)]
-    mask, special = tokenizer.encode_special(MASK), {tokenizer.encode_special(token) for token in tokenizer.get_special_tokens()}
+    mask, special = tokenizer.encode_special(MASK), special_ids(tokenizer)
     return lambda examples: [[-sum(pseudo_log_likelihoods(model, sentence, mask, special)) for sentence in example.sequences] for example in examples]
 
 

@@ -36,6 +36,9 @@ class FineTuning:
     finetune_batch: int = flag(32, "Its items per step", type=positive_int)
     finetune_rows: int = flag(-1, "Its training rows, the first ones of each set; -1: all", type=int_or_off)
 
+    def rows_of(self, rows: list[dict]) -> list[dict]:
+        return rows if self.finetune_rows < 0 else rows[:self.finetune_rows]
+
 
 class Item(NamedTuple):
     texts: tuple[list[int], ...]  # tokens; one text, or one for each answer

@@ -77,20 +77,16 @@ def by_prompt(model, tokenizer, data: NliSet, device, limit: int | None) -> Resu
 
 
 def by_probe(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuning) -> Results:
-    train, test = (_items(rows, model, tokenizer) for rows in (_first(data.train.good, settings), data.test.good[:limit]))
+    train, test = (_items(rows, model, tokenizer) for rows in (settings.rows_of(data.train.good), data.test.good[:limit]))
     x = features(model, [item.texts[0] for item in train + test], device, telling(f"{data.name}: states"))
     predicted = probe(x[:len(train)], torch.tensor([item.label for item in train]), x[len(train):], len(LABELS))
     return {data.name: _row(data.name, "probe", predicted, test, len(data.test.bad))}
 
 
 def by_finetuning(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuning) -> Results:
-    train, test = (_items(rows, model, tokenizer) for rows in (_first(data.train.good, settings), data.test.good[:limit]))
+    train, test = (_items(rows, model, tokenizer) for rows in (settings.rows_of(data.train.good), data.test.good[:limit]))
     classifier = finetune(model, train, len(LABELS), settings, data.name)
     return {data.name: _row(data.name, "fine-tuned", predict(classifier, test), test, len(data.test.bad))}
-
-
-def _first(rows: list[dict], settings: FineTuning) -> list[dict]:
-    return rows if settings.finetune_rows < 0 else rows[:settings.finetune_rows]
 
 
 TRAINED: dict[str, Callable] = {"probe": by_probe, "finetune": by_finetuning}

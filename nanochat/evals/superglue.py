@@ -121,9 +121,8 @@ def f1_score(predicted: torch.Tensor, labels: torch.Tensor, classes: Sequence[in
 def evaluate_split(model, tokenizer, split: Split, limit: int | None, settings: FineTuning) -> Results:
     """limit: rows of val.jsonl, the first ones."""
     task, context = TASKS[split.name], model.config.sequence_len
-    first = None if settings.finetune_rows < 0 else settings.finetune_rows
     train, val = ([Item(tuple(encode(tokenizer, text, context) for text in texts), label) for row in rows for texts, label in task.texts(row)]
-                  for rows in (split.train.good[:first], split.val.good[:limit]))
+                  for rows in (settings.rows_of(split.train.good), split.val.good[:limit]))
     predicted, labels = predict(finetune(model, train, task.classes, settings, split.name), val), torch.tensor([item.label for item in val])
     commonest = labels.bincount().max().item() / len(labels)
     found = {split.name: mean_row((predicted == labels).double(), baseline=commonest, label=split.name, counts={"not usable": len(split.train.bad) + len(split.val.bad)})}

@@ -13,6 +13,8 @@
 | `target.py` | depth: which layer continues which; the grown configuration |
 | `kappa.py`, `forecast.py` | when to grow, and what the model would end with otherwise |
 | `plan.py` | the stages of a run |
+| `controller.py` | growth in a training: when, and what the run does about it |
+| `family.py` | sizes that are finished on the way |
 """
 from nanochat.growth.model import grow
 from nanochat.growth.target import grown_config
