@@ -7,6 +7,7 @@ those to what nearly everybody imports (`cli`, `common` and the like, at the bot
 """
 import ast
 import sys
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -17,14 +18,14 @@ FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals"
 EVERYBODYS = 12  # a file with as many importers is not drawn with its arrows
 
 
-def modules() -> dict[str, Path]:
-    paths = [*ROOT.glob("nanochat/*.py"), *ROOT.glob("nanochat/growth/*.py"), *ROOT.glob("nanochat/evals/*.py"), *ROOT.glob("nanochat/export/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tasks/*.py")]
+def modules(folders: Iterable[str] = FOLDERS) -> dict[str, Path]:
+    paths = [path for folder in folders for path in ROOT.joinpath(*folder.split(".")).glob("*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(paths) if path.stem != "__init__"}
 
 
-def imports() -> dict[str, set[str]]:
-    """By module the modules of this project that it imports when it is imported."""
-    known = modules()
+def imports(folders: Iterable[str] = FOLDERS) -> dict[str, set[str]]:
+    """By module the modules of these folders that it imports when it is imported."""
+    known = modules(folders)
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         names: set[str] = set()
