@@ -138,7 +138,8 @@ def table(points: Sequence[Point], threshold: float | None) -> str:
 
 
 def draw(points: Sequence[Point], threshold: float | None, path: Path) -> None:
-    """Left the way of each configuration over FLOPs, with the threshold; then a panel for each other cost: a color for each configuration, a mark for each budget, and the fronts as steps."""
+    """Left the way of each configuration over FLOPs, with the threshold; then a panel for each other cost: a color for each configuration, a mark for each budget, its seeds as
+    dashes, and the fronts as steps."""
     known, found = [point for point in points if point.perplexity is not None], fronts(points)
     if not known:
         raise UsageError("all runs diverged, so there is nothing to draw")
@@ -155,6 +156,8 @@ def draw(points: Sequence[Point], threshold: float | None, path: Path) -> None:
                 axes.annotate(str(point.number), place, xytext=(4, 3), textcoords="offset points", fontsize=8)
                 if cost == "flops":
                     axes.plot(*zip(*point.curve), color=looks[id(point)]["color"], linewidth=1)
+                else:
+                    axes.plot([place[0]] * len(point.by_seed), point.by_seed, "_", color=looks[id(point)]["color"], alpha=0.6)
             costs = [getattr(point, cost) for point in known]
             if cost != "flops" and max(costs) > 4 * min(costs) > 0:
                 axes.set_xscale("log")
