@@ -22,28 +22,27 @@ from nanochat.tokenizer import get_tokenizer
 MOMENTS = (0.5, 0.8)  # of the epochs, at which to grow
 
 
-def steps_of_an_epoch(epochs: int) -> float:
-    """In the mean of so many, as the loader goes through the training text: it drops the ends of documents that no row has room for, more of them as long ones pile up."""
+def steps_of(epochs: list[int]) -> dict[int, float]:
+    """By the number of epochs, as the loader goes through the training text: it drops the ends of documents that no row has room for, more of them as long ones pile up."""
     tokenizer = get_tokenizer()
     tokens = sum(len(ids) + 1 for texts in parquets_iter_batched("train") for ids in tokenizer.encode(texts))
     batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(tokenizer, LARGE["device-batch-size"], LARGE["max-seq-len"], "train", device="cpu")
-    state = next(state for _, _, state in batches if state["read"] >= epochs * tokens)
-    return state["used"] / epochs / LARGE["total-batch-size"]
+    return {count: next(state["used"] for _, _, state in batches if state["read"] >= count * tokens) / LARGE["total-batch-size"] for count in sorted(epochs)}
 
 
-def plan(epoch: float, epochs: list[int], seed: int) -> dict[str, Trial]:
-    """`epoch` in steps. Checkpoints lie at multiples of a twentieth of the shortest run."""
-    unit = max(1, round(min(epochs) * epoch / 20))
-    at = lambda share: max(1, round(share * epoch / unit)) * unit
-    flags = {**LARGE, "save-every": unit, "eval-every": unit * 2, "num-iterations": at(max(epochs)), "seed": seed}
+def plan(lengths: dict[int, float], seed: int) -> dict[str, Trial]:
+    """lengths: steps by the number of epochs. Checkpoints lie at multiples of a twentieth of the shortest run."""
+    unit = max(1, round(min(lengths.values()) / 20))
+    at = lambda steps: max(1, round(steps / unit)) * unit
+    flags = {**LARGE, "save-every": unit, "eval-every": unit * 2, "num-iterations": at(max(lengths.values())), "seed": seed}
     trunks = {"4x64": Trial({**flags, **SMALL["4x64"]}), "4x128": Trial(flags)}
     found = {}
-    for count in epochs:
-        fall, end = at(count * (1 - DECAY)), at(count)
+    for count, length in lengths.items():
+        fall, end = at(length * (1 - DECAY)), at(length)
         for size, trunk in trunks.items():
             found[f"{size}, {count} epochs"] = trunk.branch(fall, warmdown_steps=end - fall)
         for moment in MOMENTS:
-            begin = at(count * moment)
+            begin = at(length * moment)
             grown = trunks["4x64"].branch(begin, grow_to="4x128", matrix_lr=LARGE["matrix-lr"], steady_steps=fall - begin, warmdown_steps=end - fall)
             found[f"4x64 -> 4x128 at {moment}, {count} epochs"] = grown
     return found
@@ -54,11 +53,11 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__, seeds=1)
     parser.add_argument("--epochs", type=positive_int, nargs="+", default=[5, 10, 20, 40])
     args = parser.parse_args(argv)
-    epoch = steps_of_an_epoch(max(args.epochs))
-    by_seed = run_by_seed(lambda seed: plan(epoch, args.epochs, seed), args.seeds, args.jobs)
+    lengths = steps_of(args.epochs)
+    by_seed = run_by_seed(lambda seed: plan(lengths, seed), args.seeds, args.jobs)
     nats = nats_per_bpb()
     best = min((name for name in by_seed[0] if "->" not in name), key=lambda name: statistics.mean(runs[name].final for runs in by_seed))
-    print(f"One epoch is {epoch:,.0f} steps. The best run that does not grow: {best}\n")
+    print(f"Steps, by epochs: {', '.join(f'{count}: {length:,.0f}' for count, length in lengths.items())}. The best run that does not grow: {best}\n")
     print("| run | FLOPs | bits per byte | nats per token above the best that does not grow | by seed |\n|---|---:|---:|---:|---|")
     for name in by_seed[0]:
         gaps = [(runs[name].final - runs[best].final) * nats for runs in by_seed]

@@ -60,7 +60,7 @@ def gpus() -> list[str]:
 
 
 def places_for(device_type: str, jobs: int | None, ranks: int = 1, threads: int = 1) -> list[Place]:
-    """One device for each of `ranks` ranks of a run. jobs: runs at a time; None: as many as there are devices. threads: of a rank on the CPU; 0: what the other runs leave.
+    """One device for each of `ranks` ranks of a run. jobs: runs at a time, on MPS one; None: as many as there are devices. threads: of a rank on the CPU; 0: what the other runs leave.
 
     Raises UsageError where there are fewer GPUs than a run needs.
     """

@@ -43,8 +43,9 @@ Spectra = dict[str, np.ndarray]  # by "layer.kind"
 def singular_values(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(the largest, the bulk), from the largest on, over the root mean square of the bulk."""
     values = torch.linalg.svdvals(weight.detach().double().cpu()).numpy()
-    values = values / math.sqrt(np.mean(values[math.ceil(TOP * len(values)):] ** 2))
-    return np.split(values, [math.ceil(TOP * len(values))])
+    top = math.ceil(TOP * len(values))
+    values = values / (math.sqrt(np.mean(values[top:] ** 2)) or 1.0)  # 0 where the rank is that low
+    return values[:top], values[top:]
 
 
 def spectrum(weight: torch.Tensor) -> np.ndarray:

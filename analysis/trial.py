@@ -199,10 +199,10 @@ def check_conditions(base_dir: str, trial: Trial) -> None:
     try:
         with open(folder / FILENAME, "rb") as f:
             start = parse_json(f.readline())
-        had, dtype, device = start["conditions"], start.get("dtype"), start.get("device", "").split(":")[0]
+        had, dtype, device = start["conditions"], start.get("dtype"), str(start.get("device")).split(":")[0]
     except (OSError, ValueError, KeyError, TypeError):  # not begun, or of an earlier version
         return
-    if device == default_device() and dtype != str(COMPUTE_DTYPE):  # a machine without GPUs may look at the results of those that have some
+    if dtype and device in ("cpu", default_device()) and dtype != str(COMPUTE_DTYPE):  # a machine without GPUs may look at the results of those that have some
         raise UsageError(f"the run in {folder} computed in {dtype}, and this machine would in {COMPUTE_DTYPE}; say NANOCHAT_DTYPE={dtype.removeprefix('torch.')} for the others too, "
                          f"or choose another NANOCHAT_BASE_DIR")
     for what, now in (("data", data_source), ("tokenizer", _tokenizer)):

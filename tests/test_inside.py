@@ -111,6 +111,8 @@ def test_units_that_hardly_fire_are_no_twins():
     assert inside.twins(values) == 0 and inside.quiet(values) == 0.5
     values[:, 3] = 2 * values[:, 0]
     assert inside.twins(values) == 1
+    values[:, 1:3] = torch.nn.functional.gelu(20 * values[:, 1:3] - 6)  # GELU is never quite at 0
+    assert inside.quiet(values) == 0.5
 
 
 def test_pages_of_a_run(base_dir, tmp_path, monkeypatch, capsys):

@@ -501,9 +501,9 @@ def test_runs_of_other_text_are_not_taken_for_these(fake, tmp_path, capsys):
         patch.setattr("analysis.trial.COMPUTE_DTYPE", "another")
         assert read(fake, trial), "the log does not tell"
         whole = log.read_text()
-        for device, refused in (("cuda:0", False), ("cpu", True)):
+        for here, device, refused in (("cpu", "cuda:0", False), ("cpu", "cpu", True), ("cuda", "cpu", True), ("cuda", "cuda:1", True)):
             log.write_text(whole.replace('"conditions": {', f'"device": "{device}", "dtype": "torch.float64", "conditions": {{', 1))
-            patch.setattr("analysis.trial.default_device", lambda: "cpu")
+            patch.setattr("analysis.trial.default_device", lambda: here)
             with pytest.raises(UsageError, match="computed in torch.float64, and this machine would in another; say NANOCHAT_DTYPE=float64") if refused else nullcontext():
                 read(fake, trial)
     log.write_text(whole)
