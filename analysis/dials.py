@@ -119,7 +119,7 @@ def main(argv=None) -> None:
         if not whole(results):
             print(f"\n{one.name}: diverged with {RATE} {rate:g} for {sum(not result.bpb for result in results)} of {len(seeds)} seeds")
     if args.out:
-        write_text_atomic(args.out, to_json({arm.name: {"rate": arm.rate, "runs": arm.runs} for arm in arms}))
+        write_text_atomic(args.out, to_json({one.name: {"rate": rate, "runs": results} for one, (rate, results) in zip(chosen, runs.values())}))
     if args.plot:
         draw(arms, args.plot)
 

@@ -10,9 +10,8 @@ head; the default is its twin, with half as many layers and heads, an eighth of 
 order and schedules over their FLOPs. The rate of the matrices is tuned on another seed and half of a run (rates.py), for the largest model, whose rate all that become it
 have, and for the two smaller ones that never grow: the first stage's, and that of the middle stage. A stage ends by --kappa, the share of its gain that is left; what the smallest
 model would end with is known from the runs of it alone, whose FLOPs are not counted, later stages foretell it. So begin with all seeds that you want, and with one kappa: a later
-call would know more of both stages, from what this one has trained. What grows in one step is
-large from then on, what grows by fractions only at the end of its last stage but one: compare modes among those that grow alike. The small model alone reads 2.5 times the
-tokens of the standard one: give it text enough.
+call would know more of both stages, from what this one has trained. What grows in one step is large from then on, what grows by fractions only at the end of its last stage but
+one: compare modes among those that grow alike. The small model alone reads 2.5 times the tokens of the standard one: give it text enough.
 
 Measured: validation loss over FLOPs and seconds (of which the first steps of a run and the first after a growth, which compile, take none), and by a briefer validation
 around each growth; paired differences of the seeds; the FLOPs at which the standard model, by runs of 5 to 100 % of the tokens with schedules of their own, has an arm's loss;

@@ -17,7 +17,7 @@ from nanochat.files import to_json, write_text_atomic
 
 LOW_RANK = {**TUNED, "matrix-lr": 0.24}
 RANK = 32
-EQUAL = {"target-flops": 0}  # those of a dense run, which the vocabulary decides
+EQUAL = {"target-flops": 0}  # to be filled in: those of a dense run, which the vocabulary decides
 CONTESTANTS: dict[str, dict] = {
     "dense": {**TUNED, "num-iterations": STEPS},
     "both, equal tokens": {**LOW_RANK, "rank": RANK, "num-iterations": STEPS},

@@ -266,6 +266,7 @@ def _turns(messages: list[dict]) -> Iterator[tuple[str, object]]:
 
 
 def special_ids(tokenizer) -> set[int]:
+    """Of the tokens that stand for no text."""
     return {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
 
 

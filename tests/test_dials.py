@@ -82,11 +82,12 @@ def test_what_the_file_does_not_have(asked, config, capsys):
     assert error == "error: --objective=mixed: blocks has mlm and next-token\n" and not asked
 
 
-def test_one_that_diverges_is_said_to_and_the_others_are_told(asked, config, monkeypatch, capsys):
+def test_one_that_diverges_is_said_to_and_the_others_are_told(asked, config, tmp_path, monkeypatch, capsys):
     runs = arms.run_trials
     broken = lambda trial: trial.flags["depth"] == 6 and trial.flags["seed"] == 44
     monkeypatch.setattr(arms, "run_trials", lambda base_dir, trials, *rest: [Result(trial.flags, [], [], [], 0.0, 0) if broken(trial) else result
                                                                              for trial, result in zip(trials, runs(base_dir, trials, *rest))])
-    assert dials.main([str(config)]) == 0
+    assert dials.main([str(config), f"--out={tmp_path / 'numbers.json'}"]) == 0
     out = capsys.readouterr().out
+    assert len(json.loads((tmp_path / "numbers.json").read_text())["depth=6 aspect-ratio=16"]["runs"]) == 3, "nothing is lost"
     assert "depth=6 aspect-ratio=16: diverged with matrix-lr 1 for 1 of 3 seeds" in out and "+0.1000 ± 0.0000: worse" in out and "nan" not in out

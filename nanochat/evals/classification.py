@@ -37,6 +37,7 @@ class FineTuning:
     finetune_rows: int = flag(-1, "Its training rows, the first ones of each set; -1: all", type=int_or_off)
 
     def rows_of(self, rows: list[dict]) -> list[dict]:
+        """Those of a set's training rows that are trained on."""
         return rows if self.finetune_rows < 0 else rows[:self.finetune_rows]
 
 
