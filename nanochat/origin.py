@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError, flag, non_negative_int, positive_float
 from nanochat.gpt import GPTConfig
-from nanochat.growth.plan import Shape, one_shape
+from nanochat.growth.stages import Shape, one_shape
 
 OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "steady_steps", "steady_rate", "grow_to", "grow_family", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
 

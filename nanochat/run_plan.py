@@ -9,7 +9,7 @@ from nanochat.common import print0
 from nanochat.gpt import GPTConfig
 from nanochat.growth.controller import GrowthController, GrowthSettings
 from nanochat.growth.model import empty_model
-from nanochat.growth.plan import Shape, Stage, describe, plan_stages
+from nanochat.growth.stages import Shape, Stage, describe, plan_stages
 from nanochat.layered_gpt import build_gpt
 from nanochat.memory import memory_table
 from nanochat.objectives import OBJECTIVES

@@ -8,7 +8,7 @@ import numpy as np
 from nanochat.cli import UsageError
 from nanochat.drawing import COLORS, INK, as_png, new_figure
 from nanochat.growth.kappa import earlier_runs, read_config
-from nanochat.growth.plan import describe
+from nanochat.growth.stages import describe
 from nanochat.run_log import FILENAME, read_run_log
 
 # USD per GPU and hour by a word in the device name, and for any other GPU

@@ -34,7 +34,7 @@ from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.modes import MODES, width_mode
 from nanochat.growth.optimizer import OPTIMIZER_MODES
-from nanochat.growth.plan import Shape, describe, growth_record, parse_path, plan_stages
+from nanochat.growth.stages import Shape, describe, growth_record, parse_path, plan_stages
 from nanochat.growth.target import DEPTH_MODES
 from nanochat.loss_eval import FirstBatches, evaluate_bpb
 from nanochat.optim import MuonAdamW

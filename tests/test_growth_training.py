@@ -13,7 +13,7 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import report
 from nanochat.fp8 import Float8Linear
-from nanochat.growth.plan import shares_of_flops
+from nanochat.growth.stages import shares_of_flops
 from nanochat.run_log import read_run_log
 from nanochat.run_report import TrainingRun, find_run_log
 from scripts import base_train

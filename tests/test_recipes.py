@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from analysis.sweep_config import check_runs, read_sweep
 from nanochat.cli import ArgumentParser
-from nanochat.growth.plan import parse_path
+from nanochat.growth.stages import parse_path
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@
 | `added.py` | masks that open, and learning rates that re-warm, for what is new |
 | `target.py` | depth: which layer continues which; the grown configuration |
 | `kappa.py`, `forecast.py` | when to grow, and what the model would end with otherwise |
-| `plan.py` | the stages of a run |
-| `controller.py` | growth in a training: when, and what the run does about it |
-| `family.py` | sizes that are finished on the way |
+| `stages.py` | the stages of a run, and when each ends at the latest |
+| `controller.py` | growth between two steps of a training, and its flags |
+| `family.py` | one run for a family of sizes: a trunk that grows, and a branch off it for each size |
 """
 from nanochat.growth.model import grow
 from nanochat.growth.target import grown_config

@@ -17,7 +17,7 @@ from nanochat.growth.lineage import Lineage
 from nanochat.growth.model import grow
 from nanochat.growth.modes import MODES, width_mode
 from nanochat.growth.optimizer import OPTIMIZER_MODES
-from nanochat.growth.plan import (
+from nanochat.growth.stages import (
     Shape,
     Stage,
     describe,

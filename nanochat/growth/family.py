@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.common import print0
-from nanochat.growth.plan import describe
+from nanochat.growth.stages import describe
 from nanochat.origin import Checkpoint
 
 

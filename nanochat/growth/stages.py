@@ -1,4 +1,4 @@
-"""The plan of a growing run: its stages, and the share of the FLOPs after which each ends at the latest."""
+"""The stages of a growing run, and the share of the FLOPs after which each ends at the latest."""
 import argparse
 import re
 from collections.abc import Sequence

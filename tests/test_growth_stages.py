@@ -4,7 +4,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.growth import grow
-from nanochat.growth.plan import Shape, describe, dial_path, latest_growths, parse_fractions, parse_path, plan_stages, show_plan
+from nanochat.growth.stages import Shape, describe, dial_path, latest_growths, parse_fractions, parse_path, plan_stages, show_plan
 from nanochat.layered_gpt import build_gpt
 from nanochat.recipe import gpt_config
 from tests.growing import STOCK, difference, mixed, random_model
