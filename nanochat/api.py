@@ -53,7 +53,7 @@ def wrong_type(name: str, wanted: str) -> ApiError:
 
 
 class Fields:
-    """A JSON object while it is read."""
+    """A JSON object while it is read. Whatever reads a field raises ApiError: 422 for a wrong type, 400 for a value that makes no sense."""
 
     def __init__(self, body: Any):
         if not isinstance(body, dict):
@@ -140,6 +140,7 @@ def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
 
 
 def read_sampling(fields: Fields, defaults: Defaults, vocab_size: int = 0) -> Sampling:
+    """How to draw tokens. Without a seed a random one. Raises ApiError."""
     seed = fields.whole("seed", -2**63, 2**63 - MAX_CHOICES, None)
     bias = fields.take("logit_bias") or {}
     if not isinstance(bias, dict):
@@ -157,6 +158,7 @@ def read_sampling(fields: Fields, defaults: Defaults, vocab_size: int = 0) -> Sa
 
 
 def read_stops(fields: Fields) -> list[str]:
+    """The texts that end an answer. Raises ApiError."""
     stops = fields.take("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list):
@@ -167,7 +169,7 @@ def read_stops(fields: Fields) -> list[str]:
 
 
 def read_max_tokens(fields: Fields, name: str, default: int, least: int = 1) -> int | None:
-    """OpenAI's: null takes the default, -1 as many as fit."""
+    """OpenAI's: null takes the default, -1 as many as fit. Raises ApiError."""
     limit = fields.whole(name, -1, 2**31, default)
     if limit == -1:
         return None
@@ -247,7 +249,7 @@ TOOL_TOKEN = re.compile(r"(<\|(?:python|output)_(?:start|end)\|>)")
 
 
 def read_messages(fields: Fields, roles: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(role, text) of each message."""
+    """(role, text) of each message. Raises ApiError where they are none, too many or of no use to a model of text."""
     messages = fields.take("messages")
     if not isinstance(messages, list):
         raise wrong_type("messages", "a list of messages")
@@ -276,6 +278,7 @@ def read_messages(fields: Fields, roles: tuple[str, ...]) -> list[tuple[str, str
 
 
 def plain_text(index: int, content: Any) -> str:
+    """Of a message's content: null, a text, or a list of text parts. Raises ApiError for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -289,6 +292,7 @@ def plain_text(index: int, content: Any) -> str:
 
 
 def limit_messages(messages: list[tuple[str, str]]) -> None:
+    """Raises ApiError for more characters of users than nanochat's own endpoint takes."""
     lengths = [len(text) if role == "user" else 0 for role, text in messages]
     for i, length in enumerate(lengths):
         if length > MAX_MESSAGE_LENGTH:
@@ -301,6 +305,7 @@ def chat_prompt(tokenizer, messages: list[tuple[str, str]], base: bool, go_on: b
     """Ids that make the model answer (role, text) messages; roles need not alternate, system messages open the user's next one.
 
     go_on: a last message of the assistant is not at its end, the model goes on with it (`continue_final_message`, as vLLM calls it).
+    Raises ApiError where no user follows a system message.
     """
     prompt = [tokenizer.get_bos_token_id()]
     if base:

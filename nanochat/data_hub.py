@@ -45,6 +45,8 @@ HUB = {
     "text8": HubSource("afmck/text8", validation="validation", cut=True),
     "tinystories": HubSource("roneneldan/TinyStories", validation="validation"),
 }
+
+
 def download_single_file(index: int, directory: Path | None = None) -> bool:
     """Fetches one ClimbMix shard; True if it is there afterwards. The hub's client retries and continues part files."""
     directory = directory or data_directory()

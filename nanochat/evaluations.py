@@ -37,8 +37,6 @@ PROMPTS = [
 ]
 
 
-
-
 def names(text: str) -> list[str]:
     """Several, joined by commas."""
     found = [name.strip() for name in text.split(",")]

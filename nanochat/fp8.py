@@ -123,6 +123,8 @@ class Float8Linear(Linear):
 
 @dataclass(frozen=True)
 class Float8LinearConfig:
+    """How nanochat's interface hands a recipe to `convert_to_float8_training`."""
+
     recipe: str = "tensorwise"
 
     @classmethod

@@ -59,8 +59,8 @@ class Candidate:
     worth: float  # fresh tokens that they are worth
     flops: float
     seconds: float
-    loss: float
-    error: float
+    loss: float  # that the law foretells, in its unit
+    error: float  # of it, in the same unit: 95 % of what is to be expected lies within loss ± error
     small: GPTConfig | None = None
     grow_at: float = 0.0
 

@@ -71,7 +71,6 @@ def _group_memory() -> Iterator[tuple[int, int]]:
                 yield int(limit), int(taken) - int(known.get(cached, 0))
 
 
-
 def openmp_threads() -> int:
     """Threads that OMP_NUM_THREADS asks for, of nested levels the outermost; 0 where it says nothing that OpenMP would follow."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

@@ -56,7 +56,6 @@ READ_SECONDS = 60  # for a client to take what is written to it, before more is
 MAX_EXCESS = 8 * MAX_BODY  # bytes of a request that was refused: so many are read, and dropped, for the sake of the client that has to see the refusal
 
 
-
 # -----------------------------------------------------------------------------
 # At the door
 

@@ -156,7 +156,10 @@ class RustBPETokenizer:
                num_threads: int = ...) -> list[list[int]]: ...
 
     def encode(self, text, prepend=None, append=None, num_threads=8):
-        """Ids of a text, or of each text of a list (in parallel where there is much). `prepend` and `append`: an id or a special token's name."""
+        """Ids of a text, or of each text of a list (in parallel where there is much). `prepend` and `append`: an id or a special token's name.
+
+        Raises ValueError for what is neither, KeyError for a name that is no special token's.
+        """
         if isinstance(text, str):
             rows = [self._ids(text)]
         elif isinstance(text, list) and sum(map(len, text)) < FEW_CHARS:
@@ -191,6 +194,8 @@ class RustBPETokenizer:
         `conversation["messages"]` alternates user and assistant, after an optional system message that is put in
         front of the first user text. Assistant content is a str or a list of {"type", "text"} parts: `text`,
         `python` (a tool call) and `python_output` (its answer, not learnt). Both lists are cut to `max_tokens`.
+        Raises AssertionError for roles out of turn or a user's content that is no str, ValueError for other content of the assistant's, KeyError for a field that
+        is missing.
         """
         ids: list[int] = []
         mask: list[int] = []
@@ -236,7 +241,7 @@ class RustBPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids that prime the model to write the last message, which must be the assistant's and is left out."""
+        """Ids that prime the model to write the last message, which must be the assistant's and is left out. Raises what `render_conversation` does."""
         messages = conversation["messages"]
         assert messages[-1]["role"] == "assistant", "the last message must be the assistant's"
         ids, _ = self.render_conversation({"messages": messages[:-1]})
