@@ -88,12 +88,17 @@ fraction = _number_type(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 seed = _number_type(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it
 
 
-def positive_ints(text: str) -> list[int]:
-    """Several `positive_int`, joined by commas."""
-    try:
-        return [positive_int(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,8,32") from None
+def listed(kind: Callable = str, sep: str = ",") -> Callable[[str], list]:
+    """Several of a kind, joined by `sep`, with or without blanks around it; at least one, and none of them empty."""
+    def parse(text: str) -> list:
+        parts = [part.strip() for part in text.split(sep)]
+        if not all(parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list: it has an empty part")
+        return [kind(part) for part in parts]
+    return parse
+
+
+positive_ints = listed(positive_int)
 
 
 def folder_name(text: str) -> str:

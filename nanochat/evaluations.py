@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.cli import UsageError, flag, positive_int
+from nanochat.cli import UsageError, flag, listed, positive_int
 from nanochat.common import get_base_dir, get_dist_info, print0, with_progress
 from nanochat.core_eval import core_csv, evaluate_core
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
@@ -37,24 +37,16 @@ PROMPTS = [
 ]
 
 
-def names(text: str) -> list[str]:
-    """Several, joined by commas."""
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like one,two")
-    return found
-
-
 @dataclass
 class EvaluationSettings(FineTuning):
     """Where the evaluations find their data, and how they go about it."""
 
     eval_bundle: str | None = flag(None, "Folder of CORE's data (default: eval_bundle in the base directory, downloaded if it is not there)")
-    core_tasks: list[str] | None = flag(None, "Tasks of CORE to run, by their labels, joined by commas (default: all)", type=names)
-    blimp: list[str] | None = flag(None, "Sets of minimal pairs, joined by commas: JSON lines, or folders of them (default: blimp in the base directory)", type=names)
+    core_tasks: list[str] | None = flag(None, "Tasks of CORE to run, by their labels, joined by commas (default: all)", type=listed())
+    blimp: list[str] | None = flag(None, "Sets of minimal pairs, joined by commas: JSON lines, or folders of them (default: blimp in the base directory)", type=listed())
     nli: str | None = flag(None, "Folder of NLI sets, NAME_train.jsonl and NAME_test.jsonl, packed or not (default: nli in the base directory)")
     superglue: str | None = flag(None, "Folder of SuperGLUE's tasks, BoolQ/train.jsonl and so on (default: superglue in the base directory)")
-    text: list[str] | None = flag(None, "Text files of the evaluation text, joined by commas", type=names)
+    text: list[str] | None = flag(None, "Text files of the evaluation text, joined by commas", type=listed())
     text_stride: int | None = flag(None, "Tokens by which its window moves (default: half of the context)", type=positive_int)
 
 
@@ -312,7 +304,7 @@ EVALUATIONS = {
 
 def requests(text: str) -> list[str]:
     """The type of a flag: evaluations joined by commas, each with or without a number, such as blimp:10,core."""
-    found = names(text)
+    found = listed()(text)
     asked = [request.partition(":")[0] for request in found]
     for request in found:
         name, colon, limit = request.partition(":")

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import REQUIRED, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int
+from nanochat.cli import REQUIRED, command, flag, listed, non_negative_float, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, print0
 from nanochat.engine import Engine
 from nanochat.report import get_report
@@ -20,18 +20,16 @@ from tasks.evaluation import evaluate, run_categorical_eval, run_chat_eval, run_
 from tasks.registry import CHATCORE, TASKS, chatcore
 
 
-def task_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split("|")]
-    for name in names:
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"unknown task {name!r}: use any of {', '.join(TASKS)}, joined by |")
-    return names
+def known_task(name: str) -> str:
+    if name not in TASKS:
+        raise argparse.ArgumentTypeError(f"unknown task {name!r}: use any of {', '.join(TASKS)}, joined by |")
+    return name
 
 
 @dataclass
 class Settings:
     source: str = flag(REQUIRED, "Stage of training that the model comes from", choices=SOURCES, short="-i")
-    task_name: list[str] | None = flag(None, f"Tasks, joined by |: any of {', '.join(TASKS)} (default: those of ChatCORE)", type=task_names, short="-a")
+    task_name: list[str] | None = flag(None, f"Tasks, joined by |: any of {', '.join(TASKS)} (default: those of ChatCORE)", type=listed(known_task, "|"), short="-a")
     temperature: float = flag(0.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
     max_new_tokens: int = flag(512, "Length of the longest answer in tokens", type=positive_int, short="-m")
     num_samples: int = flag(1, "Answers to a problem, of which one must be right", type=positive_int, short="-n")

@@ -6,7 +6,6 @@
 A task is a YAML file (docs/export.md shows one); its data may be a local file. The table is printed, and all results go to
 base_dir/lm_eval/<source>_<tag>_<step>.json, which a later call completes. Needs the harness: pip install -e '.[eval]'.
 """
-import argparse
 import json
 import logging
 import sys
@@ -16,21 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings, positive_int
+from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, listed, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir
 from nanochat.files import check_writable, locked, parse_json, write_text_atomic
 
 
-def task_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} names no task")
-    return names
-
-
 @dataclass
 class Settings:
-    tasks: list[str] = flag(REQUIRED, "Tasks, joined by commas", type=task_names)
+    tasks: list[str] = flag(REQUIRED, "Tasks, joined by commas", type=listed())
     source: str = flag("base", "Stage of training that the model comes from", choices=SOURCES, short="-i")
     model_tag: str | None = flag(None, "Model to evaluate (default: the largest)", type=folder_name, short="-g")
     step: int | None = flag(None, "Checkpoint to evaluate (default: the last)", type=non_negative_int, short="-s")

@@ -113,7 +113,7 @@ def test_flags_are_the_fields_of_a_settings_class(argv, expected):
     assert parse_settings(Settings, argv, "") == expected
 
 
-@pytest.mark.parametrize("argv, message", [([], "-i/--source"), (["-i", "c"], "'c'"), (["-i", "a", "--sizes=1,x"], "not a list like 1,8,32"),
+@pytest.mark.parametrize("argv, message", [([], "-i/--source"), (["-i", "c"], "'c'"), (["-i", "a", "--sizes=1,x"], "'x' is not a whole number above 0"), (["-i", "a", "--sizes=1,"], "'1,' is not a list"),
                                            (["-i", "a", "--depths", "0"], "above 0")])
 def test_bad_settings(argv, message, capsys):
     with pytest.raises(SystemExit) as exit:
