@@ -28,8 +28,8 @@ from pathlib import Path
 from nanochat.checkpoint_manager import SOURCES
 from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings
 from nanochat.export.base_dir import export_base_dir, to_stock
+from nanochat.export.exported import Exported, from_checkpoint
 from nanochat.export.hf import export_hf, from_folder
-from nanochat.export.subject import Exported, from_checkpoint
 from nanochat.files import check_free, new_folder
 
 

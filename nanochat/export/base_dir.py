@@ -12,7 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import SOURCES, save_checkpoint
 from nanochat.cli import UsageError
-from nanochat.export.subject import Exported
+from nanochat.export.exported import Exported
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec

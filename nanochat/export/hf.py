@@ -20,8 +20,8 @@ import torch
 from nanochat.checkpoint_manager import SOURCES, load_weights, model_from_config
 from nanochat.cli import UsageError, folder_name
 from nanochat.export import nanochat_reference as reference
+from nanochat.export.exported import Exported, optional_packages
 from nanochat.export.hf_tokenizer import CHAT_TEMPLATE, from_hf, to_hf
-from nanochat.export.subject import Exported, optional_packages
 from nanochat.files import parse_json
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config

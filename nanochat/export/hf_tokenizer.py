@@ -14,7 +14,7 @@ from typing import Any
 import tiktoken
 
 from nanochat.cli import UsageError
-from nanochat.export.subject import optional_packages
+from nanochat.export.exported import optional_packages
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 # Whitespace control ({%- -%}) keeps line breaks between the tags out. {% generation %} marks what the assistant learns, as `render_conversation`'s mask does.

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from nanochat.cli import UsageError
+from nanochat.export.exported import Exported, optional_packages
 from nanochat.export.hf import MOST_DIFFERENCE, reference_config, reference_model, write_json
 from nanochat.export.hf_tokenizer import to_hf
 from nanochat.export.nanochat_reference import LanguageModel, ListCache
-from nanochat.export.subject import Exported, optional_packages
 
 OPSET = 20
 
