@@ -332,8 +332,7 @@ class Chosen(NamedTuple):
 
 def choose(asked: Iterable[str] | None, model: Any) -> list[Chosen]:
     """The evaluations asked for (NAME or NAME:N), or those that are the default for such a model. Raises UsageError for one that does not suit it."""
-    causal = getattr(model.config, "causal", True)
-    suitable = {name for name, evaluation in EVALUATIONS.items() if (evaluation.causal if causal else evaluation.masked)}
+    suitable = {name for name, evaluation in EVALUATIONS.items() if (evaluation.causal if model.config.causal else evaluation.masked)}
     if asked is None:
         return [Chosen(name, None, evaluation) for name, evaluation in EVALUATIONS.items() if name in suitable and evaluation.default]
     limits = {name: int(limit) if limit else None for name, _, limit in (request.partition(":") for request in asked)}

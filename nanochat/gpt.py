@@ -44,6 +44,10 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "SSSL"  # per layer, repeated: L sees the whole context, S a quarter; the last layer is always L
 
+    # What a stock model has no choice of: no fields, so that its checkpoints' meta stays nanochat's; LayeredGPTConfig has fields of these names
+    causal = True
+    loops = 1
+
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, without a weight."""
@@ -217,7 +221,7 @@ class GPT(Counting):
     def __init__(self, config: GPTConfig, pad_vocab_size_to: int = 64):
         super().__init__()
         self.config = config
-        self.loops = getattr(config, "loops", 1)  # times that each layer is run, one after the other; a stock model's once
+        self.loops = config.loops  # times that each layer is run, one after the other
         self.window_sizes = self.make_window_sizes()
         self.backout_layer = config.n_layer // 2
         self.run_layer = run_layer  # compiler.py puts a compiled one in its place

@@ -57,7 +57,7 @@ def pseudo_log_likelihoods(model, tokens: list[int], mask: int, special: set[int
     A causal model is asked with attention to both sides, as it was trained by --objective=mixed, and at the place before (`told_before`); the first token
     must be a special one. Costs a forward pass for each token, `rows_at_once` of them together. The sum over a text compares it with another one.
     """
-    ids, causal = torch.tensor(tokens, device=model.get_device()), getattr(model.config, "causal", True)
+    ids, causal = torch.tensor(tokens, device=model.get_device()), model.config.causal
     hidden = [i for i, token in enumerate(tokens) if token not in special]
     values: list[float] = []
     for places in torch.tensor(hidden, device=ids.device).split(rows_at_once):

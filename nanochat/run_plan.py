@@ -90,7 +90,7 @@ class RunPlan:
         if self.streams % self.world_size:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
         first, final = settings.first_and_final(vocab_size)
-        if getattr(first, "causal", True) != OBJECTIVES[settings.objective].causal:
+        if first.causal != OBJECTIVES[settings.objective].causal:
             raise UsageError(f"the weights of {settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
                              "tokens with it; give the objective of then")
         settings.check_objective()

@@ -174,7 +174,7 @@ class Pretraining(TrainLoop):
                 self.growth.history = []
         share_weights(self.model)
         core_every, sample_every = settings.core_metric_every, settings.sample_every
-        if not getattr(self.model.config, "causal", True) and max(core_every, sample_every) > 0:
+        if not self.model.config.causal and max(core_every, sample_every) > 0:
             print0("No samples and no CORE metric in this run: a model that looks both ways does not tell the next token")
             core_every = sample_every = -1
         if core_every > 0:

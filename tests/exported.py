@@ -23,7 +23,7 @@ KINDS: dict[str, GPTConfig] = {
     "masked": growing.mixed(vocab_size=VOCAB, causal=False),
     "masked-ngpt": growing.mixed("ngpt", vocab_size=VOCAB, causal=False),
 }
-CAUSAL = [kind for kind, config in KINDS.items() if getattr(config, "causal", True)]
+CAUSAL = [kind for kind, config in KINDS.items() if config.causal]
 
 
 def prepare(base_dir: Path, kinds: dict[str, GPTConfig]) -> None:

@@ -48,7 +48,7 @@ def test_equal_logits(kind):
         assert growing.difference(model, reference) <= 1e-12
 
 
-@pytest.mark.parametrize("kind", [kind for kind, config in KINDS.items() if getattr(config, "causal", True)])
+@pytest.mark.parametrize("kind", [kind for kind, config in KINDS.items() if config.causal])
 @torch.no_grad()
 def test_pieces_behind_a_cache_are_the_whole(kind):
     _, reference = pair(kind)

@@ -55,7 +55,7 @@ def states(model, texts: Sequence[list[int]], device) -> torch.Tensor:
     """float32 (n, C) of n texts, in one forward pass, with gradients if they are enabled."""
     ids = stack_sequences(texts, pad_token_id=0).to(device)
     rows = torch.arange(len(texts), device=device)
-    causal = getattr(model.config, "causal", True)
+    causal = model.config.causal
     columns = torch.tensor([len(text) - 1 if causal else 0 for text in texts], device=device)
     kept = []
 
@@ -74,7 +74,7 @@ def in_passes(model, texts: Sequence[list[int]], device) -> Iterator[list[int]]:
     """The numbers of texts that go through the model together. One that looks both ways would read the padding: it gets texts of one length."""
     order = {id(text): i for i, text in enumerate(texts)}
     examples = [Example([text], [1], [len(text)]) for text in texts]
-    if getattr(model.config, "causal", True):
+    if model.config.causal:
         groups = [examples]
     else:
         groups = [[example for example in examples if example.width == width] for width in sorted({example.width for example in examples})]
@@ -162,7 +162,7 @@ class Classifier(nn.Module):
         """Scores (B, classes), or (B, answers) of items with as many texts each. Texts of a model that looks both ways run alone, or padding would be read."""
         texts = [text for item in items for text in item.texts]
         device = self.head.weight.device
-        if getattr(self.model.config, "causal", True):
+        if self.model.config.causal:
             scores = self.head(states(self.model, texts, device))
         else:
             scores = self.head(torch.cat([states(self.model, [text], device) for text in texts]))

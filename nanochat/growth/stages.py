@@ -147,8 +147,7 @@ def describe(config: GPTConfig) -> str:
     """Depth x width of a model, and its rank and loops if there are any: `10x640`, `15x960x128`, `15x960x64-128`, `10x640 (3 loops)`."""
     ranks = sorted({rank for layer in config.layers for rank in (layer.attn_rank, layer.mlp_rank)}) if isinstance(config, LayeredGPTConfig) else [0]
     rank = "" if ranks == [0] else f"x{ranks[0]}" if len(ranks) == 1 else f"x{ranks[0]}-{ranks[-1]}"
-    loops = getattr(config, "loops", 1)
-    return f"{config.n_layer}x{config.n_embd}{rank}" + (f" ({loops} loops)" if loops > 1 else "")
+    return f"{config.n_layer}x{config.n_embd}{rank}" + (f" ({config.loops} loops)" if config.loops > 1 else "")
 
 
 def growth_record(step: int, source: GPTConfig, target: GPTConfig, mode: str, depth_mode: str, seed: int, **measured: float | None) -> dict:
