@@ -49,7 +49,8 @@ def cpu_places(jobs: int, threads: int = 1, ranks: int = 1) -> list[Place]:
 def cuda_places(devices: Sequence[str], ranks: int = 1) -> list[Place]:
     """As many as there are groups of `ranks` devices."""
     groups = zip(*[iter(devices)] * ranks)
-    return [Place({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(group)}, ranks) for group in groups]
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # base_train's, which sets it too late in a child that has imported PyTorch before
+    return [Place({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(group), "PYTORCH_ALLOC_CONF": allocator}, ranks) for group in groups]
 
 
 def gpus() -> list[str]:
@@ -104,8 +105,8 @@ def _end_with_parent() -> None:
 
 
 def _processes(places: list[Place]) -> Any:
-    """How children start. On a CPU as copies of a process that has imported PyTorch once; a copy of one that has looked for GPUs could not use them."""
-    if any("CUDA_VISIBLE_DEVICES" in place.environment for place in places):
+    """How children start. Without GPUs as copies of a process that has imported PyTorch once; a copy of one that has seen GPUs cannot use CUDA, nor its random states."""
+    if any("CUDA_VISIBLE_DEVICES" in place.environment for place in places) or gpus():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["analysis.runner", "scripts.base_train", "torch._dynamo"])  # the latter every optimizer asks for

@@ -112,6 +112,9 @@ def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
     try:
         meta = parse_json(path.read_text(encoding="utf-8"))
         meta["model_config"].setdefault("window_pattern", "L")  # absent before windows existed
+        for name, kind in (("step", int), ("user_config", dict), ("loop_state", dict), ("growth", list), ("frozen", list)):
+            if name in meta and not isinstance(meta[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
     except FileNotFoundError:
         steps = list_steps(checkpoint_dir)
         raise CheckpointNotFound(f"no checkpoint of step {step} in {checkpoint_dir}; there is "
@@ -170,6 +173,11 @@ def load_optimizer(checkpoint_dir: str | os.PathLike, step: int, optimizer: Muon
         raise UsageError(f"the optimizer's state of step {step} in {folder} does not fit this model: {reason}; use another step (chat_sft: --load-optimizer=0)") from error
     for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
         group["initial_lr"] = learning_rate
+
+
+def matrix_optimizer(meta: dict) -> str:
+    """By what the matrices of the checkpoint's model were updated, for `setup_optimizer`; fine-tunings go on with that of their base model."""
+    return meta.get("matrix_optimizer") or meta.get("user_config", {}).get("matrix_optimizer", "muon")
 
 
 def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int, world: int | None = None) -> dict | None:

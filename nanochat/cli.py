@@ -83,6 +83,7 @@ int_or_off = _number_type(int, lambda v: v == -1 or v > 0, "a whole number above
 step_or_off = _number_type(int, lambda v: v >= -1, "a step, or -1 for off")
 positive_float = _number_type(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number_type(float, lambda v: v >= 0, "a number of 0 or more")
+float_or_default = _number_type(float, lambda v: v == -1 or v > 0, "a number above 0, or -1 for the default")
 finite_float = _number_type(float, lambda v: True, "a number")
 fraction = _number_type(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 seed = _number_type(int, lambda v: 0 <= v < 2 ** 62, "a whole number from 0 to 2^62")  # PyTorch takes 64 bits, and growths count on from it

@@ -264,15 +264,22 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+DEVICE_TYPES: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}  # is one here?
+
+
+def check_device_type(device_type: str) -> None:
+    """Raises UsageError for none of those, whether one is here or not."""
+    if device_type not in DEVICE_TYPES:
+        raise UsageError(f"unknown device type {device_type!r}: use cuda, mps or cpu, or leave it out to autodetect")
+
+
 def compute_init(device_type: str = "cuda") -> tuple[bool, int, int, int, torch.device]:
     """Seeds, sets precision and joins the process group: NCCL on CUDA, gloo elsewhere.
 
     Returns (ddp, rank, local_rank, world_size, device). Raises UsageError for an unknown or absent device type.
     """
-    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if device_type not in available:
-        raise UsageError(f"unknown device type {device_type!r}: use cuda, mps or cpu, or leave it out to autodetect")
-    if not available[device_type]():
+    check_device_type(device_type)
+    if not DEVICE_TYPES[device_type]():
         reason = why_no_cuda() if device_type == "cuda" else ""
         raise UsageError(f"PyTorch {torch.__version__} sees no {device_type} device here{f' ({reason})' if reason else ''}: "
                          "leave out --device-type to autodetect")

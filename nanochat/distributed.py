@@ -1,4 +1,5 @@
 """What ranks do together: share tensors, follow rank 0's decisions, notice that they differ. With one process all of it does nothing."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,23 @@ def agreed(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def attempt(action: Callable[[], Any]) -> UsageError | None:
+    """Does it on rank 0, and if that can on the others, which find what rank 0 has fetched. The first UsageError, on every rank, or None."""
+    for my_turn in (rank_and_world()[0] == 0, rank_and_world()[0] != 0):
+        reason = ""
+        try:
+            if my_turn:
+                action()
+        except UsageError as error:
+            reason = str(error)
+        reasons: list = [reason] * rank_and_world()[1]
+        if is_ddp_initialized():
+            dist.all_gather_object(reasons, reason)
+        if failed := next(filter(None, reasons), None):
+            return UsageError(failed)
+    return None
 
 
 def check_agreement(what: str, value: Any, advice: str) -> None:

@@ -41,8 +41,8 @@ def _builtin_takes_bf16() -> bool:
 
 
 BUILTIN_BF16 = _builtin_takes_bf16()
-if not BUILTIN_BF16:
-    torch.backends.cuda.enable_flash_sdp(False)  # the switch of CPUs too
+if not BUILTIN_BF16 and not torch.cuda.is_available():
+    torch.backends.cuda.enable_flash_sdp(False)  # one switch for both: GPUs need no CPU's kernel, and keep their own
 
 
 def _load_fa3():

@@ -47,6 +47,7 @@ class GPTConfig:
     # What a stock model has no choice of: no fields, so that its checkpoints' meta stays nanochat's; LayeredGPTConfig has fields of these names
     causal = True
     loops = 1
+    normalized = False
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,8 @@ class LayeredGPTConfig(GPTConfig):
             raise ValueError(f"there is no layer {self.backout_layer} to back out")
         if self.loops < 1:
             raise ValueError(f"layers cannot be run {self.loops} times")
-        if not 0 <= self.lm_head_rank <= self.n_embd:
-            raise ValueError(f"a head rank of {self.lm_head_rank} exceeds the width of {self.n_embd}")
+        if not 0 <= self.lm_head_rank <= min(self.n_embd, self.vocab_size):
+            raise ValueError(f"a head rank of {self.lm_head_rank} exceeds the width of {self.n_embd} or the vocabulary of {self.vocab_size}")
         for index, layer in enumerate(self.layers):
             try:
                 layer.check(self.n_embd)

@@ -26,6 +26,7 @@ from nanochat.optim_state import (
     GatheredState,
     SavedState,
     State,
+    check_groups,
     deal,
     is_sharded,
     kept_shapes,
@@ -243,7 +244,8 @@ class MuonAdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key not in ("params", "owners")})
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """One rank's own shard, of the same number of ranks. Raises ValueError for that of another model."""
+        """One rank's own shard, of the same number of ranks. Raises ValueError for that of another model or kind of optimizer."""
+        check_groups(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for p, shapes in kept_shapes(group, *rank_and_world()):

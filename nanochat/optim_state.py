@@ -150,13 +150,22 @@ def from_owner(stack: torch.Tensor, owner: int, slot: int) -> torch.Tensor:
     return share(stack[slot].clone() if dist.get_rank() == owner else stack.new_empty(stack.shape[1:]), owner)
 
 
+def check_groups(groups: Sequence[dict], saved: Sequence[dict]) -> None:
+    """Raises ValueError for saved groups of other parameters, or of another kind of optimizer, whose learning rates are of another size."""
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+        raise ValueError("it has other parameters")
+    if [group["kind"] for group in groups] != [group["kind"] for group in saved]:
+        raise ValueError("its matrices were updated by another optimizer (--matrix-optimizer)")
+
+
 class SavedState(_ByName):
     """Of the state dicts that all ranks of a run have saved, for an optimizer of the same model. Raises ValueError if it is of another one."""
 
     def __init__(self, optimizer, shards: Sequence[dict]):
         self.shards = shards
-        sizes = lambda groups: [(group["kind"], len(group["params"])) for group in groups]
-        if any(sizes(shard["param_groups"]) != sizes(optimizer.param_groups) or shard["state"].keys() != shards[0]["state"].keys() for shard in shards):
+        for shard in shards:
+            check_groups(optimizer.param_groups, shard["param_groups"])
+        if any(shard["state"].keys() != shards[0]["state"].keys() for shard in shards):
             raise ValueError("it has other parameters")
         self.places = {}
         for group, saved in zip(optimizer.param_groups, shards[0]["param_groups"], strict=True):

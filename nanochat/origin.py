@@ -74,6 +74,11 @@ class OriginSettings:
         if self.branch_from and self.branch_from.step is None:
             raise UsageError(f"--branch-from={self.branch_from.tag} lacks the step; write {self.branch_from.tag}@STEP")
 
+    def origin_config(self) -> GPTConfig | None:
+        """Of the model that the run begins with, where that is a checkpoint's. Raises UsageError where there is none."""
+        source = self.branch_from or self.init_from
+        return checkpoints.model_from_config(source.meta()["model_config"]).config if source else None
+
     @property
     def branch_steps(self) -> int:
         return self.steady_steps + (self.warmdown_steps or 0)
@@ -86,9 +91,10 @@ class OriginSettings:
 
 
 def inherited(settings: type, meta: dict) -> dict[str, Any]:
-    """The flags that a checkpoint was trained with, as defaults of the run that branches off."""
+    """The flags that a checkpoint was trained with, as defaults of the run that branches off; context and batch as they came to be."""
     known = {field.name for field in fields(settings)} - OWN
-    return {name: value for name, value in meta.get("user_config", {}).items() if name in known}
+    flags = {name: value for name, value in meta.get("user_config", {}).items() if name in known}
+    return flags | {"max_seq_len": meta["model_config"]["sequence_len"]} | ({"total_batch_size": meta["total_batch_size"]} if "total_batch_size" in meta else {})
 
 
 def as_json(value: Any) -> Any:

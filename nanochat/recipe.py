@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanochat.blocks import BLOCKS
-from nanochat.cli import UsageError, finite_float, flag, int_or_off, non_negative_int, positive_float, positive_int
+from nanochat.cli import UsageError, finite_float, flag, float_or_default, int_or_off, non_negative_int, positive_int
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.layered_gpt import ACTIVATIONS, ORDERS, LayeredGPTConfig, build_gpt
 from nanochat.lowrank import RANK_SCHEDULES, break_even_rank, schedule_ranks
@@ -28,10 +28,15 @@ def gpt_config(depth: int, aspect_ratio: int, head_dim: int, sequence_len: int, 
     if not window_pattern or set(window_pattern.upper()) - {"S", "L"}:
         raise UsageError(f"--window-pattern={window_pattern!r} must be letters S (short) and L (long), for example SSSL")
     n_head = -(-depth * aspect_ratio // head_dim)
-    if n_head * head_dim < SMEAR_GATE_CHANNELS:
-        raise UsageError(f"a width of {n_head * head_dim} is too small: the gates read {SMEAR_GATE_CHANNELS} channels; raise --aspect-ratio")
+    check_width(n_head * head_dim)
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head,
                      n_embd=n_head * head_dim, window_pattern=window_pattern)
+
+
+def check_width(width: int) -> None:
+    """Raises UsageError for one that is not a model's."""
+    if width < SMEAR_GATE_CHANNELS:
+        raise UsageError(f"a width of {width} is too small: the gates read {SMEAR_GATE_CHANNELS} channels; use a larger one, for example by --aspect-ratio")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class LayerChanges:
                         activation=self.activation, order=self.order,
                         attn_rank=attn_rank, mlp_rank=mlp_rank)
                 for layer, attn_rank, mlp_rank in zip(plain.layers, ranks(self.attn_rank, smallest["attn"]), ranks(self.mlp_rank, smallest["mlp"])))
-            head_rank = min(self.lm_head_rank, stock.n_embd) if reference else self.lm_head_rank
+            head_rank = min(self.lm_head_rank, stock.n_embd, stock.vocab_size) if reference else self.lm_head_rank
             return replace(plain, layers=layers, lm_head_rank=head_rank, causal=self.causal, loops=self.loops)
         except ValueError as error:
             raise UsageError(f"there is no such model: {error}") from error
@@ -173,7 +178,7 @@ class ModelSettings(ObjectiveSettings):
     n_head: int = flag(-1, "Query heads of a layer; -1: width / head-dim", type=int_or_off)
     n_kv_head: int = flag(-1, "Key and value heads of a layer; -1: as many as query heads", type=int_or_off)
     qk_dim: int = flag(-1, "Width of a query and a key; -1: head-dim", type=int_or_off)
-    mlp_ratio: float = flag(-1, "Hidden width of the MLP / width; -1: 4, or 8/3 for swiglu (as many parameters)", type=positive_float)
+    mlp_ratio: float = flag(-1, "Hidden width of the MLP / width; -1: 4, or 8/3 for swiglu (as many parameters)", type=float_or_default)
     mlp_depth: int = flag(1, "Hidden layers of the MLP", type=positive_int)
     activation: str = flag("relu2", "Activation of the MLP's hidden units", choices=ACTIVATIONS)
     order: str = flag("attn-mlp", "Order of attention and MLP in a layer", choices=ORDERS)
@@ -189,6 +194,8 @@ class ModelSettings(ObjectiveSettings):
 
     def config(self, vocab_size: int, depth: int | None = None, width: int | None = None, rank: int | None = None) -> GPTConfig:
         """The configuration that the flags ask for, of another depth, width and rank than theirs where those are given. Raises UsageError."""
+        if self.max_seq_len < 2:
+            raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
         config = gpt_config(depth or self.depth, self.aspect_ratio, self.head_dim, self.max_seq_len, vocab_size, self.window_pattern)
         if depth is not None:
             config = replace(config, n_layer=depth)
@@ -196,6 +203,7 @@ class ModelSettings(ObjectiveSettings):
         if width is not None:
             if width % self.head_dim:
                 raise UsageError(f"a width of {width} is not made of heads of {self.head_dim}; use a multiple, or another --head-dim")
+            check_width(width)
             config = replace(config, n_embd=width, n_head=width // self.head_dim, n_kv_head=width // self.head_dim)
         if rank is not None:
             changes = replace(changes, attn_rank=rank, mlp_rank=rank)

@@ -1,18 +1,18 @@
 """What a run of pretraining will be, settled before anything is trained: its models, horizon, growths, schedule and the sizes of its batches."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
-from nanochat import checkpoint_manager as checkpoints
 from nanochat.cli import UsageError, flag, int_or_off, non_negative_float, positive_int, seed
-from nanochat.common import print0
+from nanochat.common import check_device_type, print0
 from nanochat.gpt import GPTConfig
 from nanochat.growth.controller import GrowthController, GrowthSettings
 from nanochat.growth.model import empty_model
 from nanochat.growth.stages import Shape, Stage, describe, plan_stages
 from nanochat.layered_gpt import build_gpt
 from nanochat.memory import memory_table
-from nanochat.objectives import OBJECTIVES
+from nanochat.objectives import OBJECTIVES, ObjectiveSettings
 from nanochat.optim import MATRIX_OPTIMIZERS
 from nanochat.origin import Checkpoint, OriginSettings
 from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
@@ -20,6 +20,7 @@ from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Process, RunSettings, fit_device_batch
 
+HOW_TO_GROW = {"grow_mode", "grow_depth_mode", "grow_optimizer", "grow_noise", "grow_theta", "grow_spread", "grow_rewarm", "grow_rewarm_new", "grow_open", "grow_freeze"}
 CHECK_SHARE = 0.01  # of the run's tokens, at most, in a validation by which a growth is decided; it is without a backward pass
 
 
@@ -46,13 +47,24 @@ class PlanSettings(LearningSettings, HorizonSettings, GrowthSettings, OriginSett
                              type=int_or_off)
 
     def path(self) -> list[Shape]:
-        return self.growth_path(self.depth, self.aspect_ratio, self.head_dim)
+        """The shapes of all stages; none without growth. A branch grows to --grow-to alone, whatever its trunk was told."""
+        if not self.branch_from:
+            return self.growth_path(self.depth, self.aspect_ratio, self.head_dim)
+        trunk = self.origin_config()
+        return [Shape(trunk.n_layer, trunk.n_embd), self.grow_to] if trunk and self.grow_to else []
+
+    def check_branch(self, trunk: dict[str, Any]) -> None:
+        """Raises UsageError for flags of a branch that its trunk, whose flags are given, has not, and that a branch has no choice of."""
+        names = {field.name for field in fields(ModelSettings)} - {field.name for field in fields(ObjectiveSettings)}
+        names |= {field.name for field in fields(GrowthSettings)} - (HOW_TO_GROW if self.grow_to else set())
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != trunk.get(field.name, field.default):
+                raise UsageError(f"--{field.name.replace('_', '-')} is not for a branch, which has its trunk's model and grows to --grow-to alone; leave it out")
 
     def first_and_final(self, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
-        """The models that the run begins and ends with; with --init-from the shape of that checkpoint counts, not that of the flags."""
-        path = self.path()
-        if self.init_from:
-            first = checkpoints.model_from_config(self.init_from.meta()["model_config"]).config
+        """The models that the run begins and ends with; of a run that begins with a checkpoint its shape counts, not that of the flags."""
+        path, first = self.path(), self.origin_config()
+        if first is not None:
             return first, self.stages(first)[-1].config if path else first
         first, final = (self.config(vocab_size, shape.depth, shape.width, shape.rank) for shape in (path[0], path[-1])) if path else [self.config(vocab_size)] * 2
         return first, final
@@ -65,6 +77,7 @@ def show_memory(settings: PlanSettings, device_type: str) -> None:
     """The memory of each stage, without a GPU, data or a tokenizer (whose vocabulary would be nanochat's)."""
     if settings.device_batch_size == -1:
         raise UsageError("--memory needs the rows per pass; give --device-batch-size a positive number")
+    check_device_type(device_type)
     try:
         vocab_size = get_tokenizer().get_vocab_size()
     except UsageError:
@@ -84,14 +97,12 @@ class RunPlan:
 
     def __init__(self, settings: PlanSettings, vocab_size: int, process: Process):
         _, self.world_size, device = process
-        if settings.max_seq_len < 2:
-            raise UsageError("--max-seq-len=1 has nothing to predict from; use 2 or more")
         self.streams = self.world_size if settings.data_streams == -1 else settings.data_streams
         if self.streams % self.world_size:
             raise UsageError(f"--data-streams={self.streams} cannot be shared by {self.world_size} ranks; use a multiple")
         first, final = settings.first_and_final(vocab_size)
         if first.causal != OBJECTIVES[settings.objective].causal:
-            raise UsageError(f"the weights of {settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
+            raise UsageError(f"the weights of {settings.branch_from or settings.init_from} were trained with another objective than --objective={settings.objective}, and attention sees other "
                              "tokens with it; give the objective of then")
         settings.check_objective()
         self.settings = settings = replace(settings, max_seq_len=first.sequence_len)
@@ -111,14 +122,17 @@ class RunPlan:
                      window_pattern=settings.window_pattern)
         self.horizon = plan_horizon(self.final_model, shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
                                     settings.total_batch_size, settings.changes())
+        if settings.branch_from:  # the trunk's, which may grow further than to where it stands
+            of_trunk = settings.branch_from.meta().get("loop_state", {}).get("weight_decay_scale", self.horizon.weight_decay_scale)
+            self.horizon = replace(self.horizon, weight_decay_scale=of_trunk)
         self.weight_decay = settings.weight_decay * self.horizon.weight_decay_scale
         self.schedule: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, self.weight_decay)
         self.budget = self.final_model.estimate_flops() * self.horizon.total_tokens
         self.growth: GrowthController | None = None
-        if settings.path():
-            self.plan_growth(first)
         if settings.branch_from:
-            self.branch_off(settings.branch_from, device)
+            self.branch_off(settings.branch_from, first)
+        elif settings.path():
+            self.plan_growth(first)
         self.fit_batches(device)
 
     def initialize(self, device: torch.device) -> None:
@@ -128,36 +142,33 @@ class RunPlan:
 
     def plan_growth(self, first: GPTConfig) -> None:
         settings = self.settings
-        self.growth = GrowthController(settings, self.settings.stages(first), self.budget, self.padded_vocab, settings.seed, measured=settings.eval_every > 0 or settings.kappa is not None)
+        self.growth = GrowthController(settings, settings.stages(first), self.budget, self.padded_vocab, settings.seed, measured=settings.eval_every > 0 or settings.kappa is not None)
         self.budget = self.growth.budget
         if self.budget < self.growth.stages[0].flops_per_token * self.horizon.total_batch_size:
             raise UsageError(f"--grow-budget={settings.grow_budget:g} pays for less than one step; raise it, or lower --total-batch-size")
         print0(self.growth.show_plan())
+        planned, grown = self.final_model.estimate_flops(), self.growth.stages[-1].flops_per_token
+        if abs(grown / planned - 1) > 0.01:
+            print0(f"The grown model has {grown:,} FLOPs per token, one of these flags that does not grow {planned:,}, whose budget it gets: growth keeps the width of heads, "
+                   "the ratio of key heads and the ranks of layers")
 
-    def branch_off(self, trunk: Checkpoint, device: torch.device) -> None:
-        """Makes the rest of the run one of its own schedule from where the trunk stands. A trunk that grows does so no further, but for `--grow-to`."""
+    def branch_off(self, trunk: Checkpoint, first: GPTConfig) -> None:
+        """Makes the rest of the run one of its own schedule from where the trunk, a model of the configuration `first`, stands."""
         settings, meta, batch = self.settings, trunk.meta(), self.horizon.total_batch_size
-        config = checkpoints.model_from_config(meta["model_config"]).config
-        self.model = self.final_model = empty_model(config, self.padded_vocab, device)
         step, loop_state = meta["step"], meta.get("loop_state", {})
         flops = loop_state.get("flops", self.model.estimate_flops() * meta["step"] * batch)
         if "schedule" in loop_state:  # the trunk may be a branch itself
             lr, decay = loop_state["schedule"]
             now = self.schedule.at(0)._replace(lr=lr, weight_decay=self.weight_decay * decay)
         else:
-            now = self.schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget) if self.growth else step)
+            now = self.schedule.at(step)
         if settings.steady_rate:
             now = now._replace(lr=settings.steady_rate)
         self.schedule = Branch(settings, now, step, settings.steady_steps, settings.warmdown_steps or 0)
-        self.growth = None
         self.horizon = replace(self.horizon, num_iterations=step + settings.branch_steps)
-        if settings.grow_to:
-            stages = plan_stages(config, [Shape(config.n_layer, config.n_embd), settings.grow_to], settings.grow_depth_mode)
-            with torch.device("meta"):
-                self.final_model = build_gpt(stages[-1].config, self.padded_vocab)
         self.budget = flops + settings.branch_steps * batch * self.final_model.estimate_flops()
         if settings.grow_to:  # at once, whatever the trunk was told
-            self.growth = GrowthController(replace(settings, kappa=None, grow_at=None, grow_budget=1.0), stages, self.budget, self.padded_vocab, settings.seed,
+            self.growth = GrowthController(replace(settings, kappa=None, grow_at=None, grow_budget=1.0), settings.stages(first), self.budget, self.padded_vocab, settings.seed,
                                            measured=settings.eval_every > 0, growths_at=[0.0], earlier=meta.get("growth", []))
 
     def fit_batches(self, device: torch.device) -> None:

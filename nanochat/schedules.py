@@ -73,16 +73,22 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of a run of pretraining with `num_iterations` steps; weight_decay is that of its beginning."""
+    """Of a run of pretraining with `num_iterations` steps; weight_decay is that of its beginning.
+
+    A growing run is at a `position` in steps of its final model, and has made more `steps` than that, by which learning rates rise.
+    """
 
     settings: ScheduleSettings
     num_iterations: int
     weight_decay: float
 
-    def at(self, step: float) -> Now:
+    def at(self, position: float, steps: float | None = None) -> Now:
         settings, N = self.settings, self.num_iterations
-        return Now(lr_multiplier(step, N, settings.warmup_steps, settings.warmdown_ratio, settings.final_lr_frac, settings.warmdown_shape),
-                   muon_momentum(step, N, settings.warmdown_ratio), muon_weight_decay(step, N, self.weight_decay))
+        steps = position if steps is None else steps
+        rising = steps < settings.warmup_steps
+        return Now(lr_multiplier(steps if rising else position, N, settings.warmup_steps if rising else 0, settings.warmdown_ratio, settings.final_lr_frac,
+                                 settings.warmdown_shape),
+                   muon_momentum(position, N, settings.warmdown_ratio), muon_weight_decay(position, N, self.weight_decay))
 
 
 @dataclass(frozen=True)

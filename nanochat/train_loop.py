@@ -15,6 +15,7 @@ import gc
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -108,6 +109,7 @@ class TrainLoop:
         self.resume_step: int | None = None
         self.saved_step: int | None = None
         # what the loop carries from step to step
+        self.run_id = uuid.uuid4().hex  # shared by all checkpoints of one run, however often it was resumed
         self.step = self.first_step = 0
         self.val_bpb: float | None = None
         self.min_val_bpb = float("inf")
@@ -189,6 +191,8 @@ class TrainLoop:
             self.min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
             self.smooth_train_loss, self.total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
             self.flops = loop_state.get("flops", self.flops_per_token * self.tokens)
+            if self.resume_step is not None and self.settings.resume_from_step < 0:  # else there may be later checkpoints, which are no longer of this run
+                self.run_id = loop_state.get("run_id", self.run_id)
         except (KeyError, TypeError) as error:
             raise UsageError(f"{self.folder}/meta_{meta.get('step', 0):06d}.json is corrupt or not of such a run ({error}); use another step") from error
         if train_state is not None:
@@ -198,13 +202,13 @@ class TrainLoop:
     def loop_state(self) -> dict:
         """What `restore` takes up, for the meta data."""
         return dict(min_val_bpb=self.min_val_bpb if math.isfinite(self.min_val_bpb) else None, smooth_train_loss=self.smooth_train_loss,
-                    total_training_time=self.total_training_time)
+                    total_training_time=self.total_training_time, run_id=self.run_id)
 
     def open_log(self, **facts) -> None:
         """Begins the run's log, of which a resumed run keeps what is before its first step, and that of wandb."""
         self.log = RunLog(self.folder / FILENAME if self.rank == 0 else None, resume_step=None if self.resume_step is None else self.first_step)
         self.wandb_run = init_wandb(self.settings, self.user_config, self.rank, project=self.project)
-        self.log.log("start", self.step, config=self.user_config, **facts, device=str(self.device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size)
+        self.log.log("start", self.step, run_id=self.run_id, config=self.user_config, **facts, device=str(self.device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size)
 
     # -- between the steps
 
@@ -274,7 +278,7 @@ class TrainLoop:
         if self.step > UNTIMED_STEPS and self.step != self.first_step:
             self.total_training_time += dt
             self.stage_time, self.stage_flops = self.stage_time + dt, self.stage_flops + flops
-            self.pace = self.stage_time / self.stage_flops
+            self.pace = self.stage_time / self.stage_flops if self.stage_flops else 0.0  # the steps of chat_rl count no tokens
         self.flops += flops
         self.tell_step(losses, multiplier, dt)
         self.step += 1

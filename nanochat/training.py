@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import compiler, kernel_choice
-from nanochat.checkpoint_manager import list_steps
+from nanochat.checkpoint_manager import list_steps, load_meta
 from nanochat.cli import UsageError, flag, int_or_off, is_out_of_memory, step_or_off
 from nanochat.common import COMPUTE_DTYPE, DummyWandb, get_base_dir, is_ddp_initialized, print0
 from nanochat.distributed import check_agreement
@@ -27,6 +27,7 @@ from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.objectives import Loss, cross_entropy
 from nanochat.optim import MuonAdamW
+from nanochat.run_log import FILENAME, last_of_each_kind, read_run_log
 
 
 @dataclass
@@ -129,7 +130,7 @@ def find_resume_step(settings: RunSettings, folder: Path) -> int | None:
     """The step to continue from, or None for a new run. Raises UsageError if the ranks do not see the same checkpoints."""
     if settings.resume_from_step >= 0:
         return settings.resume_from_step
-    steps = list_steps(folder)
+    steps = steps_of_last_run(folder) if settings.resume else list_steps(folder)
     check_agreement(f"the checkpoints in {folder}", steps if settings.resume else None, "all nodes need the same NANOCHAT_BASE_DIR, on a file system that they share")
     if settings.resume and steps:
         return steps[-1]
@@ -139,6 +140,21 @@ def find_resume_step(settings: RunSettings, folder: Path) -> int | None:
         print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
                "delete them, or keep both apart with --model-tag")
     return None
+
+
+def steps_of_last_run(folder: Path) -> list[int]:
+    """Of its checkpoints: later ones may be left of a run that this one has replaced, or of what came after an earlier step that it went back to.
+
+    The log tells which run is the last, and where it began; without one (nanochat's own) all checkpoints are its.
+    """
+    steps = list_steps(folder)
+    try:
+        begun = last_of_each_kind(read_run_log(folder / FILENAME))["start"]
+        run_id = begun["run_id"]
+    except (UsageError, KeyError):
+        return steps
+    own = [step for step in steps if (load_meta(folder, step).get("loop_state") or {}).get("run_id") == run_id]
+    return own or [step for step in steps if step == begun["step"] > 0]
 
 
 def check_same(then: dict, now: dict) -> None:
@@ -226,9 +242,18 @@ class Accumulator:
         the step starts again with the same batches and half the rows per pass.
         """
         drawn: list = []
+        batches = iter(batches)
 
         def draw():
-            for batch in batches:
+            while True:
+                try:
+                    batch = next(batches, None)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise UsageError("out of memory while the batches of a step were made (in chat_rl: answers sampled); lower --device-batch-size") from None
+                if batch is None:
+                    return
                 drawn.append(batch)
                 yield batch
 

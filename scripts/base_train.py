@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from nanochat.cli import (
 from nanochat.common import autodetect_device_type, get_base_dir, print0, print_banner
 from nanochat.dataloader import TrainingData, batches_in_turn
 from nanochat.dataset import data_source
-from nanochat.distributed import check_agreement, share_weights
+from nanochat.distributed import agreed, attempt, check_agreement, share_weights
 from nanochat.engine import Engine
 from nanochat.evals.results import Results, forget_results, headlines, write_results
 from nanochat.evaluations import EvaluationSettings, Subject, requests
@@ -40,19 +41,24 @@ from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.growth import family
+from nanochat.growth.controller import GrowthSettings
 from nanochat.growth.optimizer import leave_out_frozen
 from nanochat.layered_gpt import build_gpt
 from nanochat.loss_eval import FirstBatches
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
 from nanochat.origin import as_json
-from nanochat.recipe import scaling_params
+from nanochat.recipe import HorizonSettings, scaling_params
 from nanochat.run_log import FILENAME
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.run_report import TrainingRun
+from nanochat.schedules import Now, ScheduleSettings
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, check_output, find_resume_step
+from nanochat.training import Process, check_output, check_same, find_resume_step, release_memory
+
+# flags that a growing run has made something of that its checkpoints hold
+SET_BY_GROWTH = {field.name for settings in (GrowthSettings, HorizonSettings, ScheduleSettings) for field in fields(settings)} - {"grow_family", "device_batch_size"}
 
 
 @dataclass
@@ -73,13 +79,15 @@ def parse(argv) -> Settings:
     """The flags, of which a branch takes its trunk's as defaults. Raises UsageError for those that contradict each other."""
     settings = parse_settings(Settings, argv, "Pretrain a base model")
     settings.check_origin()
-    defaults = origin.inherited(Settings, settings.branch_from.meta()) if settings.branch_from else {}
-    if defaults.get("block", settings.block) == "ngpt":
-        defaults = dict(weight_decay=0.0, warmup_steps=0) | defaults
-    if defaults:
+    trunk = origin.inherited(Settings, settings.branch_from.meta()) if settings.branch_from else {}
+    first = settings.origin_config()
+    normalized = settings.block == "ngpt" if first is None else first.normalized
+    if defaults := (dict(weight_decay=0.0, warmup_steps=0) if normalized else {}) | trunk:
         settings = parse_settings(Settings, argv, "Pretrain a base model", **defaults)
-    if settings.block == "ngpt" and settings.weight_decay:
-        raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
+    if settings.branch_from:
+        settings.check_branch(trunk)
+    if normalized and settings.weight_decay:
+        raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for normalized blocks (ngpt), whose weights are put back to length 1 after every step; "
                          "leave it out")
     if settings.grow_family:
         settings.path()  # there must be one
@@ -105,18 +113,24 @@ def main(argv=None) -> None:
         elif not settings.grow_family:
             train(settings, process)
         else:
-            trunk = train(family.trunk(settings), process)
-            for branch in family.branches(settings, trunk.folder, trunk.step):
+            folder, last = train(family.trunk(settings), process)
+            for branch in family.branches(settings, folder, last):
                 train(branch, process)
-            print0(TrainingRun(trunk.folder / FILENAME).branches_table())
+            print0(TrainingRun(folder / FILENAME).branches_table())
 
 
-def train(settings: Settings, process: Process) -> "Pretraining":
+def train(settings: Settings, process: Process) -> tuple[Path, int]:
+    """The folder of the run and its last step."""
+    gc.unfreeze()  # the model of a run before is to be forgotten
+    release_memory(process.device)
+    if process.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     training = Pretraining(settings, process)
     with locked(training.folder, wait=False) if process.master else nullcontext():
         training.start()
         training.run()
-    return training
+    agreed(None)  # rank 0 has written all that the others may want to read
+    return training.folder, training.step
 
 
 class Pretraining(TrainLoop):
@@ -132,6 +146,7 @@ class Pretraining(TrainLoop):
         self.token_bytes = get_token_bytes(device=self.device)
         self.plan = plan = RunPlan(settings, self.tokenizer.get_vocab_size(), process)
         self.settings, self.model, self.horizon, self.growth, self.budget = plan.settings, plan.model, plan.horizon, plan.growth, plan.budget  # type: ignore[assignment]
+        del plan.model  # or it would stay when the run has grown out of it
         self.growth_history: list[dict] = []  # of a model that does not grow in this run
         self.total_batch_size, self.accumulation = plan.horizon.total_batch_size, plan.passes
         self.eval_every, self.eval_steps = settings.eval_every, plan.eval_steps
@@ -170,20 +185,17 @@ class Pretraining(TrainLoop):
             self.load(*begin)
             if settings.init_optimizer == "keep":
                 moments = begin
-            if self.growth:  # it counts the growths of this run
-                self.growth.history = []
         share_weights(self.model)
         core_every, sample_every = settings.core_metric_every, settings.sample_every
         if not self.model.config.causal and max(core_every, sample_every) > 0:
             print0("No samples and no CORE metric in this run: a model that looks both ways does not tell the next token")
             core_every = sample_every = -1
         if core_every > 0:
-            try:
-                evaluations.core_bundle(self.subject())
-            except UsageError as error:
-                if settings.eval_bundle:
-                    raise
-                print0(f"No CORE metric in this run: {error}")
+            missing = attempt(lambda: evaluations.core_bundle(self.subject()))
+            if missing and settings.eval_bundle:
+                raise missing
+            if missing:
+                print0(f"No CORE metric in this run: {missing}")
                 core_every = -1
             else:
                 evaluations.check_core(self.subject(), None)  # bad data shows now, not at the first evaluation
@@ -233,7 +245,8 @@ class Pretraining(TrainLoop):
         model_data, _, meta = checkpoints.load_checkpoint(folder, step, self.device)
         train_state = checkpoints.load_train_state(folder, step, self.rank, self.world_size)
         self.growth_history = meta.get("growth", [])
-        if growth:
+        if growth and folder == self.folder:  # of this run
+            check_same(meta["user_config"], {name: value for name, value in self.user_config.items() if name in SET_BY_GROWTH and name in meta["user_config"]})
             growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
                 with torch.device("meta"):
@@ -267,8 +280,12 @@ class Pretraining(TrainLoop):
         first = self.step * self.accumulation
         return (self.prepare(x, y, number * self.world_size + self.rank) for number, (x, y) in enumerate(self.data.take(self.accumulation), first))
 
+    def now(self) -> Now:
+        """With growth the steps of the smaller models count by their FLOPs, but for the warm-up."""
+        return self.plan.schedule.at(self.position_at(self.flops), self.step) if self.by_flops else self.plan.schedule.at(self.step)
+
     def schedule(self) -> float:
-        now = self.plan.schedule.at(self.position)
+        now = self.now()
         if self.growth:
             now = now._replace(lr=now.lr * self.growth.rewarming(self.step))
         now.set(self.optimizer.param_groups)
@@ -276,26 +293,22 @@ class Pretraining(TrainLoop):
 
     def schedule_shares(self) -> tuple[float, float]:
         """Of the learning rates and the weight decay, for those that branch off."""
-        now = self.plan.schedule.at(self.position)
+        now = self.now()
         return now.lr, now.weight_decay / self.plan.weight_decay if self.plan.weight_decay else 0.0
 
-    @property
-    def position(self) -> float:
-        """Where the schedules stand, in steps of the final model: with growth the steps of the smaller models count by their FLOPs."""
-        return self.position_at(self.flops, self.step) if self.by_flops else self.step
-
-    def position_at(self, flops: float, step: float) -> float:
-        return max(self.horizon.num_iterations * min(1.0, flops / self.budget), min(step, self.settings.warmup_steps))
+    def position_at(self, flops: float) -> float:
+        """Where the schedules of a growing run stand, in steps of the final model."""
+        return self.horizon.num_iterations * min(1.0, flops / self.budget)
 
     def learning_rate(self, flops: float, step: float) -> float:
         """Its multiplier at another moment of a growing run."""
-        return self.plan.schedule.at(self.position_at(flops, step)).lr
+        return self.plan.schedule.at(self.position_at(flops), step).lr
 
     def conditions(self) -> dict[str, Any]:
         """What another run must share, besides the shape of its model, to end with about the same loss; `flops` is the horizon."""
         settings = self.settings
         shared = ("objective", "warmup_steps", "warmdown_ratio", "warmdown_shape", "final_lr_frac", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
-                  "weight_decay", "matrix_optimizer", *(("mask_rate", "causal_share") if settings.objective == "mixed" else ()))
+                  "weight_decay", "matrix_optimizer", *{"mlm": ("mask_rate",), "mixed": ("mask_rate", "causal_share")}.get(settings.objective, ()))
         return dict(data=data_source(), origin=str(settings.branch_from or settings.init_from or ""), tokenizer=self.tokenizer.checksum(), flops=self.budget,
                     total_batch_size=self.total_batch_size, **{name: getattr(settings, name) for name in shared})
 
@@ -398,7 +411,7 @@ class Pretraining(TrainLoop):
             max_seq_len=self.settings.max_seq_len, total_batch_size=self.total_batch_size, world_size=self.world_size,
             tokenizer=self.tokenizer.checksum(), growth=self.growth.earlier + self.growth.history if self.growth else self.growth_history,
             dataloader_state_dict={key: self.data.state[key] for key in ("pq_idx", "rg_idx", "epoch")},
-            loop_state=self.loop_state() | dict(flops=self.flops, schedule=self.schedule_shares()) | (self.growth.loop_state() if self.growth else {}), **growing)
+            loop_state=self.loop_state() | dict(flops=self.flops, schedule=self.schedule_shares(), weight_decay_scale=self.horizon.weight_decay_scale) | (self.growth.loop_state() if self.growth else {}), **growing)
 
     def final_report(self, peak_memory: float) -> list[dict]:
         return [{

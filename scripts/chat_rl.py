@@ -177,7 +177,7 @@ class Reinforcement(TrainLoop):
         check_output(folder, [model], self.rank == 0)
         self.engine = Engine(model, self.tokenizer)
         optimizer = model.setup_optimizer(unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr, matrix_lr=settings.matrix_lr,
-                                          weight_decay=settings.weight_decay, matrix_optimizer=self.meta.get("matrix_optimizer", "muon"))
+                                          weight_decay=settings.weight_decay, matrix_optimizer=checkpoints.matrix_optimizer(self.meta))
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"] * settings.init_lr_frac
         if self.resume_step is not None and train_state is not None:
@@ -244,7 +244,7 @@ class Reinforcement(TrainLoop):
 
     def meta_data(self) -> dict:
         return dict(step=self.checkpoint_step, model_config=asdict(self.model.config), user_config=self.user_config, sft_step=self.sft_step,
-                    world_size=self.world_size, matrix_optimizer=self.meta.get("matrix_optimizer", "muon"), growth=self.meta.get("growth", []),
+                    world_size=self.world_size, matrix_optimizer=checkpoints.matrix_optimizer(self.meta), growth=self.meta.get("growth", []),
                     tokenizer=self.tokenizer.checksum())
 
     def final_report(self, peak_memory: float) -> list[dict]:

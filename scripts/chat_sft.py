@@ -182,7 +182,7 @@ class FineTuning(TrainLoop):
         print0(f"Total batch size {self.total_batch_size:,} => gradient accumulation steps: {self.accumulation}")
 
         # Optimizer
-        self.matrix_optimizer = self.base_meta.get("user_config", {}).get("matrix_optimizer", "muon")
+        self.matrix_optimizer = checkpoints.matrix_optimizer(self.base_meta)
         optimizer = model.setup_optimizer(unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr, matrix_lr=settings.matrix_lr,
                                           weight_decay=0.0, matrix_optimizer=self.matrix_optimizer)
         for group in optimizer.param_groups:

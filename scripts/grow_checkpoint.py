@@ -33,7 +33,7 @@ from nanochat.files import check_free, check_writable, locked, new_folder
 from nanochat.gpt import GPT
 from nanochat.growth import grow
 from nanochat.growth.modes import MODES, width_mode
-from nanochat.growth.optimizer import OPTIMIZER_MODES
+from nanochat.growth.optimizer import OPTIMIZER_MODES, leave_out_frozen
 from nanochat.growth.stages import Shape, describe, growth_record, parse_path, plan_stages
 from nanochat.growth.target import DEPTH_MODES
 from nanochat.loss_eval import FirstBatches, evaluate_bpb
@@ -64,15 +64,17 @@ def load(folder: Path, step: int, device: torch.device) -> tuple[GPT, dict]:
     model_data, _, meta = checkpoints.load_checkpoint(folder, step, device)
     model = checkpoints.model_from_config(meta["model_config"])
     checkpoints.load_weights(model, model_data, device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in meta.get("frozen", ()))
     return model, meta
 
 
-def load_optimizer(model: GPT, folder: Path, step: int) -> tuple[MuonAdamW | None, int]:
+def load_optimizer(model: GPT, folder: Path, step: int, kind: str) -> tuple[MuonAdamW | None, int]:
     """The optimizer with the state that all ranks of the run have saved, and how many they were; (None, 0) if there is no state."""
     ranks = checkpoints.saved_ranks(folder, step)
     if not ranks:
         return None, 0
-    optimizer = model.setup_optimizer()
+    optimizer = leave_out_frozen(model.setup_optimizer(matrix_optimizer=kind))
     checkpoints.load_optimizer(folder, step, optimizer)
     return optimizer, ranks
 
@@ -143,13 +145,15 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], settings.depth_mode)
     tag = settings.to_tag or f"{folder.name}-{describe(after.config)}"
     check_free(parent / tag, "--to-tag")
-    optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step)
+    kind = checkpoints.matrix_optimizer(meta)
+    optimizer, ranks = (None, 0) if settings.optimizer == "none" else load_optimizer(model, folder, step, kind)
 
     comparison = Comparison(model.eval(), meta, settings.eval_tokens)
     check_writable(parent)
 
     grown, grown_optimizer = grow(model, after.config, optimizer, mode=settings.mode, depth_mode=settings.depth_mode, layers=after.layers,
-                                  optimizer_mode="reset" if settings.optimizer == "none" else settings.optimizer, generator=torch.Generator().manual_seed(settings.seed), **parameters)
+                                  optimizer_mode="reset" if settings.optimizer == "none" else settings.optimizer, setup=dict(matrix_optimizer=kind),
+                                  generator=torch.Generator().manual_seed(settings.seed), **parameters)
     print0(f"{describe(model.config)} -> {describe(grown.config)}: {before.params:,} -> {after.params:,} parameters, "
            f"{before.flops_per_token:,} -> {after.flops_per_token:,} FLOPs per token, mode {settings.mode}, depth {settings.depth_mode}")
     history = meta.get("growth", [])
@@ -157,7 +161,8 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
     flops = tokens * before.flops_per_token if tokens is not None and not history else None
     record = growth_record(step, model.config, grown.config, settings.mode, settings.depth_mode, settings.seed, **parameters, tokens=tokens, flops=flops,
                            loss_before=None, loss_after=None)
-    meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record]}
+    frozen = [name for name, parameter in grown.named_parameters() if not parameter.requires_grad]
+    meta = {**meta, "model_config": asdict(grown.config), "growth": [*history, record], **({"frozen": frozen} if "frozen" in meta else {})}
     shards = optimizer_shards(grown_optimizer, ranks) if grown_optimizer is not None else [None]
     with locked(parent / tag), new_folder(parent / tag, "--to-tag") as temporary:
         for rank in reversed(range(len(shards))):  # rank 0 writes the model, last

@@ -8,6 +8,7 @@ An item has one text, to which the head gives a score for each class, or several
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -123,11 +124,12 @@ def _fit(x: torch.Tensor, y: torch.Tensor, classes: int, penalty: float) -> nn.L
 
 
 def probe(x: torch.Tensor, y: torch.Tensor, test: torch.Tensor, classes: int) -> torch.Tensor:
-    """Predicted classes (m,) of test states (m, C), from training states x (n, C) and classes y (n,)."""
+    """Predicted classes (m,) of test states (m, C), from training states x (n, C) and classes y (n,), where these are."""
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, test = (x - mean) / deviation, (test - mean) / deviation
     held_out = torch.zeros(len(x), dtype=torch.bool)
     held_out[torch.randperm(len(x), generator=torch.Generator().manual_seed(1337))[:len(x) // 5]] = True
+    held_out = held_out.to(x.device)
     with torch.enable_grad():
         right = {penalty: (_fit(x[~held_out], y[~held_out], classes, penalty)(x[held_out]).argmax(-1) == y[held_out]).float().mean().item() for penalty in PENALTIES}
         best = max(right, key=lambda penalty: right[penalty])
@@ -223,10 +225,13 @@ def predict(classifier: Classifier, items: Sequence[Item], batch: int = 32) -> t
 def share_jobs(jobs: Sequence[Callable[[], Results]]) -> Results:
     """What all of them find. Each rank does some of them; all ranks call this and get the same."""
     rank, world_size = rank_and_world()
+    # a rank without a job waits for as long as another one's takes, and NCCL would take it for lost after ten minutes
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if world_size > 1 else None
     mine = [jobs[i]() for i in range(rank, len(jobs), world_size)]
     everyones: list[Any] = [mine]
     if world_size > 1:
         everyones = [None] * world_size
-        dist.all_gather_object(everyones, mine)
+        dist.all_gather_object(everyones, mine, group=group)
+        dist.destroy_process_group(group)
     by_job = {job: results for first, found in enumerate(everyones) for job, results in zip(range(first, len(jobs), world_size), found, strict=True)}
     return {key: row for job in range(len(jobs)) for key, row in by_job[job].items()}

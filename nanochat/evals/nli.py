@@ -79,7 +79,8 @@ def by_prompt(model, tokenizer, data: NliSet, device, limit: int | None) -> Resu
 def by_probe(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuning) -> Results:
     train, test = (_items(rows, model, tokenizer) for rows in (settings.rows_of(data.train.good), data.test.good[:limit]))
     x = features(model, [item.texts[0] for item in train + test], device, telling(f"{data.name}: states"))
-    predicted = probe(x[:len(train)], torch.tensor([item.label for item in train]), x[len(train):], len(LABELS))
+    labels = torch.tensor([item.label for item in train])
+    predicted = probe(x[:len(train)].to(device), labels.to(device), x[len(train):].to(device), len(LABELS)).cpu()
     return {data.name: _row(data.name, "probe", predicted, test, len(data.test.bad))}
 
 

@@ -1,7 +1,8 @@
 """Growth as something that happens between two steps of a training: the stages of the run, when the next one begins, and what it leaves behind."""
 import copy
 import gc
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -63,11 +64,9 @@ class GrowthSettings:
         if self.grow_path and self.grow_from:
             raise UsageError("--grow-path and --grow-from both say where to start; give one of them")
         if not (self.grow_path or self.grow_from):
-            for name, value in (("kappa", self.kappa), ("grow-at", self.grow_at), ("grow-at-tokens", self.grow_at_tokens)):
-                if value is not None:
-                    raise UsageError(f"--{name} says when to grow, but not into what; add --grow-from or --grow-path")
-            if self.grow_family:
-                raise UsageError("--grow-family finishes a model of each size, but there is one only; add --grow-from or --grow-path")
+            for field in fields(GrowthSettings):
+                if getattr(self, field.name) != field.default:
+                    raise UsageError(f"--{field.name.replace('_', '-')} says how or when to grow, but not into what; add --grow-from or --grow-path")
             return []
         if sum(given is not None for given in (self.kappa, self.grow_at, self.grow_at_tokens)) > 1:
             raise UsageError("--kappa, --grow-at and --grow-at-tokens all decide when to grow; give one of them")
@@ -101,10 +100,12 @@ class GrowthController:
         self.padded_vocab = padded_vocab
         for number in range(1, len(stages)):  # what cannot grow is refused now, not in the middle of the run
             self.lineage(number)
-        if settings.grow_open and layered_config(stages[-1].config).normalized:
+        if settings.grow_open and stages[-1].config.normalized:
             raise UsageError("--grow-open is for pre-norm blocks: on the sphere (--block=ngpt) weights keep their lengths and cannot rise from 0; leave it out")
         if settings.grow_rewarm_new and not settings.grow_rewarm:
             raise UsageError("--grow-rewarm-new says what re-warms, but not how long; add --grow-rewarm with the steps")
+        if not math.isfinite(settings.grow_budget * budget):
+            raise UsageError(f"--grow-budget={settings.grow_budget:g} is more than there can be; it is a share of what the final model would get without growth")
         self.budget = round(settings.grow_budget * budget)
         growths = len(self.stages) - 1
         self.growths_at = growths_at or (parse_fractions(settings.grow_at) if settings.grow_at else latest_growths(growths))
@@ -174,7 +175,7 @@ class GrowthController:
             masks = Entering(optimizer, {name: lineage.masked(name, shape) for name, shape in shapes.items()}, settings.grow_open, age, masks=True)
             if closed:
                 masks.close()
-        if getattr(loop.model.config, "normalized", False):
+        if loop.model.config.normalized:
             normalize = NormalizedWeights(loop.model)
             optimizer.register_step_post_hook(lambda *_: normalize())
 

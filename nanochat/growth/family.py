@@ -34,5 +34,5 @@ def branches(settings: Any, folder: Path, last: int) -> Iterator[Any]:
         if settings.resume and step + steps in checkpoints.list_steps(folder.parent / tag):
             print0(f"{tag} is finished")
         else:
-            yield replace(settings, branch_from=Checkpoint(folder.name, step), init_from=None, warmdown_steps=steps, model_tag=tag, grow_family=False,
-                          resume_from_step=-1)
+            yield replace(settings, branch_from=Checkpoint(folder.name, step), init_from=None, warmdown_steps=steps, total_batch_size=meta["total_batch_size"],
+                          model_tag=tag, grow_family=False, resume_from_step=-1)

@@ -193,7 +193,7 @@ class GrowthTrigger:
         if len(self.losses) == 2 * MAX_POINTS:
             self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2])]
             self.width *= 2
-        if self.ratio is None and self.start is not None:
+        if self.ratio is None and self.start is not None and loss > 0:  # 0: no token of a small batch was hidden
             self.ratio = self.start / loss
 
     def forecast(self, *checks: tuple[int, float]) -> Forecast:
