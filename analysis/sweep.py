@@ -3,7 +3,7 @@
     python -m analysis.sweep analysis/sweeps/low_rank_rates.toml --jobs=2 --plot=rates.png
     python -m analysis.sweep rates.toml --list                    what there is to do, and what is done
     python -m analysis.sweep rates.toml --submit=8                as a Slurm array of 8 runners that share the work
-    python -m analysis.sweep rates.toml --export=wandb rates.yaml the same for `wandb sweep`
+    python -m analysis.sweep rates.toml --export=wandb rates.yaml    # the same for `wandb sweep`
 
 The same command goes on where an earlier one was stopped; any number of them, on machines that share NANOCHAT_BASE_DIR, work through one sweep together.
 The results, a row a run, are in sweeps/<name>/results.csv there. Exit status 1: some runs failed (--retry tries them again).

@@ -1,6 +1,6 @@
 """Does everything work on this GPU, and how fast? One command, a few minutes, one verdict for each section.
 
-    python -m dev.gpu_check                    # about 5 minutes on an H100
+    python -m dev.gpu_check                    # 3 minutes on an H100
     python -m dev.gpu_check --small            # the same paths in small, which tests/test_cuda.py runs
     python -m dev.gpu_check --device-type=cpu --small    # a rehearsal without a GPU
 

@@ -47,7 +47,11 @@ class GPTConfig:
     # What a stock model has no choice of: no fields, so that its checkpoints' meta stays nanochat's; LayeredGPTConfig has fields of these names
     causal = True
     loops = 1
-    normalized = False
+
+    @property
+    def normalized(self) -> bool:
+        """Are hidden states and weights on the unit sphere?"""
+        return False
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:

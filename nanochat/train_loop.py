@@ -191,24 +191,29 @@ class TrainLoop:
             self.min_val_bpb = loop_state["min_val_bpb"] if loop_state["min_val_bpb"] is not None else float("inf")
             self.smooth_train_loss, self.total_training_time = loop_state["smooth_train_loss"], loop_state["total_training_time"]
             self.flops = loop_state.get("flops", self.flops_per_token * self.tokens)
-            if self.resume_step is not None and self.settings.resume_from_step < 0:  # else there may be later checkpoints, which are no longer of this run
-                self.run_id = loop_state.get("run_id", self.run_id)
         except (KeyError, TypeError) as error:
             raise UsageError(f"{self.folder}/meta_{meta.get('step', 0):06d}.json is corrupt or not of such a run ({error}); use another step") from error
         if train_state is not None:
             set_exact_state(train_state, self.device, self.scaler)
         self.first_step = self.step
+        if self.resume_step is not None:
+            self.go_on_with(meta)
+
+    def go_on_with(self, meta: dict) -> None:
+        """Makes this the run that has left the checkpoint. One that went back to an earlier step is another: there may be later checkpoints, which it has given up."""
+        if self.settings.resume_from_step < 0:
+            self.run_id = meta.get("run_id", self.run_id)
 
     def loop_state(self) -> dict:
         """What `restore` takes up, for the meta data."""
         return dict(min_val_bpb=self.min_val_bpb if math.isfinite(self.min_val_bpb) else None, smooth_train_loss=self.smooth_train_loss,
-                    total_training_time=self.total_training_time, run_id=self.run_id)
+                    total_training_time=self.total_training_time)
 
     def open_log(self, **facts) -> None:
         """Begins the run's log, of which a resumed run keeps what is before its first step, and that of wandb."""
         self.log = RunLog(self.folder / FILENAME if self.rank == 0 else None, resume_step=None if self.resume_step is None else self.first_step)
         self.wandb_run = init_wandb(self.settings, self.user_config, self.rank, project=self.project)
-        self.log.log("start", self.step, run_id=self.run_id, config=self.user_config, **facts, device=str(self.device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size)
+        self.log.log("start", self.step, run_id=self.run_id, resumed=self.resume_step, config=self.user_config, **facts, device=str(self.device), dtype=str(COMPUTE_DTYPE), world_size=self.world_size)
 
     # -- between the steps
 
@@ -252,10 +257,13 @@ class TrainLoop:
         """The step that a checkpoint written now is named after."""
         return self.step
 
+    def whole_meta_data(self) -> dict:
+        return self.meta_data() | dict(run_id=self.run_id)
+
     def save(self) -> None:
         self.saved_step = self.checkpoint_step
         exact = dict(**self.data_position(), **get_exact_state(self.device, self.scaler))
-        checkpoints.save_checkpoint(self.folder, self.saved_step, self.model.state_dict(), self.optimizer.state_dict(), self.meta_data(),
+        checkpoints.save_checkpoint(self.folder, self.saved_step, self.model.state_dict(), self.optimizer.state_dict(), self.whole_meta_data(),
                                     rank=self.rank, train_state=exact)
 
     # -- one step
@@ -324,7 +332,7 @@ class TrainLoop:
                 completing = saving or (self.step == self.resume_step and self.val_bpb is None)  # the run before ended in its validation
                 self.validate()
                 if completing and self.rank == 0:
-                    checkpoints.save_meta(self.folder, self.checkpoint_step, self.meta_data())
+                    checkpoints.save_meta(self.folder, self.checkpoint_step, self.whole_meta_data())
             for event in self.events:
                 if self.due(event.every, event.at_start) and (event.at_end or not self.done):
                     event.action()

@@ -153,8 +153,8 @@ def steps_of_last_run(folder: Path) -> list[int]:
         run_id = begun["run_id"]
     except (UsageError, KeyError):
         return steps
-    own = [step for step in steps if (load_meta(folder, step).get("loop_state") or {}).get("run_id") == run_id]
-    return own or [step for step in steps if step == begun["step"] > 0]
+    own = [step for step in steps if load_meta(folder, step).get("run_id") == run_id]
+    return own or [step for step in steps if step == begun.get("resumed")]
 
 
 def check_same(then: dict, now: dict) -> None:

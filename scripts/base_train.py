@@ -52,7 +52,7 @@ from nanochat.recipe import HorizonSettings, scaling_params
 from nanochat.run_log import FILENAME
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.run_report import TrainingRun
-from nanochat.schedules import Now, ScheduleSettings
+from nanochat.schedules import Branch, Now, ScheduleSettings
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, check_output, check_same, find_resume_step, release_memory
@@ -280,12 +280,15 @@ class Pretraining(TrainLoop):
         first = self.step * self.accumulation
         return (self.prepare(x, y, number * self.world_size + self.rank) for number, (x, y) in enumerate(self.data.take(self.accumulation), first))
 
-    def now(self) -> Now:
-        """With growth the steps of the smaller models count by their FLOPs, but for the warm-up."""
-        return self.plan.schedule.at(self.position_at(self.flops), self.step) if self.by_flops else self.plan.schedule.at(self.step)
+    def at(self, flops: float, step: float) -> Now:
+        """The hyper-parameters of a moment. With growth the steps of the smaller models count by their FLOPs, but for the warm-up."""
+        schedule = self.plan.schedule
+        if isinstance(schedule, Branch) or not self.growth:
+            return schedule.at(step)
+        return schedule.at(self.horizon.num_iterations * min(1.0, flops / self.budget), step)
 
     def schedule(self) -> float:
-        now = self.now()
+        now = self.at(self.flops, self.step)
         if self.growth:
             now = now._replace(lr=now.lr * self.growth.rewarming(self.step))
         now.set(self.optimizer.param_groups)
@@ -293,16 +296,8 @@ class Pretraining(TrainLoop):
 
     def schedule_shares(self) -> tuple[float, float]:
         """Of the learning rates and the weight decay, for those that branch off."""
-        now = self.now()
+        now = self.at(self.flops, self.step)
         return now.lr, now.weight_decay / self.plan.weight_decay if self.plan.weight_decay else 0.0
-
-    def position_at(self, flops: float) -> float:
-        """Where the schedules of a growing run stand, in steps of the final model."""
-        return self.horizon.num_iterations * min(1.0, flops / self.budget)
-
-    def learning_rate(self, flops: float, step: float) -> float:
-        """Its multiplier at another moment of a growing run."""
-        return self.plan.schedule.at(self.position_at(flops), step).lr
 
     def conditions(self) -> dict[str, Any]:
         """What another run must share, besides the shape of its model, to end with about the same loss; `flops` is the horizon."""

@@ -173,6 +173,7 @@ class Reinforcement(TrainLoop):
             now = {**self.user_config, "world_size": self.world_size}
             check_same({**self.meta["user_config"], "world_size": self.meta["world_size"]}, {name: now[name] for name in names})
             self.step = self.first_step = self.resume_step + 1
+            self.go_on_with(self.meta)
         share_weights(model)
         check_output(folder, [model], self.rank == 0)
         self.engine = Engine(model, self.tokenizer)

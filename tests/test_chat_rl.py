@@ -70,6 +70,12 @@ def test_it_logs_and_saves(trained_run):
     assert (trained_run / "report" / "chat-rl.md").exists()
 
 
+def test_a_long_run(tuned):
+    """From the eleventh step on time is measured."""
+    assert train("--num-iterations=13", "--examples-per-step=1", "--num-samples=2", "--max-new-tokens=2", "--eval-every=-1", "--save-every=-1") == 0
+    assert checkpoints.list_steps(folder(tuned, "chatrl")) == [12]
+
+
 @pytest.mark.slow
 def test_resume(trained_run, base_dir):
     shutil.copytree(trained_run, base_dir, dirs_exist_ok=True)

@@ -68,7 +68,8 @@ def test_flipped_byte(folder, name):
     assert refused > 50
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"model_config": 3}', '{"model_config": null}'])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"model_config": 3}', '{"model_config": null}', '{"model_config": {}, "loop_state": null}',
+                                  '{"model_config": {}, "user_config": []}', '{"model_config": {}, "step": "3"}', '{"model_config": {}, "frozen": null}'])
 def test_broken_meta(folder, text):
     (folder / FILES[3]).write_text(text)
     with pytest.raises(UsageError, match=FILES[3]):
@@ -232,6 +233,15 @@ def test_an_optimizer_of_another_model(tmp_path):
             checkpoints.load_optimizer(tmp_path, 5, other.setup_optimizer(), rank=0, world=2)
     with pytest.raises(checkpoints.CheckpointNotFound, match="optim_000004_rank0.pt"):
         checkpoints.load_optimizer(tmp_path, 4, make_model().setup_optimizer())
+
+
+def test_an_optimizer_of_another_kind(tmp_path):
+    """Its learning rates are of another size: with Muon's AdamW would move a matrix as many times too far as the root of its columns."""
+    save_ranks(tmp_path, 2, 2)
+    other = make_model().setup_optimizer(matrix_optimizer="adamw")
+    for ranks in ({}, dict(rank=0, world=2)):
+        with pytest.raises(UsageError, match="--matrix-optimizer"):
+            checkpoints.load_optimizer(tmp_path, 5, other, **ranks)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (3, 2), (2, 6)])

@@ -57,6 +57,20 @@ def test_a_grown_checkpoint_is_an_ordinary_one(base, capsys):
     assert [record["to"] for record in meta["growth"]] == ["5x128", "5x160"] and meta["growth"][1]["noise"] == 0.3
 
 
+def test_another_optimizer_and_layers_that_are_frozen(base):
+    """Grow as they are, and can be branched off."""
+    assert tiny.train("--matrix-optimizer=adamw", "--grow-path=2x96,3x96", "--grow-at=0.3", "--grow-freeze", "--num-iterations=4", "--model-tag=other", "--save-every=-1") == 0
+    step = checkpoints.list_steps(tiny.folder(base, "other"))[-1]
+    assert grow("--model-tag=other", "--to=4x128", "--to-tag=larger") == 0
+    frozen, grown = (set(checkpoints.load_meta(tiny.folder(base, tag), step)["frozen"]) for tag in ("other", "larger"))
+    assert len(grown) == len(frozen) > 0
+    branch = ["--warmdown-steps=1", "--save-every=-1", "--eval-every=-1", "--device-type=cpu"]
+    assert tiny.base_train.main([f"--branch-from=larger@{step}", "--model-tag=branch", *branch]) == 0
+    optimizer = torch.load(tiny.folder(base, "branch") / f"optim_{step + 1:06d}_rank0.pt", weights_only=True)
+    assert {group["kind"] for group in optimizer["param_groups"]} == {"adamw"}
+    assert tiny.base_train.main([f"--branch-from=larger@{step}", "--model-tag=muon", "--matrix-optimizer=muon", *branch]) == 2
+
+
 @pytest.mark.slow
 def test_the_state_of_two_ranks_stays_one_of_two_ranks(base):
     folder = tiny.folder(base)

@@ -131,6 +131,16 @@ def test_fixed_growths_ask_for_no_loss():
     assert decision.grow and decision.target is None
 
 
+def test_a_first_step_that_teaches_nothing():
+    """Of a small batch no token may be hidden."""
+    trigger = GrowthTrigger(0.2, 1e9, 100)
+    trigger.begin(3.0)
+    trigger.observe(0.0)
+    assert not trigger.due()
+    trigger.observe(1.5)
+    assert trigger.ratio == 2.0
+
+
 def test_it_does_not_grow_at_the_very_start():
     trigger, *_ = stage(0.5, final=Prediction(5.0, "the user"))
     assert not trigger.due() and not trigger.decide(0.0, 3.4).grow

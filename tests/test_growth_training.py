@@ -245,6 +245,8 @@ def test_the_plan_trains_nothing(base, capsys):
     (["--grow-from=1", "--grow-at=0.5", "--grow-budget=1e-12"], "less than one step"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-theta=50"], "0 to 45 degrees"), (["--grow-path=2x64,3x96", "--grow-at=0.5", "--grow-mode=hyperclone"], "whole multiples"),
     (["--grow-from=1", "--grow-at=0.5", "--grow-mode=bus", "--grow-noise=1"], "has no parameters"),
+    (["--grow-from=1", "--grow-at=0.5", "--grow-budget=1e308"], "more than there can be"),
+    *(([flag], "add --grow-from or --grow-path") for flag in ("--grow-budget=0.5", "--grow-freeze", "--grow-mode=bus", "--grow-open=5", "--grow-stages=3", "--kappa=0.2")),
 ])
 def test_contradictions(base, capsys, flags, reason):
     assert tiny.train(*flags) == 2
@@ -252,10 +254,23 @@ def test_contradictions(base, capsys, flags, reason):
     assert not list(base.glob("base_checkpoints/*/model_*.pt"))
 
 
-def test_another_plan_does_not_continue_a_grown_checkpoint(grown, base_dir, capsys):
+@pytest.mark.parametrize("flags, message", [
+    (["--grow-path=2x64,4x96"], "grow_path 2x64,3x96 -> 2x64,4x96"), (["--grow-at=0.6"], "grow_at 0.4 -> 0.6"), (["--num-iterations=9"], "num_iterations 8 -> 9"),
+    (["--final-lr-frac=0.5"], "final_lr_frac 0.05 -> 0.5"),
+])
+def test_another_plan_does_not_continue_a_growing_run(grown, base_dir, capsys, flags, message):
+    """Its trigger is the checkpoint's, whatever the new plan says."""
     shutil.copytree(grown[0], base_dir, dirs_exist_ok=True)
-    assert tiny.train(*AT, "--grow-path=2x64,4x96", "--model-tag=d3", "--resume") == 2
-    assert "another shape" in capsys.readouterr().err
+    assert tiny.train(*AT, *flags, "--model-tag=d3", "--resume") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_grows_otherwise_than_its_flags_say_is_told(base_dir, capsys):
+    tiny.prepare(base_dir)
+    assert tiny.train("--grow-path=2x64,3x128", "--head-dim=32", "--grow-at=0.5", "--n-head=2", "--grow-plan") == 0
+    assert "one of these flags that does not grow" in capsys.readouterr().out
+    assert tiny.train(*AT, "--grow-plan") == 0
+    assert "one of these flags that does not grow" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

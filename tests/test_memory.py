@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,9 +91,14 @@ def test_base_train_shows_every_stage_without_data_or_device(base_dir, capsys):
     assert rows["2x64"][0] > rows["1x32"][0]
 
 
-def test_memory_of_an_unknown_batch_is_refused(base_dir, capsys):
-    assert base_train.main(["--depth=2", "--memory", "--device-batch-size=-1"]) == 2
-    assert "--device-batch-size" in capsys.readouterr().err
+@pytest.mark.parametrize("flags, message", [
+    (["--device-batch-size=-1"], "--device-batch-size"), (["--device-type=tpu"], "unknown device type"), (["--max-seq-len=1"], "nothing to predict"),
+    (["--grow-path=2x16,2x32", "--head-dim=16", "--grow-at=0.5"], "too small"), (["--lm-head-rank=400", "--aspect-ratio=256"], "vocabulary of 320"),
+])
+def test_what_has_no_memory_is_refused(base_dir, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("nanochat.run_plan.get_tokenizer", lambda: SimpleNamespace(get_vocab_size=lambda: 320))
+    assert base_train.main(["--depth=2", "--memory", "--device-type=cpu", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_multiply_activations_and_nothing_else():

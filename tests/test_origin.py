@@ -1,14 +1,19 @@
 """Runs that begin where another one stands: branches of a trunk, and runs with the weights of another."""
+import dataclasses
 import shutil
 
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.layered_gpt import build_gpt
 from nanochat.run_log import read_run_log
+from nanochat.run_plan import RunPlan
 from nanochat.schedules import Schedule, ScheduleSettings
+from nanochat.training import Process
 from scripts import grow_checkpoint
 from tests import tiny
+from tests.growing import mixed
 
 TRUNK = ("--warmdown-ratio=0", "--weight-decay=0", "--model-tag=trunk")
 
@@ -121,10 +126,54 @@ def test_a_branch_that_grows_at_its_beginning(base):
     (["--steady-steps=3"], "add --branch-from"),
     (["--grow-to=3x96"], "add --branch-from"),
     (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=1x96", "--model-tag=x"], "only grows"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--objective=mlm"], "the weights of trunk@4 were trained with another objective"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--depth=4"], "--depth is not for a branch"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--max-seq-len=128"], "--max-seq-len is not for a branch"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-path=3x96,3x128", "--grow-at=0.5"], "is not for a branch"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-freeze"], "--grow-freeze is not for a branch"),
+    (["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=3x128", "--grow-at=0.5"], "--grow-at is not for a branch"),
 ])
 def test_branches_that_cannot_be(with_trunk, capsys, flags, message):
     assert tiny.base_train.main([*flags, "--device-type=cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def plan(*flags: str) -> RunPlan:
+    return RunPlan(tiny.base_train.parse(list(flags)), 320, Process(0, 1, torch.device("cpu")))
+
+
+def test_a_branch_is_planned_by_its_trunk_and_not_by_its_trunks_flags(finished):
+    """The trunk's shape was a checkpoint's, of which its flags say nothing."""
+    flags = ("--init-from=d3", "--depth=6", "--max-seq-len=128", "--total-batch-size=-1", "--weight-decay=0.1", "--num-iterations=2", "--model-tag=second")
+    trunk = plan(*tiny.FLAGS, *flags)
+    assert tiny.train(*flags, "--save-every=1", "--eval-every=-1") == 0
+    branch = plan("--branch-from=second@1", "--warmdown-steps=2", "--device-type=cpu")
+    assert branch.settings.max_seq_len == trunk.settings.max_seq_len == 64
+    for name in ("total_batch_size", "lr_scale", "weight_decay_scale"):
+        assert getattr(branch.horizon, name) == getattr(trunk.horizon, name), name
+    assert branch.weight_decay == trunk.weight_decay > 0 and branch.model.config == trunk.model.config
+
+
+def test_the_memory_of_a_branch_is_that_of_its_models(with_trunk, capsys):
+    assert tiny.base_train.main(["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=4x96", "--memory", "--device-type=cpu"]) == 0
+    table = capsys.readouterr().out.split("Memory of one training step")[1]
+    assert [line.split()[0] for line in table.splitlines()[2:4]] == ["3x96", "4x96"]
+
+
+def test_normalized_weights_of_another_run_have_no_weight_decay(base_dir):
+    config = mixed("ngpt")
+    model = build_gpt(config)
+    folder = tiny.folder(base_dir, "sphere")
+    checkpoints.save_checkpoint(folder, 1, model.state_dict(), None, dict(step=1, model_config=dataclasses.asdict(config)))
+    settings = tiny.base_train.parse(["--init-from=sphere"])
+    assert (settings.weight_decay, settings.warmup_steps) == (0, 0)
+
+
+def test_a_grown_checkpoint_grows_on_in_a_new_run(finished):
+    assert grow_checkpoint.main(["--to=3x128", "--model-tag=d3", "--to-tag=grown", "--eval-tokens=512", "--device-type=cpu"]) == 0
+    assert tiny.train("--init-from=grown", "--grow-path=3x128,4x128", "--grow-at=0.5", "--num-iterations=4", "--model-tag=on", "--save-every=-1") == 0
+    step = checkpoints.list_steps(tiny.folder(finished, "on"))[-1]
+    assert [growth["to"] for growth in checkpoints.load_meta(tiny.folder(finished, "on"), step)["growth"]] == ["4x128"]
 
 
 @pytest.mark.parametrize("shape, message", [("3x96,4x96", "several shapes"), ("3", "is not a shape"), ("0x0", "must be")])

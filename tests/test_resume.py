@@ -9,6 +9,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.run_log import read_run_log
+from nanochat.training import steps_of_last_run
 from tests import tiny
 
 
@@ -41,6 +42,21 @@ def test_the_run_spans_epochs_and_accumulates(finished_run):
     epochs = {record["epoch"] for record in records if record["kind"] == "train"}
     assert len(epochs) > 1
     assert start["total_batch_size"] == 2 * 2 * 64  # two passes of two rows
+
+
+def test_later_checkpoints_of_a_run_that_went_back_are_not_gone_on_with(finished, capsys):
+    """Nor are those of a run before in the same folder."""
+    for flags, steps in ((["--resume-from-step=4", "--num-iterations=6"], [5, 6]), (["--num-iterations=3"], [1, 2, 3])):
+        assert tiny.train(*flags, "--save-every=1") == 0
+        assert steps_of_last_run(tiny.folder(finished)) == steps and 8 in checkpoints.list_steps(tiny.folder(finished))
+    for step in (1, 2, 3):  # as if it had been killed before its first save
+        forget(finished, step)
+    assert steps_of_last_run(tiny.folder(finished)) == []
+    assert tiny.train("--resume-from-step=4", "--save-every=-1") == 0 and steps_of_last_run(tiny.folder(finished)) == [8]
+    forget(finished, 8)
+    assert steps_of_last_run(tiny.folder(finished)) == [4], "it began there"
+    (tiny.folder(finished) / "log.jsonl").unlink()
+    assert steps_of_last_run(tiny.folder(finished)) == [4, 5, 6]
 
 
 def test_kill_9_between_saves(base, finished_run):

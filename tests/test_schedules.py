@@ -21,6 +21,15 @@ def test_every_moment_has_a_value(steps, warmup, ratio, shape, share):
     assert 0 < branch.lr <= now.lr and all(map(math.isfinite, branch))
 
 
+def test_a_growing_run_warms_up_by_steps_and_nothing_else_does():
+    """Its first steps cost little, so there are many of them before its position has moved."""
+    schedule = Schedule(ScheduleSettings(warmup_steps=40, warmdown_ratio=0.5), 30, 0.1)
+    assert schedule.at(1.0, 19).lr == pytest.approx(0.5)
+    after = schedule.at(3.0, 60)
+    assert (after.lr, after.momentum, after.weight_decay) == (1.0, schedule.at(3.0).momentum, schedule.at(3.0).weight_decay)
+    assert schedule.at(30.0, 500).lr == pytest.approx(0.05)
+
+
 def test_a_branch_begins_with_what_its_trunk_has():
     trunk = Now(0.7, 0.95, 0.05)
     branch = Branch(ScheduleSettings(), trunk, 100, 20, 50)

@@ -8,7 +8,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import run_plan
-from nanochat.cli import is_out_of_memory, parse_settings
+from nanochat.cli import UsageError, is_out_of_memory, parse_settings
 from nanochat.gpt import GPT
 from nanochat.training import Accumulator, RunSettings, fit_device_batch, init_wandb
 from tests import tiny
@@ -146,6 +146,17 @@ def test_full_memory_by_all_its_names(error, memory_is_full):
     else:
         with pytest.raises(type(error), match="fit|past"):
             Accumulator(model, raw_model, None)(batches, 1)
+
+
+def test_full_memory_while_a_batch_is_made():
+    """The steps that reinforcement learns from are sampled as they are asked for; what is drawn already could not be completed."""
+    def batches():
+        yield torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.long)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    raw_model = types.SimpleNamespace(zero_grad=lambda set_to_none: None, get_device=lambda: torch.device("cpu"))
+    with pytest.raises(UsageError, match="--device-batch-size"):
+        Accumulator(lambda x, y, loss_reduction: torch.zeros((), requires_grad=True), raw_model, None)(batches(), 2)
 
 
 def test_full_memory_in_the_optimizers_step(base, monkeypatch, capsys):

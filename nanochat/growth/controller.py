@@ -138,7 +138,7 @@ class GrowthController:
         steps = (self.budget - loop.flops) / step_flops
         final = Prediction(settings.kappa_final_loss, "--kappa-final-loss") if settings.kappa_final_loss else \
             agreed(final_loss_of_earlier_runs(loop.folder.parent, stage.config, loop.conditions(), grown=number > 0))
-        self.trigger = GrowthTrigger(kappa, cap, steps, [loop.learning_rate(loop.flops + share * (self.budget - loop.flops), loop.step + share * steps)
+        self.trigger = GrowthTrigger(kappa, cap, steps, [loop.at(loop.flops + share * (self.budget - loop.flops), loop.step + share * steps).lr
                                                          for share in (i / RATES for i in range(RATES + 1))],
                                      check_steps=loop.plan.check_tokens / 3 / loop.total_batch_size, final=final)  # a validation has no backward pass
         if before is not None and loss_before is not None:
