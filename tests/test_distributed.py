@@ -168,6 +168,15 @@ def of_two_minds(rank: int) -> None:
     torch.nn.init.constant_(model.weight, rank)
     distributed.share_weights(model)
     assert not model.weight.any()
+    # what one rank cannot do, all know of; what rank 0 cannot, the others do not try
+    done = []
+    def fetch(failing: int) -> None:
+        done.append(failing)
+        if rank == failing:
+            raise UsageError(f"rank {rank} has no network")
+    assert str(distributed.attempt(lambda: fetch(1))) == "rank 1 has no network" and done == [1]
+    assert str(distributed.attempt(lambda: fetch(0))) == "rank 0 has no network" and done == ([1, 0] if rank == 0 else [1])
+    assert distributed.attempt(lambda: fetch(2)) is None
     # one rank without FlashAttention-3: no rank uses it
     flash_attention.USE_FA3, flash_attention.WHY_NOT_FA3 = rank == 0, "" if rank == 0 else "no package"
     flash_attention.agree_on_kernels()
