@@ -47,11 +47,7 @@ class GPTConfig:
     # What a stock model has no choice of: no fields, so that its checkpoints' meta stays nanochat's; LayeredGPTConfig has fields of these names
     causal = True
     loops = 1
-
-    @property
-    def normalized(self) -> bool:
-        """Are hidden states and weights on the unit sphere?"""
-        return False
+    normalized = property(lambda self: False)  # are hidden states and weights on the unit sphere?
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:

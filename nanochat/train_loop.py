@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.cli import UsageError
+from nanochat.cli import UsageError, is_out_of_memory
 from nanochat.common import (
     COMPUTE_DTYPE,
     COMPUTE_DTYPE_REASON,
@@ -51,6 +51,7 @@ from nanochat.training import (
     get_exact_state,
     init_wandb,
     optimizer_step,
+    release_memory,
     set_exact_state,
 )
 
@@ -321,6 +322,20 @@ class TrainLoop:
     def must_validate(self) -> bool:
         return self.due(self.eval_every, at_start=True)
 
+    def take_place(self, event: Event) -> None:
+        """What does not fit into memory beside the training is left out; with several ranks it ends the run, since the others would wait for it."""
+        try:
+            event.action()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.world_size > 1:
+                raise
+            self.model.zero_grad(set_to_none=True)
+            self.model.train()
+            print0(f"Step {self.step:05d} | Out of memory in an evaluation: it is left out; a checkpoint can be evaluated by itself")
+        else:
+            return
+        release_memory(self.device)  # here, as the error holds on to what it was raised in
+
     def run(self) -> None:
         while True:
             saving, validating = self.must_save(), self.must_validate()
@@ -335,7 +350,7 @@ class TrainLoop:
                     checkpoints.save_meta(self.folder, self.checkpoint_step, self.whole_meta_data())
             for event in self.events:
                 if self.due(event.every, event.at_start) and (event.at_end or not self.done):
-                    event.action()
+                    self.take_place(event)
             if self.done:
                 break
             self.between_steps()

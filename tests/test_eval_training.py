@@ -2,6 +2,7 @@
 import shutil
 
 import pytest
+import torch
 
 from nanochat import report
 from nanochat.eval_report import EvalReport
@@ -50,6 +51,15 @@ def test_a_training_is_evaluated_and_not_disturbed(base, finished_run, monkeypat
     assert list(all_results(tiny.folder(base))) == [4]
     assert tiny.train("--num-iterations=1") == 0
     assert not all_results(tiny.folder(base))
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_is_left_out(base, finished_run, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr("nanochat.evaluations.evaluate", full)
+    assert tiny.train("--eval-tasks=blimp:5", "--eval-tasks-every=4") == 0
+    assert capsys.readouterr().out.count("Out of memory in an evaluation") == 2
+    assert tiny.same_checkpoint(base, finished_run)
 
 
 def test_core_of_a_training_is_kept_too(base):
