@@ -77,7 +77,7 @@ def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
 def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
     """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates, which are tuned without other evaluations than that of the loss."""
     places = places_for(arms[0].tuning[0].flags["device-type"], jobs)
-    keys = {f"{arm.name}, {unit:g} units": (i, unit) for i, arm in enumerate(arms) for unit in units}
+    keys = {arm.name + (f", {unit:g} units" if len(units) > 1 else ""): (i, unit) for i, arm in enumerate(arms) for unit in units}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
         runs = [arms[i].trial(unit * TUNING, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]

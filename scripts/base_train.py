@@ -87,7 +87,7 @@ def parse(argv) -> Settings:
     if settings.branch_from:
         settings.check_branch(trunk)
     if normalized and settings.weight_decay:
-        raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for normalized blocks (ngpt), whose weights are put back to length 1 after every step; "
+        raise UsageError(f"--weight-decay={settings.weight_decay:g} means nothing for --block=ngpt, whose weights are put back to length 1 after every step; "
                          "leave it out")
     if settings.grow_family:
         settings.path()  # there must be one
