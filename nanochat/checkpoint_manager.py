@@ -170,7 +170,7 @@ def load_optimizer(checkpoint_dir: str | os.PathLike, step: int, optimizer: Muon
             optimizer.load_shards([_load(path(r), "cpu", mapped=True) for r in range(ranks)])
     except (ValueError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"the optimizer's state of step {step} in {folder} does not fit this model: {reason}; use another step (chat_sft: --load-optimizer=0)") from error
+        raise UsageError(f"the optimizer's state of step {step} in {folder} does not fit this model: {reason}; use another step (chat_sft: --load-optimizer=0), or the flags of then") from error
     for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
         group["initial_lr"] = learning_rate
 

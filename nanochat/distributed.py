@@ -1,5 +1,7 @@
 """What ranks do together: share tensors, follow rank 0's decisions, notice that they differ. With one process all of it does nothing."""
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -49,29 +51,43 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
+@contextlib.contextmanager
+def patience() -> Iterator[Any]:
+    """A group of all ranks, to be made before they part, in which one waits days for another; NCCL takes a rank for lost after ten minutes. None with one process."""
+    if not is_ddp_initialized():
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    yield group
+    dist.destroy_process_group(group)
+
+
+def of_all_ranks(value: Any, group: Any = None) -> list:
+    """Of each rank its value, in their order, on every rank."""
+    values = [value] * rank_and_world()[1]
+    if is_ddp_initialized():
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def attempt(action: Callable[[], Any]) -> UsageError | None:
     """Does it on rank 0, and if that can on the others, which find what rank 0 has fetched. The first UsageError, on every rank, or None."""
-    for my_turn in (rank_and_world()[0] == 0, rank_and_world()[0] != 0):
-        reason = ""
-        try:
-            if my_turn:
-                action()
-        except UsageError as error:
-            reason = str(error)
-        reasons: list = [reason] * rank_and_world()[1]
-        if is_ddp_initialized():
-            dist.all_gather_object(reasons, reason)
-        if failed := next(filter(None, reasons), None):
-            return UsageError(failed)
+    with patience() as group:
+        for my_turn in (rank_and_world()[0] == 0, rank_and_world()[0] != 0):
+            reason = ""
+            try:
+                if my_turn:
+                    action()
+            except UsageError as error:
+                reason = str(error)
+            if failed := next(filter(None, of_all_ranks(reason, group)), None):
+                return UsageError(failed)
     return None
 
 
 def check_agreement(what: str, value: Any, advice: str) -> None:
     """Raises UsageError on every rank if they do not all have the same value, where one that differs would make all wait for ever."""
-    if not is_ddp_initialized():
-        return
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = of_all_ranks(value)
     different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
     if different is None:
         return

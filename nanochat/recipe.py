@@ -128,6 +128,11 @@ class Horizon:
         return self.num_iterations * self.total_batch_size
 
 
+def batch_scale(total_batch_size: int) -> float:
+    """Of the learning rates."""
+    return (total_batch_size / REFERENCE_BATCH) ** 0.5
+
+
 def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: float, target_param_data_ratio: float,
                  total_batch_size: int, changes: LayerChanges | None = None) -> Horizon:
     """Batch size and number of steps. `config` holds the arguments of `gpt_config` besides depth, `changes` what the layers differ in.
@@ -152,8 +157,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
             num_iterations = target_tokens // total_batch_size
     if num_iterations < 1:
         raise UsageError(f"the budget pays for less than one step of {total_batch_size:,} tokens; raise it or lower --total-batch-size")
-    batch_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5
-    return Horizon(total_batch_size, num_iterations, target_tokens, batch_scale, batch_scale * reference_tokens / target_tokens)
+    return Horizon(total_batch_size, num_iterations, target_tokens, batch_scale(total_batch_size), batch_scale(total_batch_size) * reference_tokens / target_tokens)
 
 
 # -----------------------------------------------------------------------------

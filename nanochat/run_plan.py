@@ -6,7 +6,7 @@ import torch
 
 from nanochat.cli import UsageError, flag, int_or_off, non_negative_float, positive_int, seed
 from nanochat.common import check_device_type, print0
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth.controller import GrowthController, GrowthSettings
 from nanochat.growth.model import empty_model
 from nanochat.growth.stages import Shape, Stage, describe, plan_stages
@@ -15,7 +15,7 @@ from nanochat.memory import memory_table
 from nanochat.objectives import OBJECTIVES, ObjectiveSettings
 from nanochat.optim import MATRIX_OPTIMIZERS
 from nanochat.origin import Checkpoint, OriginSettings
-from nanochat.recipe import HorizonSettings, ModelSettings, plan_horizon, scaling_params
+from nanochat.recipe import Horizon, HorizonSettings, ModelSettings, batch_scale, plan_horizon, scaling_params
 from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Process, RunSettings, fit_device_batch
@@ -120,11 +120,14 @@ class RunPlan:
         print0(f"Estimated FLOPs per token: {self.model.estimate_flops():e}")
         shape = dict(aspect_ratio=settings.aspect_ratio, head_dim=settings.head_dim, sequence_len=settings.max_seq_len, vocab_size=vocab_size,
                      window_pattern=settings.window_pattern)
-        self.horizon = plan_horizon(self.final_model, shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
-                                    settings.total_batch_size, settings.changes())
-        if settings.branch_from:  # the trunk's, which may grow further than to where it stands
-            of_trunk = settings.branch_from.meta().get("loop_state", {}).get("weight_decay_scale", self.horizon.weight_decay_scale)
-            self.horizon = replace(self.horizon, weight_decay_scale=of_trunk)
+        trunk = settings.branch_from.meta() if settings.branch_from else {}
+        scale = trunk.get("loop_state", {}).get("weight_decay_scale")
+        if scale is None:
+            self.horizon = plan_horizon(self.planned_model(vocab_size, first), shape, settings.num_iterations, settings.target_flops, settings.target_param_data_ratio,
+                                        settings.total_batch_size, settings.changes())
+        else:  # of a branch, whose trunk has planned
+            total = settings.total_batch_size if settings.total_batch_size > 0 else trunk["total_batch_size"]
+            self.horizon = Horizon(total, settings.branch_steps, settings.branch_steps * total, batch_scale(total), scale)
         self.weight_decay = settings.weight_decay * self.horizon.weight_decay_scale
         self.schedule: Schedule | Branch = Schedule(settings, self.horizon.num_iterations, self.weight_decay)
         self.budget = self.final_model.estimate_flops() * self.horizon.total_tokens
@@ -134,6 +137,15 @@ class RunPlan:
         elif settings.path():
             self.plan_growth(first)
         self.fit_batches(device)
+
+    def planned_model(self, vocab_size: int, first: GPTConfig) -> GPT:
+        """The one that the horizon is planned for: the final one. Of a branch, the one that its trunk was planned for, of which older checkpoints and nanochat's hold the flags alone."""
+        settings = self.settings
+        if not settings.branch_from:
+            return self.final_model
+        trunk = replace(settings, branch_from=None, grow_to=None)
+        with torch.device("meta"):
+            return build_gpt(trunk.first_and_final(vocab_size)[1] if trunk.path() else first)
 
     def initialize(self, device: torch.device) -> None:
         """Fills the model, which is still empty."""

@@ -52,6 +52,7 @@ from nanochat.training import (
     init_wandb,
     optimizer_step,
     release_memory,
+    run_of,
     set_exact_state,
 )
 
@@ -201,9 +202,10 @@ class TrainLoop:
             self.go_on_with(meta)
 
     def go_on_with(self, meta: dict) -> None:
-        """Makes this the run that has left the checkpoint. One that went back to an earlier step is another: there may be later checkpoints, which it has given up."""
-        if self.settings.resume_from_step < 0:
-            self.run_id = meta.get("run_id", self.run_id)
+        """Makes this the run that has left the checkpoint; another one if that has left later ones too, which are given up."""
+        run_id = meta.get("run_id", self.run_id)
+        if run_id not in (run_of(self.folder, step) for step in checkpoints.list_steps(self.folder) if step > meta["step"]):
+            self.run_id = run_id
 
     def loop_state(self) -> dict:
         """What `restore` takes up, for the meta data."""
@@ -323,11 +325,11 @@ class TrainLoop:
         return self.due(self.eval_every, at_start=True)
 
     def take_place(self, event: Event) -> None:
-        """What does not fit into memory beside the training is left out; with several ranks it ends the run, since the others would wait for it."""
+        """What does not fit into memory beside the training is left out; not with several ranks, as the others would wait for it, nor at the end, where nothing is lost."""
         try:
             event.action()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or self.world_size > 1:
+            if not is_out_of_memory(error) or self.world_size > 1 or self.done:
                 raise
             self.model.zero_grad(set_to_none=True)
             self.model.train()

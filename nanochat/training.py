@@ -134,12 +134,23 @@ def find_resume_step(settings: RunSettings, folder: Path) -> int | None:
     check_agreement(f"the checkpoints in {folder}", steps if settings.resume else None, "all nodes need the same NANOCHAT_BASE_DIR, on a file system that they share")
     if settings.resume and steps:
         return steps[-1]
+    if settings.resume and (others := list_steps(folder)):
+        raise UsageError(f"the run that {folder / FILENAME} tells of has saved nothing yet, and the checkpoints there are of another one (last step {others[-1]}): "
+                         f"go on with that by --resume-from-step={others[-1]}, or begin anew without --resume")
     if settings.resume:
         print0(f"Nothing to resume in {folder}: a new run begins")
     elif steps:
         print0(f"{folder} holds checkpoints of another run (last step {steps[-1]}): this one replaces those of the same steps only; "
                "delete them, or keep both apart with --model-tag")
     return None
+
+
+def run_of(folder: Path, step: int) -> str | None:
+    """The id of the run that has left a checkpoint; None where it has none, or is damaged."""
+    try:
+        return load_meta(folder, step).get("run_id")
+    except UsageError:
+        return None
 
 
 def steps_of_last_run(folder: Path) -> list[int]:
@@ -153,7 +164,7 @@ def steps_of_last_run(folder: Path) -> list[int]:
         run_id = begun["run_id"]
     except (UsageError, KeyError):
         return steps
-    own = [step for step in steps if load_meta(folder, step).get("run_id") == run_id]
+    own = [step for step in steps if run_of(folder, step) == run_id]
     return own or [step for step in steps if step == begun.get("resumed")]
 
 

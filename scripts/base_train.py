@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -82,6 +81,8 @@ def parse(argv) -> Settings:
     trunk = origin.inherited(Settings, settings.branch_from.meta()) if settings.branch_from else {}
     first = settings.origin_config()
     normalized = settings.block == "ngpt" if first is None else first.normalized
+    if normalized and trunk.get("block") != "ngpt":  # it did not know that it was
+        trunk = {name: value for name, value in trunk.items() if name not in ("weight_decay", "warmup_steps")}
     if defaults := (dict(weight_decay=0.0, warmup_steps=0) if normalized else {}) | trunk:
         settings = parse_settings(Settings, argv, "Pretrain a base model", **defaults)
     if settings.branch_from:
@@ -91,8 +92,6 @@ def parse(argv) -> Settings:
                          "leave it out")
     if settings.grow_family:
         settings.path()  # there must be one
-        if settings.branch_from:
-            raise UsageError("--grow-family makes branches itself; leave --branch-from out")
         if not 0 < settings.warmdown_ratio < 1:
             raise UsageError(f"--grow-family needs rates that fall at the end; give --warmdown-ratio a share between 0 and 1, not {settings.warmdown_ratio:g}")
     return settings
@@ -121,8 +120,7 @@ def main(argv=None) -> None:
 
 def train(settings: Settings, process: Process) -> tuple[Path, int]:
     """The folder of the run and its last step."""
-    gc.unfreeze()  # the model of a run before is to be forgotten
-    release_memory(process.device)
+    release_memory(process.device)  # that of a run before is to be forgotten
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     training = Pretraining(settings, process)
@@ -246,7 +244,9 @@ class Pretraining(TrainLoop):
         train_state = checkpoints.load_train_state(folder, step, self.rank, self.world_size)
         self.growth_history = meta.get("growth", [])
         if growth and folder == self.folder:  # of this run
-            check_same(meta["user_config"], {name: value for name, value in self.user_config.items() if name in SET_BY_GROWTH and name in meta["user_config"]})
+            then = {**meta.get("user_config", {}), "total_batch_size": meta.get("total_batch_size")}
+            now = {**self.user_config, "total_batch_size": self.total_batch_size}
+            check_same(then, {name: now[name] for name in sorted(SET_BY_GROWTH & then.keys())})
             growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
                 with torch.device("meta"):

@@ -57,8 +57,8 @@ def test_an_evaluation_that_does_not_fit_into_memory_is_left_out(base, finished_
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr("nanochat.evaluations.evaluate", full)
-    assert tiny.train("--eval-tasks=blimp:5", "--eval-tasks-every=4") == 0
-    assert capsys.readouterr().out.count("Out of memory in an evaluation") == 2
+    assert tiny.train("--eval-tasks=blimp:5", "--eval-tasks-every=4") == 2, "at the end it is said, and nothing is lost"
+    assert capsys.readouterr().out.count("Out of memory in an evaluation") == 1
     assert tiny.same_checkpoint(base, finished_run)
 
 

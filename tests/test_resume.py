@@ -52,11 +52,17 @@ def test_later_checkpoints_of_a_run_that_went_back_are_not_gone_on_with(finished
     for step in (1, 2, 3):  # as if it had been killed before its first save
         forget(finished, step)
     assert steps_of_last_run(tiny.folder(finished)) == []
-    assert tiny.train("--resume-from-step=4", "--save-every=-1") == 0 and steps_of_last_run(tiny.folder(finished)) == [8]
-    forget(finished, 8)
-    assert steps_of_last_run(tiny.folder(finished)) == [4], "it began there"
+    assert tiny.train("--resume") == 2 and "--resume-from-step=8" in capsys.readouterr().err, "an old run is not overwritten by mistake"
     (tiny.folder(finished) / "log.jsonl").unlink()
-    assert steps_of_last_run(tiny.folder(finished)) == [4, 5, 6]
+    assert steps_of_last_run(tiny.folder(finished)) == [4, 5, 6, 8], "all that there are"
+
+
+def test_a_run_that_went_back_and_was_killed_before_its_first_save(finished):
+    assert tiny.train("--resume-from-step=4", "--num-iterations=5", "--save-every=-1") == 0
+    forget(finished, 5)
+    assert steps_of_last_run(tiny.folder(finished)) == [4], "it began there"
+    assert tiny.train("--resume", "--num-iterations=6", "--save-every=-1") == 0
+    assert steps_of_last_run(tiny.folder(finished)) == [6] and 8 in checkpoints.list_steps(tiny.folder(finished)), "8 stays given up"
 
 
 def test_kill_9_between_saves(base, finished_run):

@@ -8,17 +8,15 @@ An item has one text, to which the head gives a score for each class, or several
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from nanochat.cli import flag, int_or_off, positive_float, positive_int
 from nanochat.common import telling
-from nanochat.distributed import rank_and_world
+from nanochat.distributed import of_all_ranks, patience, rank_and_world
 from nanochat.evals.results import Results
 from nanochat.evals.scoring import Example, batches_by_length, stack_sequences
 from nanochat.layered_gpt import build_gpt
@@ -225,13 +223,7 @@ def predict(classifier: Classifier, items: Sequence[Item], batch: int = 32) -> t
 def share_jobs(jobs: Sequence[Callable[[], Results]]) -> Results:
     """What all of them find. Each rank does some of them; all ranks call this and get the same."""
     rank, world_size = rank_and_world()
-    # a rank without a job waits for as long as another one's takes, and NCCL would take it for lost after ten minutes
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if world_size > 1 else None
-    mine = [jobs[i]() for i in range(rank, len(jobs), world_size)]
-    everyones: list[Any] = [mine]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, mine, group=group)
-        dist.destroy_process_group(group)
+    with patience() as group:  # a rank without a job waits for as long as another one's takes
+        everyones = of_all_ranks([jobs[i]() for i in range(rank, len(jobs), world_size)], group)
     by_job = {job: results for first, found in enumerate(everyones) for job, results in zip(range(first, len(jobs), world_size), found, strict=True)}
     return {key: row for job in range(len(jobs)) for key, row in by_job[job].items()}
