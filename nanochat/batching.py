@@ -14,6 +14,7 @@ Notable:
 One thread runs the model (`start`); `submit` and `cancel` may be called from any thread.
 """
 import logging
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -118,6 +119,7 @@ class BatchedEngine(Engine):
         self.positions = [0] * slots
         self.embeddings = torch.zeros(slots, 1, model.config.n_embd, dtype=COMPUTE_DTYPE, device=model.get_device())
         self.patient = patient
+        self.fault: BaseException | None = None  # of the latest request that failed
         self.prefixes = PrefixCache(0 if patient else slots * self.context // 4)
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []  # row i of the cache belongs to rows[i]
@@ -362,6 +364,8 @@ class BatchedEngine(Engine):
 
     def _fail(self, request: Request) -> None:
         logger.exception("a request failed")
+        fault = sys.exc_info()[1]
+        self.fault = fault and fault.with_traceback(None)  # which would hold on to the step's tensors
         self._emit(request, None, "error")
 
     # -------------------------------------------------------------------------

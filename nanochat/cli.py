@@ -205,6 +205,8 @@ def harden_streams() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class of RuntimeError for it; MPS, cuBLAS and the CPU's allocator raise plain ones."""
     texts = "allocate memory|out of memory|not enough memory|STATUS_ALLOC_FAILED|[Ss]ize calculation overflowed|multiplication overflow"
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+        return True
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
 
 

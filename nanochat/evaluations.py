@@ -259,13 +259,14 @@ def check_core(subject: Subject, limit: int | None) -> None:
 
 
 def core_of(subject: Subject, limit: int | None) -> dict:
-    """What `evaluate_core` returns."""
-    return evaluate_core(subject.model, subject.tokenizer, subject.device, limit or subject.max_per_task, core_bundle(subject), subject.settings.core_tasks)
+    """What `evaluate_core` returns; of a part of the tasks no row of the whole."""
+    core = evaluate_core(subject.model, subject.tokenizer, subject.device, limit or subject.max_per_task, core_bundle(subject), subject.settings.core_tasks)
+    return core if subject.settings.core_tasks is None else core | {"rows": {key: row for key, row in core["rows"].items() if key}}
 
 
 def measure_core(subject: Subject, limit: int | None) -> Findings:
     core = core_of(subject, limit)
-    print0(f"CORE metric: {core['rows']['']}")
+    print0(f"CORE metric: {core['rows'].get('', core['core_metric'])}")
     if subject.tables is not None and get_dist_info()[1] == 0:
         path = subject.tables / f"base_model_{subject.step:06d}.csv"
         write_text_atomic(path, core_csv(core))
@@ -323,6 +324,10 @@ class Chosen(NamedTuple):
     name: str
     limit: int | None
     evaluation: Evaluation
+
+    def within(self, limit: int | None) -> "Chosen":
+        """With this limit, if it has none."""
+        return self if self.limit is not None else self._replace(limit=limit)
 
     @property
     def key(self) -> str:

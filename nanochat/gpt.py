@@ -49,6 +49,11 @@ class GPTConfig:
     loops = 1
     normalized = property(lambda self: False)  # are hidden states and weights on the unit sphere?
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """By letter of the pattern: a quarter of the context, in tiles of 128, and all of it."""
+        return {"S": math.ceil(self.sequence_len / 4 / 128) * 128, "L": self.sequence_len}
+
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm over the last dimension, without a weight."""
@@ -258,10 +263,8 @@ class GPT(Counting):
         """How far each layer sees, (back, ahead); a negative number is no limit."""
         config, pattern = self.config, self.config.window_pattern.upper()
         assert pattern and set(pattern) <= {"S", "L"}, f"window_pattern {config.window_pattern!r} must be letters S and L"
-        short = math.ceil(config.sequence_len / 4 / 128) * 128  # a quarter of the context, in tiles of 128
-        sizes = {"L": (config.sequence_len, 0), "S": (short, 0)}
         letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"] * min(config.n_layer, 1)
-        return [sizes[letter] for letter in letters]
+        return [(config.windows[letter], 0) for letter in letters]
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -5,7 +5,7 @@ layers may differ, and inserting or widening one is an edit of a list that chang
 residual scalars, backout, loss, counting and optimizer are the stock model's own, and so are the parameter names of
 dense layers: `from_gpt` is exact.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,12 @@ class LayeredGPTConfig(GPTConfig):
                 raise ValueError(f"layer {index}: {error}") from error
         if len({layer.kind.model() for layer in self.layers}) > 1:
             raise ValueError("pre-norm and normalized layers cannot be mixed: the stream is on the unit sphere for all of them or for none")
+
+    def with_context(self, sequence_len: int) -> "LayeredGPTConfig":
+        """For another length; windows that are a stock model's at the old one become those at the new."""
+        longer = replace(self, sequence_len=sequence_len)
+        windows = {old: longer.windows[letter] for letter, old in self.windows.items()}
+        return replace(longer, layers=tuple(replace(layer, window=windows.get(layer.window, layer.window)) for layer in self.layers))
 
     @property
     def kind(self) -> "type[LayeredBlock]":

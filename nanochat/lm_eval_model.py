@@ -10,6 +10,7 @@ Notable:
 * requests of like length run together, and logits are computed only where something is scored
 * a generation is the engine's, with the calculator; it ends at a stop text, at <|assistant_end|> and at <|bos|>
 """
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -132,16 +133,18 @@ class NanochatLM(TemplateLM):
     # Texts
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Of each (context, options) what the model writes; options: until, max_gen_toks, do_sample, temperature, top_k."""
-        answers = []
+        """Of each (context, options) what the model writes; options: until, max_gen_toks, do_sample, temperature, top_k. One that comes again is drawn anew."""
+        answers: list[str] = []
+        times: Counter[str] = Counter()
         for request in with_progress(requests, len(requests), "Texts"):
             context, options = request.args
-            answers.append(self.write(context, **options))
+            answers.append(self.write(context, seed=42 + times[context], **options))
+            times[context] += 1
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
     def write(self, context: str, until: str | Sequence[str] = (), max_gen_toks: int = MAX_GENERATED, do_sample: bool | None = None,
-              temperature: float | None = None, top_k: int | None = None, **unknown) -> str:
+              temperature: float | None = None, top_k: int | None = None, seed: int = 42, **unknown) -> str:
         """Up to the first of the texts in `until`, without it. Temperature 0 unless another is given, or do_sample without any. Raises UsageError for
         options that there are none of."""
         if unknown:
@@ -155,7 +158,7 @@ class NanochatLM(TemplateLM):
         room = self.max_length - max_gen_toks - 1
         prompt = [self.prefix_token_id, *self.tok_encode(context)[-room:]] if room else [self.prefix_token_id]
         stream, text = TextStream(self.encoder), ""
-        for (token,), _ in engine.generate(prompt, max_tokens=max_gen_toks, temperature=0.0 if do_sample is False else temperature, top_k=top_k):
+        for (token,), _ in engine.generate(prompt, max_tokens=max_gen_toks, temperature=0.0 if do_sample is False else temperature, top_k=top_k, seed=seed):
             if engine.is_terminal(token):
                 break
             text += stream.push(token)

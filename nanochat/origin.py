@@ -58,7 +58,7 @@ class OriginSettings:
     branch_from: Checkpoint | None = flag(None, "Checkpoint TAG@STEP to go on from, with its flags and a schedule of its own", type=checkpoint_name)
     warmdown_steps: int | None = flag(None, "Steps of a branch over which its learning rates fall", type=non_negative_int)
     steady_steps: int = flag(0, "Steps of a branch before that, at the trunk's learning rates", type=non_negative_int)
-    steady_rate: float | None = flag(None, "Learning rates of a branch until they fall, as a share of the full ones (default: the trunk's where it stands)", type=positive_float)
+    steady_rate: float | None = flag(None, "Learning rates and weight decay of a branch until they fall, as a share of the full ones (default: the trunk's where it stands)", type=positive_float)
     grow_to: Shape | None = flag(None, "Shape that a branch grows to before its first step, depth x width [x rank]", type=one_shape)
     init_from: Checkpoint | None = flag(None, "Checkpoint TAG or TAG@STEP whose weights and shape to begin with", type=checkpoint_name)
     init_optimizer: str = flag("new", "Optimizer of --init-from; new: it begins anew, keep: with the checkpoint's moments", choices=("new", "keep"))

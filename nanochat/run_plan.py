@@ -175,7 +175,7 @@ class RunPlan:
         else:
             now = self.schedule.at(step)
         if settings.steady_rate:
-            now = now._replace(lr=settings.steady_rate)
+            now = now._replace(lr=settings.steady_rate, weight_decay=self.weight_decay * settings.steady_rate)
         self.schedule = Branch(settings, now, step, settings.steady_steps, settings.warmdown_steps or 0)
         self.horizon = replace(self.horizon, num_iterations=step + settings.branch_steps)
         self.budget = flops + settings.branch_steps * batch * self.final_model.estimate_flops()

@@ -88,7 +88,8 @@ class Schedule:
         rising = steps < settings.warmup_steps
         return Now(lr_multiplier(steps if rising else position, N, settings.warmup_steps if rising else 0, settings.warmdown_ratio, settings.final_lr_frac,
                                  settings.warmdown_shape),
-                   muon_momentum(position, N, settings.warmdown_ratio), muon_weight_decay(position, N, self.weight_decay))
+                   muon_momentum(position, N, settings.warmdown_ratio),
+                   muon_weight_decay(position, N, self.weight_decay) if settings.warmdown_ratio else self.weight_decay)  # a trunk at a constant rate keeps it
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def sft_lr_multiplier(progress: float, warmup_ratio: float, warmdown_ratio: floa
     """Of fine-tuning: linear warm-up, constant, warm-down to `final_lr_frac`, over the run's progress from 0 to 1 (and a little beyond)."""
     if progress < warmup_ratio:
         return (progress + 1e-8) / warmup_ratio
-    if progress <= 1 - warmdown_ratio:
+    if not warmdown_ratio or progress <= 1 - warmdown_ratio:  # the last batch may lie a little beyond 1
         return 1.0
     done = min(1.0, (progress - (1 - warmdown_ratio)) / warmdown_ratio)
     left = WARMDOWN_SHAPES[shape](done)

@@ -62,6 +62,8 @@ def checkpoints(settings: Settings) -> list[tuple[Path, int]]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, "Evaluate base models")
+    # nanochat's flags for what NAME:N says, so their results are kept under that name and not in the place of the whole set's
+    limits = {"core": settings.max_per_task if settings.max_per_task > 0 else None, "bpb": settings.split_tokens if settings.split_tokens != Settings.split_tokens else None}
     *_, device = compute_init(settings.device_type or autodetect_device_type())
     try:
         report, master = get_report(), get_dist_info()[1] == 0
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, tokenizer, meta = build_model(folder, step, device, phase="eval")
             subject = Subject(model, tokenizer, device, settings, step, settings.device_batch_size, settings.split_tokens, settings.max_per_task,
                               tables=Path(get_base_dir(), "base_eval"))
-            chosen = choose(settings.eval, model)
+            chosen = [one.within(limits.get(one.name)) for one in choose(settings.eval, model)]
             check(chosen, subject)
             results, details = evaluate(chosen, subject)
             if master and results:

@@ -233,7 +233,7 @@ class Reinforcement(TrainLoop):
         settings = self.settings
         with self.evaluating():
             problems = run_gsm8k_eval(self.test_task, self.tokenizer, self.engine, max_examples=settings.eval_examples,
-                                      num_samples=settings.device_batch_size, temperature=1.0)
+                                      num_samples=settings.device_batch_size, max_completion_tokens=settings.max_new_tokens, temperature=1.0, top_k=settings.top_k)
             records = list(with_progress(problems, -(-min(len(self.test_task), settings.eval_examples) // self.world_size), "Evaluation"))
         scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, settings.device_batch_size), 1)}
         print0(f"Step {self.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)

@@ -39,6 +39,7 @@ from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine, check_causal
 from nanochat.files import locked
 from nanochat.gpt import GPT
+from nanochat.layered_gpt import LayeredGPTConfig
 from nanochat.loss_eval import FirstBatches
 from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier
@@ -109,10 +110,12 @@ def evaluation_tasks(mixture: str) -> dict[str, Task]:
 
 
 def with_context(model: GPT, sequence_len: int) -> GPT:
-    """The model, rebuilt for another context length: the attention windows of a stock model follow from it."""
-    if model.config.sequence_len == sequence_len:
+    """The model, rebuilt for another context length, from which the attention windows follow."""
+    config = model.config
+    if config.sequence_len == sequence_len:
         return model
-    rebuilt = checkpoints.model_from_config({**asdict(model.config), "sequence_len": sequence_len})
+    longer = config.with_context(sequence_len) if isinstance(config, LayeredGPTConfig) else replace(config, sequence_len=sequence_len)
+    rebuilt = checkpoints.model_from_config(asdict(longer))
     checkpoints.load_weights(rebuilt, model.state_dict(), model.get_device())
     return rebuilt.train()
 

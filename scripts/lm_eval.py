@@ -60,9 +60,11 @@ def load_tasks(names: list[str], include_path: str | None) -> Any:
             raise UsageError(f"there is no task {name!r} in the harness{f' or in {include_path}' if include_path else ''}; lm_eval ls tasks lists them, and "
                              "--include-path names a folder with others")
     try:
-        manager.load(names)
+        loaded = manager.load(names)
     except Exception as error:  # files that are missing, data that cannot be downloaded, columns that are not there
         raise UsageError(f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error})") from error
+    if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
+        raise UsageError(f"{', '.join(unsafe)} would run code that the model writes outside of any sandbox; leave it out (chat_eval has HumanEval, in one)")
     return manager
 
 
@@ -87,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(lm_eval.utils.make_table(found))
         if found.get("groups"):
             print(lm_eval.utils.make_table(found, "groups"))
-        save(path, found["results"], settings)
+        shots = found.get("n-shot", {})
+        for name, count in shots.items():
+            if settings.num_fewshot is not None and count != settings.num_fewshot:
+                print(f"{name} has {count} solved examples, as the task says, whatever --num-fewshot says")
+        save(path, found["results"], shots, settings)
     finally:
         compute_cleanup()
 
@@ -105,11 +111,11 @@ def read_saved(path: Path) -> dict:
     return known
 
 
-def save(path: Path, results: dict, settings: Settings) -> None:
-    """Adds the tasks' results to the file of the checkpoint."""
-    options = {"num_fewshot": settings.num_fewshot, "limit": settings.limit}
+def save(path: Path, results: dict, shots: dict, settings: Settings) -> None:
+    """Adds the tasks' results to the file of the checkpoint; those of a part of a task, as TASK:LIMIT, beside those of all of it."""
     with locked(path):
-        known = read_saved(path) | {name: {**numbers, **options} for name, numbers in results.items()}
+        known = read_saved(path) | {name if settings.limit is None else f"{name}:{settings.limit}":
+                                    {**numbers, "num_fewshot": shots.get(name, settings.num_fewshot), "limit": settings.limit} for name, numbers in results.items()}
         write_text_atomic(path, json.dumps(known, indent=2, default=str) + "\n")
     print(f"Written to {path}")
 

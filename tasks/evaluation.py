@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nanochat.batching import BatchedEngine, Request
-from nanochat.common import get_dist_info, with_progress
+from nanochat.cli import UsageError
+from nanochat.common import get_dist_info, print0, with_progress
 from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
-from nanochat.evals.scoring import logits_at, stack_sequences
+from nanochat.evals.scoring import logits_at, max_positions, stack_sequences
 from nanochat.sampling import Sampling
 from tasks.common import Task
 from tasks.registry import TASKS
@@ -23,10 +24,21 @@ def _limit(task: Task, max_problems: int | None) -> int:
     return len(task) if max_problems is None else min(len(task), max_problems)
 
 
+def fitting(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The prompts with the first token and the last others, so many that an answer has room behind them. Raises UsageError where none has."""
+    room = (max_positions(model) or 2 ** 62) - max_new_tokens
+    if room < 2:
+        raise UsageError(f"answers of {max_new_tokens} tokens do not fit into the {max_positions(model)} positions of this model; ask for shorter ones")
+    if long := sum(len(prompt) > room for prompt in prompts):
+        print0(f"{long} of {len(prompts)} prompts are longer than the {room} positions that this model has for them: their beginnings are left out")
+    return [prompt if len(prompt) <= room else [prompt[0], *prompt[1 - room:]] for prompt in prompts]
+
+
 def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
     """(number of the prompt, its likeliest answer), in the order in which they end: up to `slots` prompts share each decoding step."""
     if not prompts:  # a rank may have none
         return
+    prompts = fitting(model, prompts, max_new_tokens)
     context = max(map(len, prompts)) + max_new_tokens
     engine = BatchedEngine(model, tokenizer, min(slots, len(prompts)), max_waiting=len(prompts), context=context, patient=True)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -41,7 +53,7 @@ def greedy_answers(model, tokenizer, prompts: list[list[int]], slots: int, max_n
         engine.step()
         for number, reason in ended:
             if reason == "error":
-                raise RuntimeError(f"problem {number} could not be answered: the lines above say why")
+                raise RuntimeError(f"problem {number} could not be answered: the lines above say why") from engine.fault
             yield number, answers[number]
         ended.clear()
 
@@ -57,7 +69,7 @@ def run_generative_eval(task_object: Task, tokenizer, model, engine: Engine, num
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
 
     def drawn() -> Iterator[tuple[int, list[list[int]]]]:
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(fitting(model, prompts, max_new_tokens)):
             samples, _ = engine.generate_batch(prompt, num_samples=num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
             yield number, [sample[len(prompt):] for sample in samples]
 
@@ -81,7 +93,7 @@ def run_categorical_eval(task_object: Task, tokenizer, model, batch_size: int, m
     passed = total = 0
     for first in with_progress(mine, len(mine), type(task_object).__name__):
         problems = [task_object[index] for index in range(first, min(first + batch_size, size))]
-        prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+        prompts = fitting(model, [tokenizer.render_for_completion(problem) for problem in problems], 0)
         ids = stack_sequences(prompts, bos).to(device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         logits = logits_at(model, ids, torch.arange(len(prompts), device=device), last).cpu()

@@ -115,7 +115,7 @@ def test_a_further_evaluation_is_a_line_in_the_registry(trained, capsys, monkeyp
     report = (trained / "report" / "base-model-evaluation.md").read_text()
     assert "- layers: 2\n" in report and report.index("val bpb") < report.index("layers: 2")
     rows = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")["rows"]
-    assert set(rows) == {"bpb/train", "bpb/val", "layers:5"} and rows["layers:5"]["n"] == 5
+    assert set(rows) == {"bpb:640/train", "bpb:640/val", "layers:5"} and rows["layers:5"]["n"] == 5
     assert [one.name for one in evaluations.choose(None, build_model(CONFIG, seed=3))] == ["sample", "bpb", "core"]
 
 
@@ -151,12 +151,23 @@ def test_results_with_standard_errors_lie_beside_the_checkpoint(trained):
     assert run("--eval=core", "--core-tasks=toy_schema") == 0
     content = results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")
     rows = content["rows"]
-    assert content["step"] == 7 and {"core:6", "core:6/toy_schema", "core:6/toy_cloze", "core", "core/toy_schema"} <= rows.keys()
+    assert content["step"] == 7 and {"core:6", "core:6/toy_schema", "core:6/toy_cloze", "core/toy_schema"} <= rows.keys()
     assert "core/toy_cloze" not in rows and rows["core:6/toy_schema"]["n"] == 6 and rows["core/toy_schema"]["n"] == 20
     p = rows["core/toy_schema"]["value"]
     assert rows["core/toy_schema"]["se"] == pytest.approx((p * (1 - p) / 19) ** 0.5)
     assert rows["core/toy_schema"]["baseline"] == pytest.approx(0.5)
-    assert rows["core"]["value"] == pytest.approx((p - 0.5) / 0.5) and rows["core"]["se"] == pytest.approx(rows["core/toy_schema"]["se"] / 0.5)
+    assert rows["core:6"]["se"] > 0 and "core" not in rows, "a mean of some tasks is not CORE"
+
+
+def test_a_part_never_takes_the_place_of_the_whole(trained):
+    """Also where nanochat's flags make it one."""
+    assert run("--eval=core") == 0
+    read = lambda: results.read_results(trained / "base_checkpoints" / "d2" / "eval_000007.json")["rows"]
+    whole = read()
+    assert run("--eval=core,bpb", "--max-per-task=6", "--device-batch-size=2", "--split-tokens=640") == 0
+    rows = read()
+    assert {key: rows[key] for key in whole} == whole and rows["core:6/toy_schema"]["n"] == 6
+    assert {"bpb:640/train", "bpb:640/val"} <= rows.keys() and not {"bpb/train", "bpb/val"} & rows.keys()
 
 
 def test_decoding_speed_bears_the_name_of_the_machine(trained, capsys):

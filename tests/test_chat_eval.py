@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from nanochat.cli import UsageError, is_out_of_memory
 from nanochat.engine import Engine
 from scripts import chat_eval
 from tasks import spellingbee
@@ -122,6 +123,32 @@ class Prompts(Task):
     def evaluate(self, problem, completion):
         self.answers[problem["number"]] = completion
         return problem["number"] % 3 == 0
+
+
+SMALL = dict(sequence_len=24, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")  # with 240 positions
+
+
+@pytest.mark.parametrize("task", [Prompts(), Numbers(["A", "B"])], ids=["generative", "categorical"])
+def test_prompts_that_the_model_has_no_positions_for_lose_their_beginning(task, monkeypatch, capsys):
+    model, tokenizer = build_model(SMALL, 3), tokenizer_512()
+    render = type(tokenizer).render_for_completion
+    monkeypatch.setattr(type(tokenizer), "render_for_completion", lambda self, problem: [ids := render(self, problem), ids[:1] + ids[1:2] * 300 + ids[1:]][1])
+    assert 0 <= evaluate(task, model, tokenizer, Engine(model, tokenizer), batch_size=4, max_new_tokens=5, max_problems=3) <= 1
+    assert "their beginnings are left out" in capsys.readouterr().out
+    if task.eval_type == "generative":
+        with pytest.raises(UsageError, match="do not fit into the 240 positions"):
+            evaluate(task, model, tokenizer, Engine(model, tokenizer), max_new_tokens=240)
+
+
+def test_full_memory_while_problems_are_answered_is_known_as_such(monkeypatch):
+    model, tokenizer = build_model(SMALL, 3), tokenizer_512()
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(RuntimeError, match="could not be answered") as raised:
+        evaluate(Prompts(), model, tokenizer, Engine(model, tokenizer), batch_size=4, max_new_tokens=5)
+    assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.slow

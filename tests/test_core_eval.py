@@ -93,6 +93,11 @@ def test_forward_passes_stay_within_the_budget_and_lose_nothing():
     assert len(batches) < len(examples)
 
 
+def test_one_token_can_be_all_that_there_is_to_read():
+    (nats,), = scoring.token_nats(model(), [scoring.Example([[1, 2]], [1], [2])], CPU)
+    assert nats.shape == (1,) and nats.item() > 0
+
+
 def test_choices_of_one_token_are_read_once():
     """A model reads up to the last scored token, so their inputs are one; a longer choice is read by itself."""
     example = Example([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6, 7]], [3, 3, 3], [4, 4, 5], 0)

@@ -25,6 +25,15 @@ def mixed_config(**changes) -> LayeredGPTConfig:
     return LayeredGPTConfig(**{**STOCK, "layers": MIXED, "backout_layer": 1, "lm_head_rank": 24, **changes})
 
 
+def test_windows_follow_from_another_context_as_the_stock_model_s_do():
+    at = lambda length: GPTConfig(**{**STOCK, "sequence_len": length})
+    with torch.device("meta"):
+        layered = LayeredGPTConfig.from_gpt(GPT(at(256)))
+        assert LayeredGPT(layered.with_context(2048)).window_sizes == GPT(at(2048)).window_sizes
+    own = mixed_config().with_context(2048)
+    assert [layer.window for layer in own.layers] == [5, -1, 20, -1] and own.sequence_len == 2048
+
+
 def initialized(config, seed: int = 0):
     with torch.device("meta"):
         model = (LayeredGPT if isinstance(config, LayeredGPTConfig) else GPT)(config)

@@ -128,6 +128,8 @@ def test_texts_that_are_written(lm):
     assert write(until=[], max_gen_toks=12, do_sample=False, temperature=0.8) == whole
     assert write(until=[], max_gen_toks=12, do_sample=True, temperature=5.0) != whole
     assert isinstance(lm.write("the mat " * 100, max_gen_toks=5), str)
+    again = requests("generate_until", *[("the cat", dict(until=[], max_gen_toks=12, do_sample=True, temperature=5.0))] * 3)
+    assert len(set(lm.generate_until(again))) == 3 and lm.generate_until(again) == lm.generate_until(again), "drawn anew, and the same in every call"
     for options, reason in ((dict(top_p=0.5), "'top_p' is not supported"), (dict(max_gen_toks=64), "leaves no room")):
         with pytest.raises(UsageError, match=reason):
             write(**options)
@@ -156,8 +158,9 @@ def test_the_script(base, lm, capsys):
         right += answers.index(max(answers)) == i % 3
     assert results["choices"]["acc,none"] == pytest.approx(right / 6) and "exact_match,none" in results["goes_on"]
     nats = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in TEXTS[:2])))
-    assert results["texts"]["bits_per_byte,none"] == pytest.approx(-sum(nats) / math.log(2) / sum(len(text.encode()) for text in TEXTS[:2]), abs=1e-4)
-    assert results["texts"]["limit"] == 2 and results["choices"]["limit"] is None
+    assert results["texts:2"]["bits_per_byte,none"] == pytest.approx(-sum(nats) / math.log(2) / sum(len(text.encode()) for text in TEXTS[:2]), abs=1e-4)
+    assert results["texts:2"]["limit"] == 2 and results["choices"]["limit"] is None and "texts" not in results
+    assert results["choices"]["num_fewshot"] == 0, "as many as there were"
 
 
 @pytest.mark.parametrize("flags, reason", [

@@ -154,6 +154,12 @@ def test_a_branch_is_planned_by_its_trunk_and_not_by_its_trunks_flags(finished):
     assert branch.weight_decay == trunk.weight_decay > 0 and branch.model.config == trunk.model.config
 
 
+def test_a_finished_run_learns_again_with_its_weight_decay(finished):
+    branch = plan("--branch-from=d3@8", "--steady-rate=0.5", "--steady-steps=2", "--model-tag=again", "--device-type=cpu")
+    now = branch.schedule.at(8)
+    assert now.lr == 0.5 and now.weight_decay == pytest.approx(0.5 * branch.weight_decay) and branch.weight_decay > 0
+
+
 def test_the_memory_of_a_branch_is_that_of_its_models(with_trunk, capsys):
     assert tiny.base_train.main(["--branch-from=trunk@4", "--steady-steps=3", "--grow-to=4x96", "--memory", "--device-type=cpu"]) == 0
     table = capsys.readouterr().out.split("Memory of one training step")[1]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.schedules import WARMDOWN_SHAPES, Branch, Now, Schedule, ScheduleSettings
+from nanochat.schedules import WARMDOWN_SHAPES, Branch, Now, Schedule, ScheduleSettings, sft_lr_multiplier
 
 
 @given(steps=st.integers(1, 3000), warmup=st.integers(0, 50), ratio=st.floats(0, 1), shape=st.sampled_from(sorted(WARMDOWN_SHAPES)), share=st.floats(0, 2))
@@ -28,6 +28,12 @@ def test_a_growing_run_warms_up_by_steps_and_nothing_else_does():
     after = schedule.at(3.0, 60)
     assert (after.lr, after.momentum, after.weight_decay) == (1.0, schedule.at(3.0).momentum, schedule.at(3.0).weight_decay)
     assert schedule.at(30.0, 500).lr == pytest.approx(0.05)
+
+
+def test_without_a_warm_down_nothing_falls():
+    """A trunk at a constant rate keeps its weight decay, whatever its horizon; a fine-tuning's last batch lies a little beyond its data."""
+    assert Schedule(ScheduleSettings(warmup_steps=0, warmdown_ratio=0.0), 500, 0.1).at(499).weight_decay == 0.1
+    assert [sft_lr_multiplier(progress, 0.0, 0.0, 0.0) for progress in (0.5, 1.0, 1.0625)] == [1.0, 1.0, 1.0]
 
 
 def test_a_branch_begins_with_what_its_trunk_has():

@@ -92,7 +92,8 @@ def scored_logits(model, examples: Sequence[Example], device) -> tuple[torch.Ten
             targets += sequence[start:end]
         first += len(example.inputs)
     lengths = [len(span) for span in spans]
-    logits = logits_at(model, stack_sequences(inputs, pad_token_id=0).to(device), torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device),
+    ids = stack_sequences([*inputs, (0, 0)], pad_token_id=0)[:-1]  # the model wants two tokens at least; what pads the right of a causal one changes nothing
+    logits = logits_at(model, ids.to(device), torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device),
                        torch.cat(spans).to(device))
     return logits, torch.tensor(targets, device=device), lengths
 
