@@ -56,9 +56,9 @@ class Settings(RunSettings):
     device_batch_size: int = flag(8, "Samples generated or trained on in one pass", type=positive_int)
     examples_per_step: int = flag(16, "Problems per step, over all ranks", type=positive_int)
     num_samples: int = flag(16, "Answers to each problem", type=positive_int)
-    max_new_tokens: int = flag(256, "Length of the longest answer in tokens", type=positive_int)
+    max_new_tokens: int = flag(256, "Length of the longest answer in tokens that is learned from; evaluations give 256, as nanochat's", type=positive_int)
     temperature: float = flag(1.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float)
-    top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int)
+    top_k: int = flag(50, "Number of likeliest tokens to sample among for that, 0: all tokens; evaluations take 50", type=non_negative_int)
     # optimization
     embedding_lr: float = flag(0.2, "Learning rate of the embeddings", type=non_negative_float)
     unembedding_lr: float = flag(0.004, "Learning rate of the head", type=non_negative_float)
@@ -233,7 +233,7 @@ class Reinforcement(TrainLoop):
         settings = self.settings
         with self.evaluating():
             problems = run_gsm8k_eval(self.test_task, self.tokenizer, self.engine, max_examples=settings.eval_examples,
-                                      num_samples=settings.device_batch_size, max_completion_tokens=settings.max_new_tokens, temperature=1.0, top_k=settings.top_k)
+                                      num_samples=settings.device_batch_size, temperature=1.0)
             records = list(with_progress(problems, -(-min(len(self.test_task), settings.eval_examples) // self.world_size), "Evaluation"))
         scores = {f"pass@{k}": value for k, value in enumerate(pass_at_k(records, settings.device_batch_size), 1)}
         print0(f"Step {self.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()), flush=True)
