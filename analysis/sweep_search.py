@@ -2,7 +2,8 @@
 
 Point N is the file `points/N.json` of the sweep's folder. A runner with a free place and nothing to start asks optuna for the next one, given the results so far, and
 creates its file; where another was faster, that one's counts (claims.create_once). So the files alone say which runs there are, and a sweep that was stopped, or
-whose `runs` were raised, goes on from them. Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
+whose `runs` were raised, goes on from them. `point_runs.json` beside them says what the runs of each point have in common, for which alone the proposals are good.
+Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
 """
 import json
 import statistics
@@ -33,12 +34,28 @@ class Search(Work):
         self.points: list[dict[str, Any]] = []
         self.optuna = import_optuna()
         self._values: dict[int, float | None] = {}  # by number, of points that are done; None: it failed
+        self._check_runs()
         while self._read():
             pass
 
     @property
     def total(self) -> int:
         return (self.sweep.runs - len(self.refused)) * len(self.sweep.trials({}))
+
+    def _check_runs(self, begin: bool = False) -> None:
+        """Raises UsageError where the points that are there, or from now on with `begin`, are of other runs than this sweep's."""
+        path, runs = self.folder.with_name("point_runs.json"), [trial.flags for trial in self.sweep.trials({})]
+        if begin and not path.exists():
+            create_once(path, json.dumps(runs))
+        if not path.exists():
+            return
+        try:
+            had, now = ({(flag, json.dumps(value)) for flags in found for flag, value in flags.items()} for found in (parse_json(path.read_bytes()), runs))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged ({error}); give this sweep another name, or delete {path.parent}") from None
+        if had != now:
+            raise UsageError(f"the points in {self.folder} are of runs with other values of {', '.join(sorted({flag for flag, _ in had ^ now}))}; "
+                             f"give this sweep another name, or delete {path.parent}")
 
     def _path(self) -> Path:
         """Of the next point."""
@@ -55,7 +72,7 @@ class Search(Work):
         except ValueError as error:
             raise UsageError(f"{self._path()} is damaged ({error}); delete it, and optuna proposes another point") from None
         if point.keys() != self.sweep.search.keys():
-            raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
+            raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete {self.folder.parent}")
         trials = self.sweep.trials(point)
         try:
             check_runs(self.sweep, trials)
@@ -71,6 +88,7 @@ class Search(Work):
         if len(self.points) == self.sweep.runs:
             return False
         if not self._path().exists():
+            self._check_runs(begin=True)
             create_once(self._path(), json.dumps(self._propose()))
         return self._read()
 

@@ -702,6 +702,22 @@ def test_optuna_s_steps_may_have_many_digits(fake):
         sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
 
 
+def test_points_are_for_the_runs_that_they_were_proposed_for(fake, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    path, text = tmp_path / "mine.toml", "{}\n[grid]\nseed = [{}]\n[search]\nmethod = 'optuna'\nruns = {}\n[search.flags]\nmatrix-lr = {{min = 1.0, max = 3.0}}\n"
+    path.write_text(text.format("", "8", 1))
+    assert sweep.main([str(path)]) == 0
+    before = rows(fake, "mine")
+    capsys.readouterr()
+    for fixed, seeds, flags, differs in (("[fixed]\ndepth = 2", "8", "", "depth"), ("", "8, 9", "", "seed"), ("", "8", "--depth=2", "depth")):
+        path.write_text(text.format(fixed, seeds, 1))
+        assert sweep.main([str(path), f"--flags={flags}"]) == 2
+        error = capsys.readouterr().err
+        assert f"other values of {differs}; give this sweep another name" in error and error.count("\n") == 1 and rows(fake, "mine") == before
+    path.write_text(text.format("", "8", 2))
+    assert sweep.main([str(path)]) == 0 and rows(fake, "mine")[:1] == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asked, got", [(None, "0"), ("1", "1")])
 def test_runs_that_are_compared_are_all_compiled_or_none(tmp_path, monkeypatch, asked, got):
