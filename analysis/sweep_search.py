@@ -6,6 +6,7 @@ whose `runs` were raised, goes on from them. `point_runs.json` beside them says 
 Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
 """
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -93,17 +94,17 @@ class Search(Work):
         return self._read()
 
     def _value(self, number: int) -> float | None:
-        """The mean of the point's runs in bits per byte, None if one of them failed. Raises LookupError while they are not done."""
+        """The mean of the point's runs in bits per byte, infinite if one of them diverged, None if one failed otherwise. Raises LookupError while they are not done."""
         if number not in self._values:
             trials = self.sweep.trials(self.points[number])
-            statuses = [status_of(self.base_dir, trial) for trial in trials]
-            if None in statuses:
+            if None in [status_of(self.base_dir, trial) for trial in trials]:
                 raise LookupError
             try:
                 results = [read(self.base_dir, trial) for trial in trials]
             except UsageError:  # a broken log costs its numbers only
                 results = []
-            self._values[number] = None if any(statuses) or not results else statistics.mean(result.final for result in results if result)
+            finals = [result.final for result in results if result]
+            self._values[number] = statistics.mean(finals) if len(finals) == len(trials) > 0 else None
         return self._values[number]
 
     def _propose(self) -> dict[str, Any]:
@@ -116,15 +117,18 @@ class Search(Work):
             kind = optuna.distributions.IntDistribution if values.whole else optuna.distributions.FloatDistribution
             distributions[flag] = optuna.distributions.CategoricalDistribution(values.choices) if values.choices else kind(
                 values.low, values.high, log=values.log, step=values.step or (1 if values.whole else None))
-        states = optuna.trial.TrialState
-        for number, point in enumerate(self.points):
+        states, found = optuna.trial.TrialState, []
+        for number in range(len(self.points)):
             try:
                 value = self._value(number)
-                state = states.FAIL if value is None else states.COMPLETE
+                found.append((states.FAIL if value is None else states.COMPLETE, value))
             except LookupError:
-                value, state = None, states.RUNNING
+                found.append((states.RUNNING, None))
+        # optuna passes over failures, and would go on proposing points that diverge: those count as worse than all others
+        worst = 2 * max((value for _, value in found if value is not None and value < math.inf), default=10.0)
+        for number, (point, (state, value)) in enumerate(zip(self.points, found)):
             try:
-                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=value))
+                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=worst if value == math.inf else value))
             except ValueError as error:
                 raise UsageError(f"point {number} in {self.folder} is not within [search.flags] ({error}); widen that, or give this sweep another name") from None
         drawn = study.ask(distributions).params

@@ -27,6 +27,7 @@ from analysis.study import run_trials
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
 from analysis.trial import Trial, folder_of, read, status_of, weights
 from nanochat.cli import UsageError
+from nanochat.run_log import RunLog
 from scripts import base_train
 from tests import fake_runs, tiny
 
@@ -700,6 +701,26 @@ def test_optuna_s_steps_may_have_many_digits(fake):
     (search.folder / "00001.json").write_text("")
     with pytest.raises(UsageError, match="00001.json is damaged .*; delete it"):
         sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+
+
+def test_optuna_keeps_away_from_where_runs_diverge(fake):
+    """All rates above 1, which are most of those that it may draw, and where it would find the best if a run only ended there."""
+    pytest.importorskip("optuna")
+    found = read_sweep("far.toml", "[search]\nmethod = 'optuna'\nruns = 30\n[search.flags]\nmatrix-lr = {min = 0.0, max = 3.0}\n")
+    search = sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+    for number in range(found.runs):
+        assert search.more()
+        folder, rate = folder_of(fake, search.trials[number]), search.points[number]["matrix-lr"]
+        folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(folder / "log.jsonl")
+        log.log("start", 0, counts={"total": 7})
+        log.log("eval", 1, val_bpb=3 - rate, flops=100, time=2.0)
+        log.log("end", 1)
+        log.close()
+        (folder / "out.txt").write_text("error: training diverged\n")
+        (folder / "done.json").write_text(json.dumps({"status": 2 if rate > 1 else 0, "flags": {}}))
+    later = [point["matrix-lr"] for point in search.points[10:]]
+    assert sum(rate > 1.1 for rate in later) <= 9, "6; 13 where it is told nothing of them"
 
 
 def test_points_are_for_the_runs_that_they_were_proposed_for(fake, tmp_path, capsys):
