@@ -642,6 +642,22 @@ def test_values_that_change_together_are_one_panel_and_of_seeds_the_mean_counts(
     assert ([0, 1], ["4\n32", "16\n4"]) in ticks
 
 
+def test_a_value_of_which_a_seed_failed_has_no_mean(tmp_path, monkeypatch):
+    """0.5 is the best by the one seed that survived, and of 1.0 nobody knows yet."""
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **style: lines.append((list(x), list(y), style.get("label"))))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **style: None)
+    found = read_sweep("x.toml", "[grid]\nseed = [1, 2]\nmatrix-lr = [0.25, 0.5, 1.0]\n")
+    of = lambda seed, rate, loss, status="done": {"status": status, "seed": seed, "matrix-lr": rate, "final_bpb": loss}
+    rows = [of(1, 0.25, 2.0), of(2, 0.25, 2.5), of(1, 0.5, 1.0), of(2, 0.5, 3.0, "exit 2"), of(1, 1.0, 1.5), of(2, 1.0, 1.5, "unfinished")]
+    sweep.draw(found, rows, tmp_path / "x.png")
+    dots, means, crosses = lines
+    assert sorted(zip(*dots[:2])) == [(0.25, 2.0), (0.25, 2.5), (0.5, 1.0), (1.0, 1.5)] and means[:2] == ([0.25], [2.25]) and crosses[0] == [0.5] and crosses[2] == "runs failed"
+    rows[3] = of(2, 0.5, None)  # its last step has broken the weights
+    sweep.draw(found, rows, tmp_path / "x.png")
+    assert lines[3:] == lines[:3]
+
+
 def rows(base_dir, name: str) -> list[dict]:
     return list(csv.DictReader(open(Path(base_dir, "sweeps", name, "results.csv"))))
 
