@@ -118,6 +118,16 @@ def test_summary_table(here):
                         ["MMLU", "-", "0.3000", "-"], ["ChatCORE", "-", "0.2100", "-"]]
 
 
+def test_the_summary_is_of_the_run_that_is_reported(here):
+    """base_eval was perhaps asked about other models since, or about other steps."""
+    train(here, "d12")
+    report = get_report()
+    for models, core in (([("d6", 20, 0.5)], "0.1234"), ([("d12", 10, 0.5)], "0.1234"), ([("d12", 20, 0.25), ("d6", 20, 0.5)], "0.2500")):
+        report.log("Base model evaluation", [{"model": f"{tag} (step {step})", "CORE metric": value} for tag, step, value in models])
+        report.generate("d12")
+        assert f"| CORE            | {core}   |" in written("report.md")
+
+
 def test_wall_clock_runs_from_reset_to_the_last_section_before_rl(here, monkeypatch):
     report = get_report()
     for title, now in ((None, "10:00:00"), ("Tokenizer training", "10:30:00"), ("SFT", "12:05:59"), ("Chat RL", "23:00:00")):
