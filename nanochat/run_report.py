@@ -98,6 +98,9 @@ class TrainingRun:
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
 
+    def first(self, kind: str) -> dict:
+        return next((record for record in self.records if record["kind"] == kind), {})
+
     def last(self, kind: str) -> dict:
         return next((record for record in reversed(self.records) if record["kind"] == kind), {})
 
@@ -239,11 +242,16 @@ class TrainingRun:
         return ("flops" if self.of("grow") else "tokens", "time")
 
     def from_scratch(self) -> "TrainingRun | None":
-        """Of a run that grew: the best finished run beside it that trained the same final model from its start."""
+        """Of a run that grew: the finished run beside it that trained the same final model from its start on the same text, of those the one with the nearest FLOPs."""
         if not (grows := self.of("grow")) or not (config := grows[-1].get("model_config")):
             return None
-        runs = earlier_runs(self.path.parent.parent, config)
-        return TrainingRun(min(runs, key=lambda run: run[1])[0]) if runs else None
+        runs = [run for path, _ in earlier_runs(self.path.parent.parent, config) if (run := TrainingRun(path))._task() == self._task()]
+        spent = lambda run: run.latest("flops", "train", "eval", "grow") or 0
+        return min(runs, key=lambda run: abs(spent(run) - spent(self)), default=None) if all(self._task()) else None
+
+    def _task(self) -> list:
+        """What must be equal for losses to be comparable, None where the log does not tell."""
+        return [(self.first("start").get("conditions") or {}).get(name) for name in ("data", "tokenizer", "objective")]
 
     def _curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         points = [(record[x], record[y]) for record in self.of(kind) if record.get(x) is not None and record.get(y) is not None]

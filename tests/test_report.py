@@ -13,6 +13,7 @@ from nanochat.run_log import RunLog
 from nanochat.run_report import TrainingRun, find_run_log, verbatim
 
 COUNTS = {"wte": 1000, "lm_head": 1000, "transformer_matrices": 3000, "total": 5000}
+CONDITIONS = {"data": "stdlib", "tokenizer": "abc", "objective": "next-token"}
 NASTY = "a ``` b <script>alert(1)</script> | ![x](http://example.com/x.png) [y](javascript:alert(2))"
 
 
@@ -23,11 +24,11 @@ def here(base_dir, tmp_path_factory, monkeypatch):
     return base_dir
 
 
-def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None, **flags):
+def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None, conditions=CONDITIONS, **flags):
     """Writes the log of a made-up run that did `steps` of `planned` steps, and returns its records' path."""
     path = base_dir / "base_checkpoints" / tag / "log.jsonl"
     log = RunLog(path)
-    log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
+    log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, conditions=conditions, counts=COUNTS, flops_per_token=30000,
             num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, dtype="float32", world_size=world_size)
     for step in range(steps + 1):
         if step % 5 == 0:
@@ -354,6 +355,19 @@ def test_the_same_model_from_scratch_is_drawn_beside_a_grown_one(here):
     assert grown.from_scratch().tag == "scratch"
     assert grown.picture() != alone
     assert scratch.axes == ("tokens", "time") and scratch.from_scratch() is None
+
+
+def test_what_is_drawn_beside_is_of_the_same_text_and_of_about_as_many_flops(here):
+    """The longest run ends lowest, and on other text any loss may be lower."""
+    shape = {"sequence_len": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "window_pattern": "L"}
+    grown = TrainingRun(train(here, "grown", grow_at=10, model_config=shape))
+    for tag, differs in (("text", {"data": "tinystories"}), ("words", {"tokenizer": "def"}), ("hidden", {"objective": "mlm"}), ("untold", {"data": None})):
+        train(here, tag, model_config=shape, conditions=CONDITIONS | differs)
+    assert grown.from_scratch() is None
+    for tag, steps in (("longer", 40), ("near", 25), ("shorter", 5)):
+        train(here, tag, steps=steps, planned=steps, model_config=shape)
+    assert grown.from_scratch().tag == "near"
+    assert TrainingRun(train(here, "silent", grow_at=10, model_config=shape, conditions=None)).from_scratch() is None
 
 
 def test_the_current_folder_need_not_take_a_copy(here, monkeypatch, capsys):
