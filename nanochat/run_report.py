@@ -158,7 +158,7 @@ class TrainingRun:
 
     def stages_table(self) -> str:
         """A line for each size of a run that grew: what it cost, how far it came, and why it ended. A branch counts what its trunk spent as its own."""
-        start, grows = self.last("start"), self.of("grow")
+        start, grows = self.first("start"), self.of("grow")  # a resumed run has another start, of the model that it has grown to
         budget = self.latest("flops", "train", "eval", "grow") or 0
         rows, before = [], {"tokens": 0, "flops": 0, "time": 0.0}
         for number in range(len(grows) + 1):

@@ -258,6 +258,15 @@ def test_growth_is_marked(here):
     assert run.picture() != without.picture()
 
 
+def test_the_first_stage_of_a_resumed_run_is_what_it_began_with(here):
+    path = train(here, steps=12, grow_at=10)
+    log = RunLog(path, resume_step=12)
+    log.log("start", 12, counts={"total": 80000}, num_iterations=20)
+    log.close()
+    rows = TrainingRun(path).stages_table().splitlines()
+    assert [line.split("|")[1].strip() for line in rows[2:]] == ["0", "1"] and rows[2].split("|")[3].strip() == "5,000"
+
+
 @pytest.mark.parametrize("device, world_size, cost", [
     ("NVIDIA H100 80GB HBM3", 8, "$4.00 (1.33 GPU-hours of training at $3.00)"), ("cpu", 1, "none (no rented GPU)"), ("mps", 1, "none (no rented GPU)")])
 def test_cost_of_a_run(here, device, world_size, cost):
