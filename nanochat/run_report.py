@@ -1,6 +1,7 @@
 """One pretraining run, finished or still going on, as Markdown and as pictures, drawn from its log alone."""
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,7 @@ class TrainingRun:
         """
         axes = axes or self.axes
         scratch, branches = self.from_scratch(), self.branches()
+        beside = [*branches, *filter(None, [scratch])]
         figure = new_figure(5 * len(axes), 5)
         from matplotlib.ticker import EngFormatter, MaxNLocator
         panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
@@ -288,7 +290,7 @@ class TrainingRun:
             if scratch:
                 xs, ys = scratch._curve("eval", x, "val_bpb")
                 bpb_panel.plot(xs / scale, ys, color=INK, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
-            if scratch or branches:
+            if beside:
                 bpb_panel.legend(frameon=False, labelcolor=INK, fontsize=8)
             for record in self.of("grow"):
                 before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]
@@ -302,24 +304,28 @@ class TrainingRun:
                 bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
                 tokens, flops = self._curve("train", "tokens", "flops")
                 if len(tokens) > 1:
-                    bpb_panel.set_xlim(0, tokens[-1])
-                    t, f = np.r_[0, tokens, 2 * tokens[-1]], np.r_[0, flops, 2 * flops[-1]]  # from 0 to beyond the last tick
+                    right = max([tokens[-1], *(run._curve("eval", x, "val_bpb")[0].max(initial=0) for run in beside)])
+                    bpb_panel.set_xlim(0, right)
+                    beyond = 2 * right / tokens[-1]
+                    t, f = np.r_[0, tokens, beyond * tokens[-1]], np.r_[0, flops, beyond * flops[-1]]  # from 0 to beyond the last tick
                     top = loss_panel.secondary_xaxis("top", functions=(lambda v, t=t, f=f: np.interp(v, t, f), lambda v, t=t, f=f: np.interp(v, f, t)))
                     top.xaxis.set_major_locator(MaxNLocator(4))
                     top.xaxis.set_major_formatter(lambda v, _: f"{v:.2g}".replace("e+", "e"))
-                    top.set_xlabel("training FLOPs", color=INK)
+                    top.set_xlabel(f"training FLOPs of {self.tag}" if beside else "training FLOPs", color=INK)
                     top.tick_params(colors=INK)
                     top.spines[:].set_visible(False)
-        self._frame(panels[0, 0], self._curve("train", "step", "loss")[1])
-        self._frame(panels[1, 0], self._curve("eval", "step", "val_bpb")[1])
+        losses = lambda *runs: [run._curve("eval", "step", "val_bpb")[1] for run in runs]
+        self._frame(panels[0, 0], [self._curve("train", "step", "loss")[1]])
+        self._frame(panels[1, 0], losses(self, *filter(None, [scratch])), losses(*branches))
         panels[0, 0].set_ylabel("train loss (nats per token)", color=INK)
         panels[1, 0].set_ylabel("validation bits per byte", color=INK)
         return as_png(figure, panels.flat)
 
     @staticmethod
-    def _frame(panel, values: np.ndarray) -> None:
-        """Leaves the first steps out of sight: they fall so far that the rest would look flat."""
-        if len(values) >= 10:
-            low, high = values.min(), values[1 + len(values) // 50:].max()
+    def _frame(panel, fresh: list[np.ndarray], others: Sequence[np.ndarray] = ()) -> None:
+        """Leaves the first steps of fresh models out of sight: they fall so far that the rest would look flat."""
+        if len(fresh[0]) >= 10:
+            low = np.concatenate([*fresh, *others]).min()
+            high = np.concatenate([*(values[1 + len(values) // 50:] for values in fresh), *others]).max()
             margin = 0.1 * (high - low)
             panel.set_ylim(low - margin, high + margin)

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nanochat import report as report_module
+from nanochat import run_report
 from nanochat.cli import UsageError
 from nanochat.report import DummyReport, Report, estimate_cost, extract, extract_timestamp, generate_header, get_report, main, slugify
 from nanochat.run_log import RunLog
@@ -377,6 +378,27 @@ def test_what_is_drawn_beside_is_of_the_same_text_and_of_about_as_many_flops(her
         train(here, tag, steps=steps, planned=steps, model_config=shape)
     assert grown.from_scratch().tag == "near"
     assert TrainingRun(train(here, "silent", grow_at=10, model_config=shape, conditions=None)).from_scratch() is None
+
+
+def test_branches_lie_within_the_picture(here, monkeypatch):
+    """They go on where the trunk ended, some to lower losses, and some begin higher."""
+    trunk = TrainingRun(train(here, "trunk", steps=100, planned=100))
+    for tag, rise in (("longer", -1.5), ("higher", 0.5)):
+        log = RunLog(here / "base_checkpoints" / tag / "log.jsonl")
+        log.log("start", 50, config={"branch_from": "trunk@50"}, counts=COUNTS)
+        for step in range(50, 350, 25):
+            log.log("eval", step, val_bpb=2 + rise - (step - 50) / 1000, tokens=512 * step, flops=512 * 60000 * step, time=60 * step)
+        log.close()
+    figures = []
+    monkeypatch.setattr(run_report, "as_png", lambda figure, panels: figures.append(figure) or figure.canvas.draw())
+    trunk.picture()
+    for panel in figures[0].axes[2:4]:
+        (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+        for line in panel.lines:
+            xs, ys = line.get_data()
+            skipped = line.get_label() == "trunk"  # its first step falls out of sight
+            assert left <= min(xs) and max(xs) <= right and bottom <= min(ys) and max(ys[skipped:]) <= top, line.get_label()
+    assert len(panel.lines) == 3
 
 
 def test_the_current_folder_need_not_take_a_copy(here, monkeypatch, capsys):
