@@ -29,8 +29,10 @@ def find_run_log(base_dir: str | Path, model_tag: str | None = None) -> Path | N
     logs = {path.parent.name: path for path in Path(base_dir, "base_checkpoints").glob(f"*/{FILENAME}")}
     if model_tag is None:
         path = max(logs.values(), key=lambda path: path.stat().st_mtime, default=None)
-        while path is not None and (trunk := TrainingRun(path).branched_off()[0]) in logs:
+        seen: set[str] = set()  # a run that was trained anew may branch off its own branch
+        while path is not None and (trunk := TrainingRun(path).branched_off()[0]) in logs.keys() - seen:
             path = logs[trunk]
+            seen.add(trunk)
         return path
     if model_tag not in logs:
         raise UsageError(f"no run log for --model-tag={model_tag} in {base_dir}; there are: {', '.join(sorted(logs)) or 'none'}")

@@ -284,6 +284,15 @@ def test_the_newest_run_or_the_one_asked_for(here):
         find_run_log(here, "d7")
 
 
+def test_runs_that_branch_off_each_other_have_a_report(here, monkeypatch):
+    for tag, other in (("d4", "d6"), ("d6", "d4"), ("d8", "d8")):
+        path = train(here, tag, branch_from=f"{other}@20")
+        os.utime(path, (2e9 + int(tag[1:]), 2e9 + int(tag[1:])))
+        looks = iter(range(10))  # not for ever
+        monkeypatch.setattr(run_report, "TrainingRun", lambda path: [TrainingRun(path), next(looks)][0])
+        assert find_run_log(here).parent.name in (tag, other)
+
+
 def test_nothing_to_report_is_a_usage_error(here, capsys):
     assert main([]) == 2
     assert "nothing to report yet" in capsys.readouterr().err
