@@ -123,9 +123,13 @@ class TrainingRun:
         eta = f", ETA {duration(np.median(recent) * max(0, total - step))}" if recent and total else ""
         return f"running: {of_total}{eta}; the last record is {duration(self.silence)} old"
 
-    def cost(self) -> str:
+    def _device(self) -> str:
+        """By its name, where the log tells it, and not as cuda:0."""
         start = self.last("start")
-        device, gpus = str(start.get("device", "cpu")), start.get("world_size", 1)
+        return str(start.get("device_name") or start.get("device") or "cpu")
+
+    def cost(self) -> str:
+        device, gpus = self._device(), self.last("start").get("world_size", 1)
         if device.startswith(("cpu", "mps")):
             return "none (no rented GPU)"
         hours = (self.latest("time", "train") or 0) / 3600
@@ -230,7 +234,7 @@ class TrainingRun:
             "Tokens per step": start.get("total_batch_size") and count(start["total_batch_size"]),
             "Training time": (seconds := self.latest("time", "train", "eval")) and duration(seconds),
             "Speed": speed and f"{np.median(speed):,.0f} tokens/s" + (f", MFU {mfu:.1f} %" if mfu else ""),
-            "Device": start.get("device") and f"{start.get('world_size', 1)} × {start['device']}, {str(start.get('dtype', '')).removeprefix('torch.')}",
+            "Device": start.get("device") and f"{start.get('world_size', 1)} × {self._device()}, {str(start.get('dtype', '')).removeprefix('torch.')}",
             "Peak memory": end.get("peak_memory_mib") and f"{end['peak_memory_mib']:,.0f} MiB",
             "Cost estimate": start and self.cost(),
         }

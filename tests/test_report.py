@@ -25,12 +25,12 @@ def here(base_dir, tmp_path_factory, monkeypatch):
     return base_dir
 
 
-def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None, conditions=CONDITIONS, **flags):
+def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", device_name=None, world_size=1, grow_at=None, sample=NASTY, model_config=None, conditions=CONDITIONS, **flags):
     """Writes the log of a made-up run that did `steps` of `planned` steps, and returns its records' path."""
     path = base_dir / "base_checkpoints" / tag / "log.jsonl"
     log = RunLog(path)
     log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, conditions=conditions, counts=COUNTS, flops_per_token=30000,
-            num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, dtype="float32", world_size=world_size)
+            num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, device_name=device_name or device, dtype="float32", world_size=world_size)
     for step in range(steps + 1):
         if step % 5 == 0:
             log.log("eval", step, val_bpb=2 - step / 40, tokens=512 * step, flops=512 * 30000 * step, time=30 * step)
@@ -268,10 +268,11 @@ def test_the_first_stage_of_a_resumed_run_is_what_it_began_with(here):
     assert [line.split("|")[1].strip() for line in rows[2:]] == ["0", "1"] and rows[2].split("|")[3].strip() == "5,000"
 
 
-@pytest.mark.parametrize("device, world_size, cost", [
-    ("NVIDIA H100 80GB HBM3", 8, "$4.00 (1.33 GPU-hours of training at $3.00)"), ("cpu", 1, "none (no rented GPU)"), ("mps", 1, "none (no rented GPU)")])
-def test_cost_of_a_run(here, device, world_size, cost):
-    assert TrainingRun(train(here, device=device, world_size=world_size)).cost() == cost
+@pytest.mark.parametrize("device, name, world_size, cost", [
+    ("cuda:0", "NVIDIA H100 80GB HBM3", 8, "$4.00 (1.33 GPU-hours of training at $3.00)"), ("cpu", "cpu", 1, "none (no rented GPU)"), ("mps", "mps", 1, "none (no rented GPU)")])
+def test_cost_of_a_run(here, device, name, world_size, cost):
+    run = TrainingRun(train(here, device=device, device_name=name, world_size=world_size))
+    assert run.cost() == cost and f"| Device | {world_size} × {name}, float32 |" in run.markdown("")
 
 
 def test_the_newest_run_or_the_one_asked_for(here):
