@@ -61,6 +61,25 @@ def test_one_has_a_claim_until_it_is_released(tmp_path):
     assert take(tmp_path) is None and claims.holder(tmp_path).endswith(f":{os.getpid()}")
 
 
+@pytest.mark.parametrize("call", ["utime", "listdir"])
+def test_a_file_system_that_fails_for_a_moment_takes_no_claim_away(tmp_path, monkeypatch, call):
+    def fail(*args):
+        raise OSError(116, "Stale file handle")
+
+    claim, clock = take(tmp_path), time.monotonic
+    for later, held in ((EXPIRES - 60, True), (EXPIRES + 1, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            patch.setattr(time, "monotonic", lambda: clock() + later)
+            assert claim.beat() is held
+            claim.release()
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + EXPIRES)
+    assert claim.beat(), "nobody has taken it meanwhile"
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * EXPIRES - 60)
+    monkeypatch.setattr(os, call, fail)
+    assert claim.beat(), "it counts from the last beat"
+
+
 def elsewhere(folder: Path, age: float) -> None:
     """Somebody on another machine has the claim, whose last beat is so many seconds ago."""
     claim = take(folder)
