@@ -18,7 +18,8 @@ import os
 import platform
 import re
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -53,28 +54,35 @@ def create_once(path: Path, text: str) -> bool:
         os.unlink(temporary)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Claim:
     folder: Path
     number: int
+    beaten: float = field(default_factory=time.monotonic)  # when it last was, with success
 
     @property
     def path(self) -> Path:
         return self.folder / f"claim-{self.number}"
 
     def beat(self) -> bool:
-        """Says that the work goes on. False if it was taken over: this process was stopped for longer than EXPIRES, or the folder is gone."""
+        """Says that the work goes on. False if it was taken over: this process was stopped for longer than EXPIRES, or the folder is gone.
+
+        A file system that fails for a moment (NFS: ESTALE, EIO) tells nothing, and until EXPIRES has passed nobody else can have it.
+        """
         try:
             if _last(self.folder) != self.number:
                 return False
             os.utime(self.path)  # without a time: over NFS the server puts in its own
+            self.beaten = time.monotonic()
             return True
         except FileNotFoundError:
             return False
+        except OSError:
+            return time.monotonic() - self.beaten < EXPIRES
 
     def release(self) -> None:
-        """For others to take at once. Harmless where it was taken over."""
-        with contextlib.suppress(FileNotFoundError):
+        """For others to take at once. Harmless where it was taken over; where the file system fails, it expires."""
+        with contextlib.suppress(OSError):
             os.utime(self.path, (0, 0))
 
 
@@ -109,7 +117,11 @@ def _holder(claim: Claim) -> str:
 
 
 def _last(folder: Path) -> int:
-    return max((int(match[1]) for path in folder.glob("claim-*") if (match := re.fullmatch(r"claim-(\d+)", path.name))), default=0)
+    try:
+        names = os.listdir(folder)  # unlike a glob it passes over no errors
+    except FileNotFoundError:
+        return 0
+    return max((int(match[1]) for name in names if (match := re.fullmatch(r"claim-(\d+)", name))), default=0)
 
 
 def _now(folder: Path) -> float:

@@ -3,7 +3,8 @@
     python -m analysis.low_rank --out=low_rank.json --plot=low_rank.png
 
 The question is that of a proposal on low-rank training (not published). On the data and the tokenizer in NANOCHAT_BASE_DIR. Every contestant has learning rates tuned at this size (dev/LOG.md has the
-grids), sees the same batches in the same order, and runs with the same seeds. The rank is a quarter of the width.
+grids), sees the same batches in the same order, and runs with the same seeds, all without weight decay, which base_train would
+make another one for each of these models. The rank is a quarter of the width.
 """
 import statistics
 import sys
@@ -34,7 +35,7 @@ CONTESTANTS: dict[str, dict] = {
 
 def plan(names: list[str], seed: int) -> dict[str, Trial]:
     flops = {"target-flops": dense_flops()}
-    return {name: Trial({**SHAPE, **CONTESTANTS[name], **(flops if "target-flops" in CONTESTANTS[name] else {}), "seed": seed}) for name in names}
+    return {name: Trial({**SHAPE, "weight-decay": 0.0, **CONTESTANTS[name], **(flops if "target-flops" in CONTESTANTS[name] else {}), "seed": seed}) for name in names}
 
 
 def draw(rows: dict[str, list[Result]], nats: float, path: Path) -> None:

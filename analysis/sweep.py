@@ -106,27 +106,27 @@ class Table:
         return out.getvalue()
 
 
-def panels_of(sweep: Sweep, done: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def panels_of(sweep: Sweep, ended: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """What varies but seeds and objectives, by name: the alternatives of a flag, or of flags that change together."""
-    drawn = [[{flag: value} for value in dict.fromkeys(row[flag] for row in done)] for flag in sweep.search]
+    drawn = [[{flag: value} for value in dict.fromkeys(row[flag] for row in ended)] for flag in sweep.search]
     groups = []
     for group in [*sweep.choices, *drawn]:
         flags = [flag for flag in group[0] if flag not in sweep.overrides and len({str(one[flag]) for one in group}) > 1]
         if flags:
             groups.append([{flag: one[flag] for flag in flags} for one in group])
     plain = [group for group in groups if "objective" not in group[0]]
-    chosen = [group for group in plain if "seed" not in group[0]] or plain or groups or [[{flag: done[0][flag] for flag in sweep.swept}]]
+    chosen = [group for group in plain if "seed" not in group[0]] or plain or groups or [[{flag: ended[0][flag] for flag in sweep.swept}]]
     return {"\n".join(group[0]): group for group in chosen}
 
 
 def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each of them: a dot a finished run, and a line through the best of each value, by the mean of the seeds. Losses of different objectives are no rivals: each has
-    a color and a line of its own."""
-    done = [row for row in rows if row["status"] == "done" and row.get("final_bpb") is not None]
+    """One panel for each of them: a dot a finished run, a cross at the top for each value of which runs failed, and a line through the best of each value, by the mean of the
+    seeds where all of them are done. Losses of different objectives are no rivals: each has a color and a line of its own."""
+    done, failed = [row for row in rows if is_done(row)], [row for row in rows if not is_done(row) and row["status"] not in ("waiting", "unfinished")]
     if not done:
         raise UsageError("no run is done yet, so there is nothing to draw")
     objectives = list(dict.fromkeys(row.get("objective") for row in done))
-    panels = panels_of(sweep, done)
+    panels = panels_of(sweep, done + failed)
     with pictures(path, 4.5 * len(panels), 4, len(panels)) as drawn:
         for axes, (name, values) in zip(drawn, panels.items()):
             of_value = lambda some, value: [row for row in some if all(row[flag] == one for flag, one in value.items())]
@@ -135,27 +135,34 @@ def draw(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
             values = sorted(values, key=lambda value: next(iter(value.values()))) if scale else values
             places = [next(iter(value.values())) if scale else i for i, value in enumerate(values)]
             for color, objective in enumerate(objectives):
-                alike = [row for row in done if row.get("objective") == objective]
-                dots = [(place, row["final_bpb"]) for place, value in zip(places, values) for row in of_value(alike, value)]
+                alike = [row for row in rows if row.get("objective") == objective]
+                dots = [(place, row["final_bpb"]) for place, value in zip(places, values) for row in of_value(alike, value) if is_done(row)]
                 best = [(place, min(means)) for place, value in zip(places, values) if (means := means_of_seeds(sweep, of_value(alike, value)))]
                 axes.plot([place for place, _ in dots], [loss for _, loss in dots], "o", color=f"C{color}", alpha=0.5)
                 axes.plot([place for place, _ in best], [loss for _, loss in best], color=f"C{color}", label=objective)
+            if crosses := [place for place, value in zip(places, values) if of_value(failed, value)]:
+                axes.plot(crosses, [0.97] * len(crosses), "x", color="red", transform=axes.get_xaxis_transform(), label="runs failed")
             if not scale:
                 axes.set_xticks(places, ["\n".join(map(str, value.values())) for value in values])
             elif places[0] > 0 and places[-1] >= 8 * places[0]:
                 axes.set_xscale("log")
             axes.set_xlabel(name)
         drawn[0].set_ylabel("validation bits per byte")
-        if len(objectives) > 1:
+        if len(objectives) > 1 or failed:
             drawn[0].legend(frameon=False)
 
 
+def is_done(row: dict[str, Any]) -> bool:
+    """Whether it has a last loss: its training may have ended well, and its last step have broken the weights."""
+    return row["status"] == "done" and row.get("final_bpb") is not None
+
+
 def means_of_seeds(sweep: Sweep, rows: list[dict[str, Any]]) -> list[float]:
-    """Of the last losses of runs that differ in nothing else."""
-    arms: dict[str, list[float]] = {}
+    """Of the last losses of runs that differ in nothing else, where all of them have one: the seeds that survived are the lucky ones."""
+    arms: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        arms.setdefault(str([row[flag] for flag in sweep.swept if flag != "seed"]), []).append(row["final_bpb"])
-    return [statistics.mean(losses) for losses in arms.values()]
+        arms.setdefault(str([row[flag] for flag in sweep.swept if flag != "seed"]), []).append(row)
+    return [statistics.mean(row["final_bpb"] for row in arm) for arm in arms.values() if all(map(is_done, arm))]
 
 
 # -----------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 Point N is the file `points/N.json` of the sweep's folder. A runner with a free place and nothing to start asks optuna for the next one, given the results so far, and
 creates its file; where another was faster, that one's counts (claims.create_once). So the files alone say which runs there are, and a sweep that was stopped, or
-whose `runs` were raised, goes on from them. Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
+whose `runs` were raised, goes on from them. `point_runs.json` beside them says what the runs of each point have in common, for which alone the proposals are good.
+Optuna keeps nothing on disk, and needs no database that several machines would have to reach.
 """
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,28 @@ class Search(Work):
         self.points: list[dict[str, Any]] = []
         self.optuna = import_optuna()
         self._values: dict[int, float | None] = {}  # by number, of points that are done; None: it failed
+        self._check_runs()
         while self._read():
             pass
 
     @property
     def total(self) -> int:
         return (self.sweep.runs - len(self.refused)) * len(self.sweep.trials({}))
+
+    def _check_runs(self, begin: bool = False) -> None:
+        """Raises UsageError where the points that are there, or from now on with `begin`, are of other runs than this sweep's."""
+        path, runs = self.folder.with_name("point_runs.json"), [trial.flags for trial in self.sweep.trials({})]
+        if begin and not path.exists():
+            create_once(path, json.dumps(runs))
+        if not path.exists():
+            return
+        try:
+            had, now = ({(flag, json.dumps(value)) for flags in found for flag, value in flags.items()} for found in (parse_json(path.read_bytes()), runs))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged ({error}); give this sweep another name, or delete {path.parent}") from None
+        if had != now:
+            raise UsageError(f"the points in {self.folder} are of runs with other values of {', '.join(sorted({flag for flag, _ in had ^ now}))}; "
+                             f"give this sweep another name, or delete {path.parent}")
 
     def _path(self) -> Path:
         """Of the next point."""
@@ -55,7 +73,7 @@ class Search(Work):
         except ValueError as error:
             raise UsageError(f"{self._path()} is damaged ({error}); delete it, and optuna proposes another point") from None
         if point.keys() != self.sweep.search.keys():
-            raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete that folder")
+            raise UsageError(f"{self._path()} is of a sweep over {', '.join(point)}; give this one another name, or delete {self.folder.parent}")
         trials = self.sweep.trials(point)
         try:
             check_runs(self.sweep, trials)
@@ -71,21 +89,22 @@ class Search(Work):
         if len(self.points) == self.sweep.runs:
             return False
         if not self._path().exists():
+            self._check_runs(begin=True)
             create_once(self._path(), json.dumps(self._propose()))
         return self._read()
 
     def _value(self, number: int) -> float | None:
-        """The mean of the point's runs in bits per byte, None if one of them failed. Raises LookupError while they are not done."""
+        """The mean of the point's runs in bits per byte, infinite if one of them diverged, None if one failed otherwise. Raises LookupError while they are not done."""
         if number not in self._values:
             trials = self.sweep.trials(self.points[number])
-            statuses = [status_of(self.base_dir, trial) for trial in trials]
-            if None in statuses:
+            if None in [status_of(self.base_dir, trial) for trial in trials]:
                 raise LookupError
             try:
                 results = [read(self.base_dir, trial) for trial in trials]
             except UsageError:  # a broken log costs its numbers only
                 results = []
-            self._values[number] = None if any(statuses) or not results else statistics.mean(result.final for result in results if result)
+            finals = [result.final for result in results if result]
+            self._values[number] = statistics.mean(finals) if len(finals) == len(trials) > 0 else None
         return self._values[number]
 
     def _propose(self) -> dict[str, Any]:
@@ -98,15 +117,18 @@ class Search(Work):
             kind = optuna.distributions.IntDistribution if values.whole else optuna.distributions.FloatDistribution
             distributions[flag] = optuna.distributions.CategoricalDistribution(values.choices) if values.choices else kind(
                 values.low, values.high, log=values.log, step=values.step or (1 if values.whole else None))
-        states = optuna.trial.TrialState
-        for number, point in enumerate(self.points):
+        states, found = optuna.trial.TrialState, []
+        for number in range(len(self.points)):
             try:
                 value = self._value(number)
-                state = states.FAIL if value is None else states.COMPLETE
+                found.append((states.FAIL if value is None else states.COMPLETE, value))
             except LookupError:
-                value, state = None, states.RUNNING
+                found.append((states.RUNNING, None))
+        # optuna passes over failures, and would go on proposing points that diverge: those count as worse than all others
+        worst = 2 * max((value for _, value in found if value is not None and value < math.inf), default=10.0)
+        for number, (point, (state, value)) in enumerate(zip(self.points, found)):
             try:
-                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=value))
+                study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions, value=worst if value == math.inf else value))
             except ValueError as error:
                 raise UsageError(f"point {number} in {self.folder} is not within [search.flags] ({error}); widen that, or give this sweep another name") from None
         drawn = study.ask(distributions).params

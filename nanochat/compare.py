@@ -26,7 +26,20 @@ class Contestant:
             known = sorted(path.parent.name for path in self.folder.parent.glob(f"*/{FILENAME}"))
             raise UsageError(f"there is no run {tag} to compare; there are: {', '.join(known) or 'none'}")
         self.run = TrainingRun(self.folder / FILENAME)
-        self.rows = {key: row for key, (_, row) in EvalReport(self.folder).newest().items() if row.get("value") is not None}
+        self.newest = {key: (step, row) for key, (step, row) in EvalReport(self.folder).newest().items() if row.get("value") is not None}
+        self.step = max((record["step"] for record in self.run.records), default=0)  # where it stands
+
+    @property
+    def rows(self) -> dict[str, dict]:
+        """What was measured of the run as it stands, which alone is comparable."""
+        return {key: row for key, (step, row) in self.newest.items() if step == self.step}
+
+    def shown(self, key: str) -> str:
+        if key not in self.newest:
+            return ""
+        step, row = self.newest[key]
+        digits = ".2f" if abs(row["value"]) >= 10 else ".4f"
+        return f"{row['value']:{digits}}" + (f" ± {row['se']:{digits}}" if row.get("se") is not None else "") + (f" (step {step:,})" if step != self.step else "")
 
     def facts(self) -> dict[str, str]:
         run, end = self.run, self.run.last("end")
@@ -43,13 +56,6 @@ class Contestant:
             "Size on disk": f"{weights[-1].stat().st_size / 2 ** 20:,.1f} MiB" if weights else "",
             "Validation bpb": f"{bpb:.4f}" if bpb is not None else "",
         }
-
-
-def shown(row: dict | None) -> str:
-    if row is None:
-        return ""
-    digits = ".2f" if abs(row["value"]) >= 10 else ".4f"
-    return f"{row['value']:{digits}}" + (f" ± {row['se']:{digits}}" if row.get("se") is not None else "")
 
 
 def paired_test(differences) -> float:
@@ -76,7 +82,7 @@ def pairs_of(one: dict, other: dict) -> dict[str, list[tuple[float, float]]]:
 
 
 def verdicts(first: Contestant, other: Contestant) -> list[str]:
-    """A sentence for each evaluation that both have of several tasks."""
+    """A sentence for each evaluation that both, as they stand, have of several tasks."""
     said = []
     for name, pairs in pairs_of(first.rows, other.rows).items():
         differences = [b - a for a, b in pairs]
@@ -93,17 +99,17 @@ def compare(contestants: list[Contestant], picture: str) -> str:
     """As Markdown; `picture` is the Markdown that shows it."""
     facts = [contestant.facts() for contestant in contestants]
     rows = [[name, *(fact[name] for fact in facts)] for name in facts[0] if any(fact[name] for fact in facts)]
-    labelled = dict.fromkeys(key for contestant in contestants for key, row in contestant.rows.items() if row.get("label"))
-    rows += [[key, *(shown(contestant.rows.get(key)) for contestant in contestants)] for key in labelled]
+    labelled = dict.fromkeys(key for contestant in contestants for key, (_, row) in contestant.newest.items() if row.get("label"))
+    rows += [[key, *(contestant.shown(key) for contestant in contestants)] for key in labelled]
     parts = [f"# {' against '.join(contestant.tag for contestant in contestants)}\n", table(["", *(contestant.tag for contestant in contestants)], rows), picture]
     said = [line for other in contestants[1:] for line in verdicts(contestants[0], other)]
     parts += ["\n## Is one better?\n", "".join(f"- {line}\n" for line in said) or
-              f"No evaluation of {MIN_PAIRS} tasks or more is known of two of them: run base_eval --eval=blimp,core on both.\n"]
+              f"No evaluation of {MIN_PAIRS} tasks or more is known of the last steps of two of them: run base_eval --eval=blimp,core on both.\n"]
     return "\n".join(parts)
 
 
 def draw(contestants: list[Contestant]) -> bytes:
-    """PNG: left validation losses over FLOPs, right the labelled accuracies with their standard errors."""
+    """PNG: left validation losses over FLOPs, right the labelled accuracies of the last steps with their standard errors."""
     keys = list(dict.fromkeys(key for one in contestants for key, row in one.rows.items() if row.get("label") and row.get("metric", "accuracy") == "accuracy"))
     figure = new_figure(11 if keys else 6, 4)
     panels = figure.subplots(1, 2 if keys else 1, squeeze=False)[0]

@@ -325,10 +325,17 @@ def get_report() -> "Report | DummyReport":
     return Report(folder)
 
 
+def _core(section: str, run: TrainingRun | None) -> dict[str, str]:
+    """What the section of base_eval says, which may be of several models, of this run as it stands (without one: of the last)."""
+    step = max(record["step"] for record in run.records) if run else 0
+    models = re.split(r"^- model: ", section, flags=re.MULTILINE)
+    return extract(next((text for text in models if text.startswith(f"{run.tag} (step {step})\n")), "") if run else section, "CORE")
+
+
 def _summary(header: str, sections: dict[str, str], run: TrainingRun | None) -> str:
     """Code size, metrics by stage and the time from `reset` to the last section before RL."""
     columns = {
-        "BASE": extract(sections.get("base-model-evaluation.md", ""), "CORE"),
+        "BASE": _core(sections.get("base-model-evaluation.md", ""), run),
         "SFT": extract(sections.get("chat-evaluation-sft.md", ""), chat_metrics),
         "RL": extract(sections.get("chat-evaluation-rl.md", ""), "GSM8K"),
     }

@@ -1,6 +1,7 @@
 """One pretraining run, finished or still going on, as Markdown and as pictures, drawn from its log alone."""
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ def find_run_log(base_dir: str | Path, model_tag: str | None = None) -> Path | N
     logs = {path.parent.name: path for path in Path(base_dir, "base_checkpoints").glob(f"*/{FILENAME}")}
     if model_tag is None:
         path = max(logs.values(), key=lambda path: path.stat().st_mtime, default=None)
-        while path is not None and (trunk := TrainingRun(path).branched_off()[0]) in logs:
+        seen: set[str] = set()  # a run that was trained anew may branch off its own branch
+        while path is not None and (trunk := TrainingRun(path).branched_off()[0]) in logs.keys() - seen:
             path = logs[trunk]
+            seen.add(trunk)
         return path
     if model_tag not in logs:
         raise UsageError(f"no run log for --model-tag={model_tag} in {base_dir}; there are: {', '.join(sorted(logs)) or 'none'}")
@@ -98,6 +101,9 @@ class TrainingRun:
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
 
+    def first(self, kind: str) -> dict:
+        return next((record for record in self.records if record["kind"] == kind), {})
+
     def last(self, kind: str) -> dict:
         return next((record for record in reversed(self.records) if record["kind"] == kind), {})
 
@@ -117,9 +123,13 @@ class TrainingRun:
         eta = f", ETA {duration(np.median(recent) * max(0, total - step))}" if recent and total else ""
         return f"running: {of_total}{eta}; the last record is {duration(self.silence)} old"
 
-    def cost(self) -> str:
+    def _device(self) -> str:
+        """By its name, where the log tells it, and not as cuda:0."""
         start = self.last("start")
-        device, gpus = str(start.get("device", "cpu")), start.get("world_size", 1)
+        return str(start.get("device_name") or start.get("device") or "cpu")
+
+    def cost(self) -> str:
+        device, gpus = self._device(), self.last("start").get("world_size", 1)
         if device.startswith(("cpu", "mps")):
             return "none (no rented GPU)"
         hours = (self.latest("time", "train") or 0) / 3600
@@ -155,7 +165,7 @@ class TrainingRun:
 
     def stages_table(self) -> str:
         """A line for each size of a run that grew: what it cost, how far it came, and why it ended. A branch counts what its trunk spent as its own."""
-        start, grows = self.last("start"), self.of("grow")
+        start, grows = self.first("start"), self.of("grow")  # a resumed run has another start, of the model that it has grown to
         budget = self.latest("flops", "train", "eval", "grow") or 0
         rows, before = [], {"tokens": 0, "flops": 0, "time": 0.0}
         for number in range(len(grows) + 1):
@@ -224,7 +234,7 @@ class TrainingRun:
             "Tokens per step": start.get("total_batch_size") and count(start["total_batch_size"]),
             "Training time": (seconds := self.latest("time", "train", "eval")) and duration(seconds),
             "Speed": speed and f"{np.median(speed):,.0f} tokens/s" + (f", MFU {mfu:.1f} %" if mfu else ""),
-            "Device": start.get("device") and f"{start.get('world_size', 1)} × {start['device']}, {str(start.get('dtype', '')).removeprefix('torch.')}",
+            "Device": start.get("device") and f"{start.get('world_size', 1)} × {self._device()}, {str(start.get('dtype', '')).removeprefix('torch.')}",
             "Peak memory": end.get("peak_memory_mib") and f"{end['peak_memory_mib']:,.0f} MiB",
             "Cost estimate": start and self.cost(),
         }
@@ -239,11 +249,16 @@ class TrainingRun:
         return ("flops" if self.of("grow") else "tokens", "time")
 
     def from_scratch(self) -> "TrainingRun | None":
-        """Of a run that grew: the best finished run beside it that trained the same final model from its start."""
+        """Of a run that grew: the finished run beside it that trained the same final model from its start on the same text, of those the one with the nearest FLOPs."""
         if not (grows := self.of("grow")) or not (config := grows[-1].get("model_config")):
             return None
-        runs = earlier_runs(self.path.parent.parent, config)
-        return TrainingRun(min(runs, key=lambda run: run[1])[0]) if runs else None
+        runs = [run for path, _ in earlier_runs(self.path.parent.parent, config) if (run := TrainingRun(path))._task() == self._task()]
+        spent = lambda run: run.latest("flops", "train", "eval", "grow") or 0
+        return min(runs, key=lambda run: abs(spent(run) - spent(self)), default=None) if all(self._task()) else None
+
+    def _task(self) -> list:
+        """What must be equal for losses to be comparable, None where the log does not tell."""
+        return [(self.first("start").get("conditions") or {}).get(name) for name in ("data", "tokenizer", "objective")]
 
     def _curve(self, kind: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         points = [(record[x], record[y]) for record in self.of(kind) if record.get(x) is not None and record.get(y) is not None]
@@ -257,6 +272,7 @@ class TrainingRun:
         """
         axes = axes or self.axes
         scratch, branches = self.from_scratch(), self.branches()
+        beside = [*branches, *filter(None, [scratch])]
         figure = new_figure(5 * len(axes), 5)
         from matplotlib.ticker import EngFormatter, MaxNLocator
         panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
@@ -280,7 +296,7 @@ class TrainingRun:
             if scratch:
                 xs, ys = scratch._curve("eval", x, "val_bpb")
                 bpb_panel.plot(xs / scale, ys, color=INK, linewidth=1.4, marker="o", markersize=2, label=f"{scratch.tag}, from scratch")
-            if scratch or branches:
+            if beside:
                 bpb_panel.legend(frameon=False, labelcolor=INK, fontsize=8)
             for record in self.of("grow"):
                 before = [r[x] for r in self.records if r["step"] <= record["step"] and r["kind"] in ("train", "eval") and r.get(x) is not None]
@@ -294,24 +310,28 @@ class TrainingRun:
                 bpb_panel.xaxis.set_major_formatter(EngFormatter(sep=""))
                 tokens, flops = self._curve("train", "tokens", "flops")
                 if len(tokens) > 1:
-                    bpb_panel.set_xlim(0, tokens[-1])
-                    t, f = np.r_[0, tokens, 2 * tokens[-1]], np.r_[0, flops, 2 * flops[-1]]  # from 0 to beyond the last tick
+                    right = max([tokens[-1], *(run._curve("eval", x, "val_bpb")[0].max(initial=0) for run in beside)])
+                    bpb_panel.set_xlim(0, right)
+                    beyond = 2 * right / tokens[-1]
+                    t, f = np.r_[0, tokens, beyond * tokens[-1]], np.r_[0, flops, beyond * flops[-1]]  # from 0 to beyond the last tick
                     top = loss_panel.secondary_xaxis("top", functions=(lambda v, t=t, f=f: np.interp(v, t, f), lambda v, t=t, f=f: np.interp(v, f, t)))
                     top.xaxis.set_major_locator(MaxNLocator(4))
                     top.xaxis.set_major_formatter(lambda v, _: f"{v:.2g}".replace("e+", "e"))
-                    top.set_xlabel("training FLOPs", color=INK)
+                    top.set_xlabel(f"training FLOPs of {self.tag}" if beside else "training FLOPs", color=INK)
                     top.tick_params(colors=INK)
                     top.spines[:].set_visible(False)
-        self._frame(panels[0, 0], self._curve("train", "step", "loss")[1])
-        self._frame(panels[1, 0], self._curve("eval", "step", "val_bpb")[1])
+        losses = lambda *runs: [run._curve("eval", "step", "val_bpb")[1] for run in runs]
+        self._frame(panels[0, 0], [self._curve("train", "step", "loss")[1]])
+        self._frame(panels[1, 0], losses(self, *filter(None, [scratch])), losses(*branches))
         panels[0, 0].set_ylabel("train loss (nats per token)", color=INK)
         panels[1, 0].set_ylabel("validation bits per byte", color=INK)
         return as_png(figure, panels.flat)
 
     @staticmethod
-    def _frame(panel, values: np.ndarray) -> None:
-        """Leaves the first steps out of sight: they fall so far that the rest would look flat."""
-        if len(values) >= 10:
-            low, high = values.min(), values[1 + len(values) // 50:].max()
+    def _frame(panel, fresh: list[np.ndarray], others: Sequence[np.ndarray] = ()) -> None:
+        """Leaves the first steps of fresh models out of sight: they fall so far that the rest would look flat."""
+        if len(fresh[0]) >= 10:
+            low = np.concatenate([*fresh, *others]).min()
+            high = np.concatenate([*(values[1 + len(values) // 50:] for values in fresh), *others]).max()
             margin = 0.1 * (high - low)
             panel.set_ylim(low - margin, high + margin)

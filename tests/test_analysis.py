@@ -56,6 +56,13 @@ def test_table_numbers_and_picture(one, flags, runs, tmp_path, base_dir, monkeyp
     assert "bpb" in json.dumps(rows) and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_dense_and_low_rank_layers_decay_alike(monkeypatch):
+    """base_train scales a decay with the model."""
+    monkeypatch.setattr(low_rank, "dense_flops", lambda: 1e12)
+    runs = [base_train.parse(trial.arguments()) for trial in low_rank.plan(list(low_rank.CONTESTANTS), 1).values()]
+    assert {run.weight_decay for run in runs} == {0.0}
+
+
 @pytest.mark.parametrize("one", [width_transfer, spectra], ids=lambda one: one.__name__)
 def test_widths_that_no_model_has_are_refused(one, base_dir, capsys):
     assert pytest.raises(SystemExit, one.main, ["--widths", "64", "100"]).value.code == 2

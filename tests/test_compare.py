@@ -37,6 +37,17 @@ def test_side_by_side(base_dir, tmp_path, monkeypatch):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG") and "data:image/png" in (tmp_path / "compare.html").read_text()
 
 
+def test_what_was_measured_before_the_end_is_shown_as_such_and_decides_nothing(base_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(base_dir, "d6", 0.0, 1.5)
+    run(base_dir, "d12", 0.08, 1.25)
+    (base_dir / "base_checkpoints" / "d12" / "eval_000005.json").rename(base_dir / "base_checkpoints" / "d12" / "eval_000003.json")
+    assert main(["compare", "d6", "d12"]) == 0
+    text = (base_dir / "report" / "compare.md").read_text()
+    assert "| blimp/pairs | 0.6000 ± 0.0100 | 0.6800 ± 0.0100 (step 3) |" in text
+    assert "better (" not in text and "No evaluation of 5 tasks or more is known of the last steps of two of them" in text
+
+
 @pytest.mark.parametrize("flags, message", [
     (["compare", "d6"], "two runs"), (["compare", "d6", "d7"], "there is no run d7 to compare; there are: d6"), (["generate", "d6"], "takes no runs")])
 def test_what_cannot_be_compared(base_dir, capsys, flags, message):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,15 @@ def test_bad_flags(base, capsys, flags, reason):
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
     assert not [path for path in base.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("to", export.FORMATS)
+def test_a_model_without_layers_is_refused(base_dir, capsys, to):
+    """The first stage of --grow-path=0x128,4x128."""
+    exported.prepare(base_dir, {"none": replace(exported.STOCK, n_layer=0)})
+    assert exported.run(to, "none", base_dir / "out") == 2
+    error = capsys.readouterr().err
+    assert "a model without layers is not exported; take a checkpoint of a later stage" in error and error.count("\n") == 1 and not (base_dir / "out").exists()
 
 
 @pytest.mark.parametrize("to, package", [("hf", "tokenizers"), ("hf", "safetensors.torch"), ("onnx", "onnx")])

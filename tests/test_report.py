@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 import pytest
 
 from nanochat import report as report_module
+from nanochat import run_report
 from nanochat.cli import UsageError
 from nanochat.report import DummyReport, Report, estimate_cost, extract, extract_timestamp, generate_header, get_report, main, slugify
 from nanochat.run_log import RunLog
 from nanochat.run_report import TrainingRun, find_run_log, verbatim
 
 COUNTS = {"wte": 1000, "lm_head": 1000, "transformer_matrices": 3000, "total": 5000}
+CONDITIONS = {"data": "stdlib", "tokenizer": "abc", "objective": "next-token"}
 NASTY = "a ``` b <script>alert(1)</script> | ![x](http://example.com/x.png) [y](javascript:alert(2))"
 
 
@@ -23,12 +25,12 @@ def here(base_dir, tmp_path_factory, monkeypatch):
     return base_dir
 
 
-def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", world_size=1, grow_at=None, sample=NASTY, model_config=None, **flags):
+def train(base_dir, tag="d4", steps=20, planned=20, device="cpu", device_name=None, world_size=1, grow_at=None, sample=NASTY, model_config=None, conditions=CONDITIONS, **flags):
     """Writes the log of a made-up run that did `steps` of `planned` steps, and returns its records' path."""
     path = base_dir / "base_checkpoints" / tag / "log.jsonl"
     log = RunLog(path)
-    log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, counts=COUNTS, flops_per_token=30000,
-            num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, dtype="float32", world_size=world_size)
+    log.log("start", 0, config={"depth": 4, "run": "dummy", **flags}, model_config=model_config or {"n_layer": 4}, conditions=conditions, counts=COUNTS, flops_per_token=30000,
+            num_iterations=planned, total_batch_size=512, total_tokens=512 * planned, device=device, device_name=device_name or device, dtype="float32", world_size=world_size)
     for step in range(steps + 1):
         if step % 5 == 0:
             log.log("eval", step, val_bpb=2 - step / 40, tokens=512 * step, flops=512 * 30000 * step, time=30 * step)
@@ -116,6 +118,16 @@ def test_summary_table(here):
     assert rows[0] == ["Metric", "BASE", "SFT", "RL"]
     assert rows[2:] == [["CORE", "0.2626", "-", "-"], ["ARC-Easy", "-", "0.5000", "-"], ["GSM8K", "-", "-", "0.1000"],
                         ["MMLU", "-", "0.3000", "-"], ["ChatCORE", "-", "0.2100", "-"]]
+
+
+def test_the_summary_is_of_the_run_that_is_reported(here):
+    """base_eval was perhaps asked about other models since, or about other steps."""
+    train(here, "d12")
+    report = get_report()
+    for models, core in (([("d6", 20, 0.5)], "0.1234"), ([("d12", 10, 0.5)], "0.1234"), ([("d12", 20, 0.25), ("d6", 20, 0.5)], "0.2500")):
+        report.log("Base model evaluation", [{"model": f"{tag} (step {step})", "CORE metric": value} for tag, step, value in models])
+        report.generate("d12")
+        assert f"| CORE            | {core}   |" in written("report.md")
 
 
 def test_wall_clock_runs_from_reset_to_the_last_section_before_rl(here, monkeypatch):
@@ -247,10 +259,20 @@ def test_growth_is_marked(here):
     assert run.picture() != without.picture()
 
 
-@pytest.mark.parametrize("device, world_size, cost", [
-    ("NVIDIA H100 80GB HBM3", 8, "$4.00 (1.33 GPU-hours of training at $3.00)"), ("cpu", 1, "none (no rented GPU)"), ("mps", 1, "none (no rented GPU)")])
-def test_cost_of_a_run(here, device, world_size, cost):
-    assert TrainingRun(train(here, device=device, world_size=world_size)).cost() == cost
+def test_the_first_stage_of_a_resumed_run_is_what_it_began_with(here):
+    path = train(here, steps=12, grow_at=10)
+    log = RunLog(path, resume_step=12)
+    log.log("start", 12, counts={"total": 80000}, num_iterations=20)
+    log.close()
+    rows = TrainingRun(path).stages_table().splitlines()
+    assert [line.split("|")[1].strip() for line in rows[2:]] == ["0", "1"] and rows[2].split("|")[3].strip() == "5,000"
+
+
+@pytest.mark.parametrize("device, name, world_size, cost", [
+    ("cuda:0", "NVIDIA H100 80GB HBM3", 8, "$4.00 (1.33 GPU-hours of training at $3.00)"), ("cpu", "cpu", 1, "none (no rented GPU)"), ("mps", "mps", 1, "none (no rented GPU)")])
+def test_cost_of_a_run(here, device, name, world_size, cost):
+    run = TrainingRun(train(here, device=device, device_name=name, world_size=world_size))
+    assert run.cost() == cost and f"| Device | {world_size} × {name}, float32 |" in run.markdown("")
 
 
 def test_the_newest_run_or_the_one_asked_for(here):
@@ -261,6 +283,15 @@ def test_the_newest_run_or_the_one_asked_for(here):
     assert "## Pretraining run d12" in written("report.md")
     with pytest.raises(UsageError, match="d12, d4, d6"):
         find_run_log(here, "d7")
+
+
+def test_runs_that_branch_off_each_other_have_a_report(here, monkeypatch):
+    for tag, other in (("d4", "d6"), ("d6", "d4"), ("d8", "d8")):
+        path = train(here, tag, branch_from=f"{other}@20")
+        os.utime(path, (2e9 + int(tag[1:]), 2e9 + int(tag[1:])))
+        looks = iter(range(10))  # not for ever
+        monkeypatch.setattr(run_report, "TrainingRun", lambda path: [TrainingRun(path), next(looks)][0])
+        assert find_run_log(here).parent.name in (tag, other)
 
 
 def test_nothing_to_report_is_a_usage_error(here, capsys):
@@ -344,6 +375,40 @@ def test_the_same_model_from_scratch_is_drawn_beside_a_grown_one(here):
     assert grown.from_scratch().tag == "scratch"
     assert grown.picture() != alone
     assert scratch.axes == ("tokens", "time") and scratch.from_scratch() is None
+
+
+def test_what_is_drawn_beside_is_of_the_same_text_and_of_about_as_many_flops(here):
+    """The longest run ends lowest, and on other text any loss may be lower."""
+    shape = {"sequence_len": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "window_pattern": "L"}
+    grown = TrainingRun(train(here, "grown", grow_at=10, model_config=shape))
+    for tag, differs in (("text", {"data": "tinystories"}), ("words", {"tokenizer": "def"}), ("hidden", {"objective": "mlm"}), ("untold", {"data": None})):
+        train(here, tag, model_config=shape, conditions=CONDITIONS | differs)
+    assert grown.from_scratch() is None
+    for tag, steps in (("longer", 40), ("near", 25), ("shorter", 5)):
+        train(here, tag, steps=steps, planned=steps, model_config=shape)
+    assert grown.from_scratch().tag == "near"
+    assert TrainingRun(train(here, "silent", grow_at=10, model_config=shape, conditions=None)).from_scratch() is None
+
+
+def test_branches_lie_within_the_picture(here, monkeypatch):
+    """They go on where the trunk ended, some to lower losses, and some begin higher."""
+    trunk = TrainingRun(train(here, "trunk", steps=100, planned=100))
+    for tag, rise in (("longer", -1.5), ("higher", 0.5)):
+        log = RunLog(here / "base_checkpoints" / tag / "log.jsonl")
+        log.log("start", 50, config={"branch_from": "trunk@50"}, counts=COUNTS)
+        for step in range(50, 350, 25):
+            log.log("eval", step, val_bpb=2 + rise - (step - 50) / 1000, tokens=512 * step, flops=512 * 60000 * step, time=60 * step)
+        log.close()
+    figures = []
+    monkeypatch.setattr(run_report, "as_png", lambda figure, panels: figures.append(figure) or figure.canvas.draw())
+    trunk.picture()
+    for panel in figures[0].axes[2:4]:
+        (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+        for line in panel.lines:
+            xs, ys = line.get_data()
+            skipped = line.get_label() == "trunk"  # its first step falls out of sight
+            assert left <= min(xs) and max(xs) <= right and bottom <= min(ys) and max(ys[skipped:]) <= top, line.get_label()
+    assert len(panel.lines) == 3
 
 
 def test_the_current_folder_need_not_take_a_copy(here, monkeypatch, capsys):

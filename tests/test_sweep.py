@@ -27,6 +27,7 @@ from analysis.study import run_trials
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
 from analysis.trial import Trial, folder_of, read, status_of, weights
 from nanochat.cli import UsageError
+from nanochat.run_log import RunLog
 from scripts import base_train
 from tests import fake_runs, tiny
 
@@ -58,6 +59,25 @@ def test_one_has_a_claim_until_it_is_released(tmp_path):
     assert second and second.beat() and not first.beat()
     first.release()  # that of somebody who comes back late
     assert take(tmp_path) is None and claims.holder(tmp_path).endswith(f":{os.getpid()}")
+
+
+@pytest.mark.parametrize("call", ["utime", "listdir"])
+def test_a_file_system_that_fails_for_a_moment_takes_no_claim_away(tmp_path, monkeypatch, call):
+    def fail(*args):
+        raise OSError(116, "Stale file handle")
+
+    claim, clock = take(tmp_path), time.monotonic
+    for later, held in ((EXPIRES - 60, True), (EXPIRES + 1, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            patch.setattr(time, "monotonic", lambda: clock() + later)
+            assert claim.beat() is held
+            claim.release()
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + EXPIRES)
+    assert claim.beat(), "nobody has taken it meanwhile"
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * EXPIRES - 60)
+    monkeypatch.setattr(os, call, fail)
+    assert claim.beat(), "it counts from the last beat"
 
 
 def elsewhere(folder: Path, age: float) -> None:
@@ -641,6 +661,22 @@ def test_values_that_change_together_are_one_panel_and_of_seeds_the_mean_counts(
     assert ([0, 1], ["4\n32", "16\n4"]) in ticks
 
 
+def test_a_value_of_which_a_seed_failed_has_no_mean(tmp_path, monkeypatch):
+    """0.5 is the best by the one seed that survived, and of 1.0 nobody knows yet."""
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **style: lines.append((list(x), list(y), style.get("label"))))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **style: None)
+    found = read_sweep("x.toml", "[grid]\nseed = [1, 2]\nmatrix-lr = [0.25, 0.5, 1.0]\n")
+    of = lambda seed, rate, loss, status="done": {"status": status, "seed": seed, "matrix-lr": rate, "final_bpb": loss}
+    rows = [of(1, 0.25, 2.0), of(2, 0.25, 2.5), of(1, 0.5, 1.0), of(2, 0.5, 3.0, "exit 2"), of(1, 1.0, 1.5), of(2, 1.0, 1.5, "unfinished")]
+    sweep.draw(found, rows, tmp_path / "x.png")
+    dots, means, crosses = lines
+    assert sorted(zip(*dots[:2])) == [(0.25, 2.0), (0.25, 2.5), (0.5, 1.0), (1.0, 1.5)] and means[:2] == ([0.25], [2.25]) and crosses[0] == [0.5] and crosses[2] == "runs failed"
+    rows[3] = of(2, 0.5, None)  # its last step has broken the weights
+    sweep.draw(found, rows, tmp_path / "x.png")
+    assert lines[3:] == lines[:3]
+
+
 def rows(base_dir, name: str) -> list[dict]:
     return list(csv.DictReader(open(Path(base_dir, "sweeps", name, "results.csv"))))
 
@@ -700,6 +736,42 @@ def test_optuna_s_steps_may_have_many_digits(fake):
     (search.folder / "00001.json").write_text("")
     with pytest.raises(UsageError, match="00001.json is damaged .*; delete it"):
         sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+
+
+def test_optuna_keeps_away_from_where_runs_diverge(fake):
+    """All rates above 1, which are most of those that it may draw, and where it would find the best if a run only ended there."""
+    pytest.importorskip("optuna")
+    found = read_sweep("far.toml", "[search]\nmethod = 'optuna'\nruns = 30\n[search.flags]\nmatrix-lr = {min = 0.0, max = 3.0}\n")
+    search = sweep.Search(found, fake, sweep.folder_of_sweep(fake, found))
+    for number in range(found.runs):
+        assert search.more()
+        folder, rate = folder_of(fake, search.trials[number]), search.points[number]["matrix-lr"]
+        folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(folder / "log.jsonl")
+        log.log("start", 0, counts={"total": 7})
+        log.log("eval", 1, val_bpb=3 - rate, flops=100, time=2.0)
+        log.log("end", 1)
+        log.close()
+        (folder / "out.txt").write_text("error: training diverged\n")
+        (folder / "done.json").write_text(json.dumps({"status": 2 if rate > 1 else 0, "flags": {}}))
+    later = [point["matrix-lr"] for point in search.points[10:]]
+    assert sum(rate > 1.1 for rate in later) <= 9, "6; 13 where it is told nothing of them"
+
+
+def test_points_are_for_the_runs_that_they_were_proposed_for(fake, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    path, text = tmp_path / "mine.toml", "{}\n[grid]\nseed = [{}]\n[search]\nmethod = 'optuna'\nruns = {}\n[search.flags]\nmatrix-lr = {{min = 1.0, max = 3.0}}\n"
+    path.write_text(text.format("", "8", 1))
+    assert sweep.main([str(path)]) == 0
+    before = rows(fake, "mine")
+    capsys.readouterr()
+    for fixed, seeds, flags, differs in (("[fixed]\ndepth = 2", "8", "", "depth"), ("", "8, 9", "", "seed"), ("", "8", "--depth=2", "depth")):
+        path.write_text(text.format(fixed, seeds, 1))
+        assert sweep.main([str(path), f"--flags={flags}"]) == 2
+        error = capsys.readouterr().err
+        assert f"other values of {differs}; give this sweep another name" in error and error.count("\n") == 1 and rows(fake, "mine") == before
+    path.write_text(text.format("", "8", 2))
+    assert sweep.main([str(path)]) == 0 and rows(fake, "mine")[:1] == before
 
 
 @pytest.mark.slow

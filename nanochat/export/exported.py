@@ -34,11 +34,13 @@ class Exported:
 
 
 def from_checkpoint(source: str, model_tag: str | None, step: int | None) -> Exported:
-    """Raises UsageError where there is no such checkpoint, or its tokenizer is another one."""
+    """Raises UsageError where there is no such checkpoint, its model has no layers yet, or its tokenizer is another one."""
     folder, step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of(source), model_tag, step)
     state, _, meta = checkpoints.load_checkpoint(folder, step, "cpu")
     model = checkpoints.model_from_config(meta["model_config"])
     checkpoints.load_weights(model, dict(state), "cpu")  # is checked, and completes what older checkpoints lack
+    if not model.config.n_layer:
+        raise UsageError(f"{folder.name} has no layers at step {step}, and a model without layers is not exported; take a checkpoint of a later stage")
     tokenizer = get_tokenizer()
     checkpoints.check_tokenizer(tokenizer, model.config, meta)
     state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
