@@ -51,11 +51,12 @@ class Search(Work):
         if not path.exists():
             return
         try:
-            had, now = ({(flag, json.dumps(value)) for flags in found for flag, value in flags.items()} for found in (parse_json(path.read_bytes()), runs))
+            had, now = ({frozenset((flag, json.dumps(value)) for flag, value in flags.items()) for flags in found} for found in (parse_json(path.read_bytes()), runs))
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged ({error}); give this sweep another name, or delete {path.parent}") from None
         if had != now:
-            raise UsageError(f"the points in {self.folder} are of runs with other values of {', '.join(sorted({flag for flag, _ in had ^ now}))}; "
+            differ = sorted({flag for flag, _ in frozenset().union(*had) ^ frozenset().union(*now)})
+            raise UsageError(f"the points in {self.folder} are of runs with other {'values of ' + ', '.join(differ) if differ else 'combinations of these values'}; "
                              f"give this sweep another name, or delete {path.parent}")
 
     def _path(self) -> Path:

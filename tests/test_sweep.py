@@ -772,6 +772,10 @@ def test_points_are_for_the_runs_that_they_were_proposed_for(fake, tmp_path, cap
         assert f"other values of {differs}; give this sweep another name" in error and error.count("\n") == 1 and rows(fake, "mine") == before
     path.write_text(text.format("", "8", 2))
     assert sweep.main([str(path)]) == 0 and rows(fake, "mine")[:1] == before
+    for depths in ([1, 2], [2, 1]):  # the same values, and other runs
+        found = read_sweep("x.toml", text.format(f"[[together]]\nrank = [4, 8]\ndepth = {depths}", "8", 1))
+        with nullcontext() if depths == [1, 2] else pytest.raises(UsageError, match="other combinations of these values; give"):
+            sweep.Search(found, fake, sweep.folder_of_sweep(fake, found)).more()
 
 
 @pytest.mark.slow
