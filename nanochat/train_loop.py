@@ -50,9 +50,9 @@ from nanochat.training import (
     collect_garbage_rarely,
     get_exact_state,
     init_wandb,
+    is_left_by,
     optimizer_step,
     release_memory,
-    run_of,
     set_exact_state,
 )
 
@@ -204,7 +204,7 @@ class TrainLoop:
     def go_on_with(self, meta: dict) -> None:
         """Makes this the run that has left the checkpoint; another one if that has left later ones too, which are given up."""
         run_id = meta.get("run_id", self.run_id)
-        if run_id not in (run_of(self.folder, step) for step in checkpoints.list_steps(self.folder) if step > meta["step"]):
+        if not any(is_left_by(self.folder, step, run_id) for step in checkpoints.list_steps(self.folder) if step > meta["step"]):
             self.run_id = run_id
 
     def loop_state(self) -> dict:

@@ -145,12 +145,12 @@ def find_resume_step(settings: RunSettings, folder: Path) -> int | None:
     return None
 
 
-def run_of(folder: Path, step: int) -> str | None:
-    """The id of the run that has left a checkpoint; None where it has none, or is damaged."""
+def is_left_by(folder: Path, step: int, run_id: str) -> bool:
+    """Whether a checkpoint is of that run; also where it is damaged, so that whoever takes it up says so."""
     try:
-        return load_meta(folder, step).get("run_id")
+        return load_meta(folder, step).get("run_id") == run_id
     except UsageError:
-        return None
+        return True
 
 
 def steps_of_last_run(folder: Path) -> list[int]:
@@ -164,7 +164,7 @@ def steps_of_last_run(folder: Path) -> list[int]:
         run_id = begun["run_id"]
     except (UsageError, KeyError):
         return steps
-    own = [step for step in steps if run_of(folder, step) == run_id]
+    own = [step for step in steps if is_left_by(folder, step, run_id)]
     return own or [step for step in steps if step == begun.get("resumed")]
 
 
