@@ -5,7 +5,7 @@
 """
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -259,14 +259,17 @@ def check_core(subject: Subject, limit: int | None) -> None:
 
 
 def core_of(subject: Subject, limit: int | None) -> dict:
-    """What `evaluate_core` returns; of a part of the tasks no row of the whole."""
+    """What `evaluate_core` returns; the mean of a part of the tasks has a name that says so."""
     core = evaluate_core(subject.model, subject.tokenizer, subject.device, limit or subject.max_per_task, core_bundle(subject), subject.settings.core_tasks)
-    return core if subject.settings.core_tasks is None else core | {"rows": {key: row for key, row in core["rows"].items() if key}}
+    if (part := subject.settings.core_tasks) is None:
+        return core
+    mean = {f"mean of {', '.join(sorted(part))}": replace(core["rows"][""], label=f"CORE of {len(part)} tasks")}
+    return core | {"rows": mean | {key: row for key, row in core["rows"].items() if key}}
 
 
 def measure_core(subject: Subject, limit: int | None) -> Findings:
     core = core_of(subject, limit)
-    print0(f"CORE metric: {core['rows'].get('', core['core_metric'])}")
+    print0(f"CORE metric: {next(iter(core['rows'].values())) if subject.settings.core_tasks else core['rows']['']}")
     if subject.tables is not None and get_dist_info()[1] == 0:
         path = subject.tables / f"base_model_{subject.step:06d}.csv"
         write_text_atomic(path, core_csv(core))
