@@ -35,6 +35,7 @@ class Contestant:
         return {key: row for key, (step, row) in self.newest.items() if step == self.step}
 
     def shown(self, key: str) -> str:
+        """The cell of a table: value, standard error, and the step where it is not the last; empty where nothing is known."""
         if key not in self.newest:
             return ""
         step, row = self.newest[key]

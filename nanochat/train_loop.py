@@ -204,7 +204,8 @@ class TrainLoop:
     def go_on_with(self, meta: dict) -> None:
         """Makes this the run that has left the checkpoint; another one if that has left later ones too, which are given up."""
         run_id = meta.get("run_id", self.run_id)
-        if not any(is_left_by(self.folder, step, run_id) for step in checkpoints.list_steps(self.folder) if step > meta["step"]):
+        assert self.resume_step is not None
+        if not any(is_left_by(self.folder, step, run_id) for step in checkpoints.list_steps(self.folder) if step > self.resume_step):
             self.run_id = run_id
 
     def loop_state(self) -> dict:

@@ -885,3 +885,10 @@ def test_a_slurm_array_of_runners(twelve, base_dir, capsys):
     with pytest.raises(UsageError, match="slurm"):
         found.slurm["no_such_option"] = 1
         sweep.submit(sweep.Settings(), found, folder, 2)
+
+
+def test_children_are_no_copies_of_a_process_that_has_seen_gpus(monkeypatch):
+    """Runs on the CPU of such a machine either: PyTorch asks CUDA for its random state, which a fork cannot give."""
+    for devices, method in (([], "forkserver"), (["0"], "spawn")):
+        monkeypatch.setattr(runner, "gpus", lambda: devices)
+        assert runner._processes(cpu_places(1)).get_start_method() == method
