@@ -9,7 +9,9 @@
 | attention | FlashAttention-3, FlexAttention and the built-in kernel against a reference in float64: forward, backward, cache, grouped queries, windows |
 | fp8 | both FP8 recipes against bf16 products of the same matrices; a growing run with --fp8 |
 | growth | base_train through three stages, deeper and then wider: losses before and after, no recompilation once a stage is warm |
-| ranks | torchrun with one rank over NCCL, and again from the checkpoint in the middle: the same losses |
+| layers | the same of nGPT's and of low-rank layers, and a branch that goes on from the end of one |
+| ranks | torchrun with as many ranks as there are GPUs over NCCL, and again from the checkpoint in the middle: the same losses |
+| tuning | fine-tuning, resumed in the middle: the same losses; reinforcement learning; probes and problems of their models |
 | train | tokens/s, MFU and memory of the compiled model, beside eager and beside the stock formulation |
 | serve | decoding with the cache equals decoding without, tokens/s at 1 and 16 rows, a request to the server |
 
@@ -26,6 +28,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 from nanochat.cli import ArgumentParser, command, positive_int
 
@@ -183,6 +186,7 @@ def fp8(args, device) -> None:
                 times[name] = 100 * (time.perf_counter() - started)
             tell(f"{tokens} x {columns} x {rows}, forward and backward, compiled: bf16 {times['bf16']:.2f} ms, {recipe} {times[recipe]:.2f} ms")
     if device.type == "cuda":  # a CPU's FP8 products can take seconds each
+        prepare_data()
         train_growing(args, "fp8", "1x128,2x128" if args.small else "2x256,2x512", "--grow-at=0.5", "--fp8")
 
 
@@ -202,17 +206,41 @@ def prepare_data() -> None:
     assert tok_train.main(["--vocab-size=1024"]) == 0
 
 
-def training_flags(args, steps: int) -> list[str]:
-    sizes = ["--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=256"] if args.small else \
-        ["--max-seq-len=1024", "--device-batch-size=8", "--total-batch-size=16384"]
-    tokens = 512 if args.small else 65536
-    return [*sizes, "--head-dim=32" if args.small else "--head-dim=64", f"--num-iterations={steps}", f"--eval-tokens={tokens}", f"--eval-every={steps // 2}",
+def training_flags(args, steps: int, ranks: int = 1) -> list[str]:
+    """Of base_train; each rank makes two passes a step."""
+    sizes = ["--max-seq-len=64", "--device-batch-size=2"] if args.small else ["--max-seq-len=1024", "--device-batch-size=8"]
+    batch, tokens = (256 * ranks, 512 * ranks) if args.small else (16384 * ranks, 65536 * ranks)
+    return [*sizes, f"--total-batch-size={batch}", "--head-dim=32" if args.small else "--head-dim=64", f"--num-iterations={steps}", f"--eval-tokens={tokens}", f"--eval-every={steps // 2}",
             "--core-metric-every=-1", "--sample-every=-1", "--warmup-steps=4", f"--device-type={args.device_type}"]
 
 
-def records(tag: str) -> list[dict]:
+def folder_of(tag: str, kind: str = "base") -> Path:
+    return Path(os.environ["NANOCHAT_BASE_DIR"], f"{kind}_checkpoints", tag)
+
+
+def records(tag: str, kind: str = "base") -> list[dict]:
     from nanochat.run_log import read_run_log
-    return read_run_log(Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", tag, "log.jsonl"))
+    return read_run_log(folder_of(tag, kind) / "log.jsonl")
+
+
+def validations(tag: str) -> list[tuple[int, float]]:
+    """(step, bits per byte), in order."""
+    return [(record["step"], record["val_bpb"]) for record in records(tag) if record["kind"] == "eval"]
+
+
+def resumed_as_before(tag: str, steps: int, resume, kind: str = "base") -> None:
+    """A run that has ended goes on from its middle, by calling `resume`, as it did before."""
+    def losses() -> dict[int, float]:
+        return {record["step"]: record["raw_loss"] for record in records(tag, kind) if record["kind"] == "train"}
+
+    whole = losses()
+    for path in folder_of(tag, kind).glob(f"*_{steps:06d}*"):
+        path.unlink()
+    resume()
+    resumed = losses()
+    check(f"{tag}: steps missing", steps - len(resumed), 0)
+    check(f"{tag}: largest difference of a loss after the resume", max(abs(whole[step] - resumed[step]) for step in whole if step >= steps // 2), 0.02)
+    check(f"{tag}: last loss - first loss", resumed[steps - 1] - whole[0], 0.0)
 
 
 def train_growing(args, tag: str, path: str, *flags: str) -> None:
@@ -220,7 +248,7 @@ def train_growing(args, tag: str, path: str, *flags: str) -> None:
     import torch._dynamo
 
     from scripts import base_train
-    prepare_data()
+    torch._dynamo.reset()  # of a run before it
     torch._dynamo.utils.counters.clear()
     train_step = base_train.Pretraining.train_step
 
@@ -229,8 +257,8 @@ def train_growing(args, tag: str, path: str, *flags: str) -> None:
         train_step(self)
         torch._dynamo.config.error_on_recompile = False  # a growth may compile
 
-    base_train.Pretraining.train_step = watched
-    assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={path}", f"--model-tag={tag}", "--window-pattern=L", *flags]) == 0
+    with mock.patch.object(base_train.Pretraining, "train_step", watched):
+        assert base_train.main([*training_flags(args, 12 if args.small else 60), f"--grow-path={path}", f"--model-tag={tag}", "--window-pattern=L", *flags]) == 0
     log = records(tag)
     growths = [record for record in log if record["kind"] == "grow"]
     check(f"{tag}: growths missing", path.count(",") - len(growths), 0)
@@ -246,36 +274,62 @@ def train_growing(args, tag: str, path: str, *flags: str) -> None:
 
 
 def growth(args, device) -> None:
+    prepare_data()
     train_growing(args, "grown", "2x64,3x64,3x96" if args.small else "4x256,6x256,6x512", "--grow-at=0.2,0.5")
 
 
+def layers(args, device) -> None:
+    from scripts import base_train
+    prepare_data()
+    path = "2x64,2x96" if args.small else "4x256,4x512"
+    train_growing(args, "ngpt", path, "--grow-at=0.5", "--block=ngpt")
+    train_growing(args, "low-rank", path, "--grow-at=0.5", "--warmdown-ratio=0", "--rank=16")
+    end, trunk = validations("low-rank")[-1]
+    assert base_train.main([f"--branch-from=low-rank@{end}", "--warmdown-steps=4", "--model-tag=branch", f"--device-type={args.device_type}"]) == 0
+    check("branch: bits per byte above the end of its trunk", validations("branch")[-1][1] - trunk, 0.05)
+
+
 def ranks(args, device) -> None:
+    import torch
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
     prepare_data()
     steps = 8 if args.small else 40
-    flags = [*training_flags(args, steps), "--depth=2", "--aspect-ratio=32" if args.small else "--aspect-ratio=256", "--window-pattern=L", f"--save-every={steps // 2}",
+    flags = [*training_flags(args, steps, count), "--depth=2", "--aspect-ratio=32" if args.small else "--aspect-ratio=256", "--window-pattern=L", f"--save-every={steps // 2}",
              "--model-tag=ranks"]
 
     def run(*more: str) -> None:
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "scripts.base_train", *flags, *more],
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "scripts.base_train", *flags, *more],
                               cwd=ROOT, capture_output=True, text=True)
-        tell(f"torchrun {' '.join(more)}: {time.perf_counter() - started:.0f} s")
+        tell(f"torchrun, {count} ranks {' '.join(more)}: {time.perf_counter() - started:.0f} s")
         if done.returncode:
             print(done.stdout[-2000:], done.stderr[-4000:])
             raise RuntimeError(f"torchrun ended with {done.returncode}")
 
-    def losses() -> dict[int, float]:
-        return {record["step"]: record["raw_loss"] for record in records("ranks") if record["kind"] == "train"}
-
     run()
-    whole = losses()
-    for path in Path(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", "ranks").glob(f"*_{steps:06d}*"):
-        path.unlink()
-    run("--resume")
-    resumed = losses()
-    check("steps missing", steps - len(resumed), 0)
-    check("largest difference of a loss after the resume", max(abs(whole[step] - resumed[step]) for step in whole if step >= steps // 2), 0.02)
-    check("last loss - first loss", resumed[steps - 1] - whole[0], 0.0)
+    resumed_as_before("ranks", steps, lambda: run("--resume"))
+
+
+def tuning(args, device) -> None:
+    from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft
+    prepare_data()
+    where, steps = f"--device-type={args.device_type}", 8 if args.small else 40
+    assert base_train.main([*training_flags(args, steps), "--depth=2", "--aspect-ratio=32" if args.small else "--aspect-ratio=256", "--model-tag=tuned"]) == 0
+    flags = [where, "--mixture=spelling", f"--num-iterations={2 * steps}", "--max-seq-len=128", "--device-batch-size=4", "--total-batch-size=1024",
+             f"--eval-every={steps // 2}", "--eval-tokens=1024", f"--save-every={steps // 2}", "--chatcore-every=-1"]  # two passes a step
+    assert chat_sft.main(flags) == 0
+    resumed_as_before("tuned", steps, lambda: chat_sft.main([*flags, "--resume"]), "chatsft")
+    steps = 14  # beyond the 11th, at which averages of speeds begin
+    assert chat_rl.main([where, "--task-name=SpellingBee", f"--num-iterations={steps}", "--device-batch-size=4", "--num-samples=4", "--examples-per-step=2",
+                         "--max-new-tokens=16", "--eval-every=7", "--eval-examples=2", "--save-every=-1"]) == 0
+    log = records("tuned", "chatrl")
+    check("reinforcement learning: steps missing", steps - sum(record["kind"] == "train" for record in log), 0)
+    for name, rows in (("snli_train", 64), ("snli_test", 16)):
+        lines = [json.dumps(dict(premise=f"A cat sits on {n}.", hypothesis=f"{('A cat', 'A dog', 'It')[n % 3]} sits.", label=("entailment", "contradiction", "neutral")[n % 3])) for n in range(rows)]
+        Path(os.environ["NANOCHAT_BASE_DIR"], f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert base_eval.main([where, "--eval=nli-probe,nli-finetune,decode", f"--nli={os.environ['NANOCHAT_BASE_DIR']}", "--finetune-epochs=1"]) == 0
+    for source in ("sft", "rl"):
+        assert chat_eval.main([where, f"--source={source}", "--task-name=SpellingBee", "--max-problems=4", "--max-new-tokens=16"]) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -359,7 +413,7 @@ def serve(args, device) -> None:
         tell(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
-SECTIONS = dict(attention=attention, fp8=fp8, growth=growth, ranks=ranks, train=train, serve=serve)
+SECTIONS = dict(attention=attention, fp8=fp8, growth=growth, layers=layers, ranks=ranks, tuning=tuning, train=train, serve=serve)
 
 
 # -----------------------------------------------------------------------------
