@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.claims import BEAT, Claim, holder, take
-from analysis.trial import Trial, folder_of, says_diverged, status_of, weights
+from analysis.trial import Trial, folder_of, says_diverged, status_of
+from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import UsageError
 from nanochat.files import locked, write_text_atomic
 from nanochat.resources import usable_cpus
@@ -230,7 +231,7 @@ class Runner:
         if status is None:
             return False
         if trial.name not in self.tried:
-            complete = self.kept.get(trial.name, set()) <= weights(folder_of(self.base_dir, trial))
+            complete = self.kept.get(trial.name, set()) <= set(list_steps(folder_of(self.base_dir, trial)))
             if not complete if status == 0 else self.again:
                 return False
         self.states[trial.name] = "failed" if status else "done"
@@ -269,7 +270,7 @@ class Runner:
                 self.states[trial.name] = "elsewhere"
                 return
             if (folder / "done.json").exists():
-                self.kept[trial.name] = self.kept.get(trial.name, set()) | weights(folder)  # of branches that are not asked for now
+                self.kept[trial.name] = self.kept.get(trial.name, set()) | set(list_steps(folder))  # of branches that are not asked for now
                 (folder / "done.json").unlink()
         except (UsageError, OSError):  # the disk is full, perhaps for a while, which ends no run that goes on
             if claim:
@@ -279,7 +280,7 @@ class Runner:
             self._full = True
             return
         place = self.free.pop(0)
-        have = weights(folder)
+        have = list_steps(folder)
         wanted = self.kept.get(trial.name, set()) - have
         resume = ["--resume"] if have and all(step > max(have) for step in wanted) else []  # one that is missing before them takes a new run
         process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))

@@ -8,7 +8,8 @@ import torch
 
 from analysis.progress import Display
 from analysis.runner import Place, Runner, Work, cpu_places
-from analysis.trial import Result, Trial, folder_of, read, weights
+from analysis.trial import Result, Trial, folder_of, read
+from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import ArgumentParser, UsageError, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
@@ -59,7 +60,7 @@ def run_trials(base_dir: str, trials: Iterable[Trial | dict], jobs: int = 2, pla
     wanted = {name for name, trial in order.items() if read(base_dir, trial) is None}
     for name in reversed(order):  # a parent that is done must still have what the missing ones begin with
         trial = order[name]
-        if name in wanted and trial.parent is not None and trial.step not in weights(folder_of(base_dir, trial.parent)):
+        if name in wanted and trial.parent is not None and trial.step not in list_steps(folder_of(base_dir, trial.parent)):
             wanted.add(trial.parent.name)
     if wanted:
         runner = Runner(base_dir, Work([trial for name, trial in order.items() if name in wanted]), places or cpu_places(jobs), kept, again=True)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -225,8 +224,3 @@ def _checksum(path: str, changed: int) -> str:
 def _begin(trains: list[dict]) -> float:
     """FLOPs before the first of these steps."""
     return max(0.0, 2 * trains[0]["flops"] - trains[1]["flops"]) if len(trains) > 1 else 0.0
-
-
-def weights(folder: Path) -> set[int]:
-    """The steps of its checkpoints."""
-    return {int(match[1]) for path in folder.glob("model_*.pt") if (match := re.fullmatch(r"model_(\d+)\.pt", path.name))}

@@ -17,17 +17,18 @@ import logging
 import os
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nanochat.cli import UsageError, env_rank
+from nanochat.cli import UsageError, env_rank, flag, folder_name, non_negative_int
 from nanochat.common import get_base_dir, is_ddp_initialized
 from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import build_gpt, config_from
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -209,7 +210,7 @@ def model_from_config(model_config: dict) -> GPT:
     """An empty model on the meta device. Raises UsageError if the configuration is none of ours."""
     try:
         with torch.device("meta"):
-            return build_gpt(LayeredGPTConfig(**model_config) if "layers" in model_config else GPTConfig(**model_config))
+            return build_gpt(config_from(model_config))
     except Exception as error:  # it can be anything: a size of 0, a missing key, text for a number
         raise UsageError(f"the checkpoint's model_config does not fit this version: {error}") from error
 
@@ -334,3 +335,17 @@ def load_optimizer_state(source: str, device, rank: int, model_tag: str | None =
         log0(f"No optimizer state at {path}")
         return None
     return _load(path, device)
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """The flags of commands that use a trained model."""
+
+    source: str | None = flag(None, "Stage of training that the model comes from (default: sft where there is one, else base)", choices=SOURCES, short="-i")
+    model_tag: str | None = flag(None, "Model (default: the largest)", type=folder_name, short="-g")
+    step: int | None = flag(None, "Its checkpoint (default: the last)", type=non_negative_int, short="-s")
+
+    def find(self) -> tuple[str, Path, int]:
+        """(stage, folder, step). Raises CheckpointNotFound."""
+        source = self.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
+        return source, *find_checkpoint(checkpoints_dir_of(source), self.model_tag, self.step)

@@ -269,7 +269,7 @@ def core_of(subject: Subject, limit: int | None) -> dict:
 
 def measure_core(subject: Subject, limit: int | None) -> Findings:
     core = core_of(subject, limit)
-    print0(f"CORE metric: {next(iter(core['rows'].values())) if subject.settings.core_tasks else core['rows']['']}")
+    print0(f"CORE metric: {next(iter(core['rows'].values()))}")
     if subject.tables is not None and get_dist_info()[1] == 0:
         path = subject.tables / f"base_model_{subject.step:06d}.csv"
         write_text_atomic(path, core_csv(core))

@@ -119,6 +119,10 @@ class LayeredGPTConfig(GPTConfig):
         """Are hidden states and weights on the unit sphere?"""
         return self.kind.normalized
 
+    def stock(self, **changes: Any) -> GPTConfig:
+        """Its fields that stock models have, with changes."""
+        return GPTConfig(**{field.name: getattr(self, field.name) for field in fields(GPTConfig)} | changes)
+
     @classmethod
     def from_gpt(cls, gpt: GPT) -> "LayeredGPTConfig":
         """The stock model's configuration, spelled out."""
@@ -320,6 +324,11 @@ class LayeredGPT(GPT):
             for name, (start, scales) in block.scales().items():
                 groups.setdefault(name, (start, []))[1].extend(scales)
         return [adamw_group(scales, start * scalar_lr * SCALES_LR_SCALE, (0.9, 0.95), 0.0) for start, scales in groups.values()]
+
+
+def config_from(model_config: dict) -> GPTConfig:
+    """Of a checkpoint's or a log's `model_config`. Raises what dataclasses raise if it is none of ours."""
+    return LayeredGPTConfig(**model_config) if "layers" in model_config else GPTConfig(**model_config)
 
 
 def build_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:

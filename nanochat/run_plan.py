@@ -111,7 +111,8 @@ class RunPlan:
         torch.manual_seed(settings.seed)
         with torch.device("meta"):
             self.model, self.final_model = build_gpt(first), build_gpt(final)
-        self.initialize(device)
+        self.model.to_empty(device=device)
+        self.model.init_weights()
         self.padded_vocab = self.model.transformer.wte.num_embeddings
         if self.padded_vocab != vocab_size:
             print0(f"Padding the vocabulary from {vocab_size} to {self.padded_vocab}: faster matmuls")
@@ -146,11 +147,6 @@ class RunPlan:
         trunk = replace(settings, branch_from=None, grow_to=None)
         with torch.device("meta"):
             return build_gpt(trunk.first_and_final(vocab_size)[1] if trunk.path() else first)
-
-    def initialize(self, device: torch.device) -> None:
-        """Fills the model, which is still empty."""
-        self.model.to_empty(device=device)
-        self.model.init_weights()
 
     def plan_growth(self, first: GPTConfig) -> None:
         settings = self.settings

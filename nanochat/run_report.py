@@ -8,8 +8,9 @@ import numpy as np
 
 from nanochat.cli import UsageError
 from nanochat.drawing import COLORS, INK, as_png, new_figure
-from nanochat.growth.kappa import earlier_runs, read_config
+from nanochat.growth.kappa import earlier_runs
 from nanochat.growth.stages import describe
+from nanochat.layered_gpt import config_from
 from nanochat.run_log import FILENAME, read_run_log
 
 # USD per GPU and hour by a word in the device name, and for any other GPU
@@ -76,7 +77,7 @@ def verbatim(text: str) -> str:
 def _shape(config: dict | None) -> str:
     """Of a model_config, where there is one that this version reads."""
     try:
-        return describe(read_config(config)) if config else ""
+        return describe(config_from(config)) if config else ""
     except (TypeError, ValueError, AssertionError):
         return ""
 
@@ -250,7 +251,9 @@ class TrainingRun:
 
     def from_scratch(self) -> "TrainingRun | None":
         """Of a run that grew: the finished run beside it that trained the same final model from its start on the same text, of those the one with the nearest FLOPs."""
-        if not (grows := self.of("grow")) or not (config := grows[-1].get("model_config")):
+        try:
+            config = config_from(self.of("grow")[-1]["model_config"])
+        except (IndexError, KeyError, TypeError, ValueError, AssertionError):  # it did not grow, or its log is of another version
             return None
         runs = [run for path, _ in earlier_runs(self.path.parent.parent, config) if (run := TrainingRun(path))._task() == self._task()]
         spent = lambda run: run.latest("flops", "train", "eval", "grow") or 0

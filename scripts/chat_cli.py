@@ -10,7 +10,7 @@ import contextlib
 import sys
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
+from nanochat.checkpoint_manager import CheckpointSettings, build_model
 from nanochat.cli import command, flag, non_negative_float, non_negative_int, parse_settings
 from nanochat.common import autodetect_device_type, compute_init
 from nanochat.engine import Engine, TextStream
@@ -69,10 +69,7 @@ class Chat:
 
 
 @dataclass
-class Settings:
-    source: str | None = flag(None, "Stage of training that the model comes from (default: sft where there is one, else base)", choices=SOURCES, short="-i")
-    model_tag: str | None = flag(None, "Model to load (default: the largest)", short="-g")
-    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
+class Settings(CheckpointSettings):
     prompt: str = flag("", "Message to answer before the command ends (default: ask for messages)", short="-p")
     temperature: float = flag(0.6, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
     top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int, short="-k")
@@ -83,9 +80,8 @@ class Settings:
 def main(argv=None) -> None:
     settings = parse_settings(Settings, argv, __doc__.splitlines()[0])
 
-    source = settings.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
     *_, device = compute_init(settings.device_type or autodetect_device_type())
-    folder, step = find_checkpoint(checkpoints_dir_of(source), settings.model_tag, settings.step)
+    source, folder, step = settings.find()
     model, tokenizer, _ = build_model(folder, step, device, phase="eval")
     note(f"{source} model {folder.name} of step {step}: {sum(p.numel() for p in model.parameters()):,} parameters, "
          f"context of {model.config.sequence_len} tokens, on {device}")

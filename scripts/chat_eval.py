@@ -11,7 +11,7 @@ import argparse
 import sys
 from dataclasses import asdict, dataclass
 
-from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
+from nanochat.checkpoint_manager import SOURCES, CheckpointSettings, build_model
 from nanochat.cli import REQUIRED, command, flag, listed, non_negative_float, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, print0
 from nanochat.engine import Engine
@@ -27,7 +27,7 @@ def known_task(name: str) -> str:
 
 
 @dataclass
-class Settings:
+class Settings(CheckpointSettings):
     source: str = flag(REQUIRED, "Stage of training that the model comes from", choices=SOURCES, short="-i")
     task_name: list[str] | None = flag(None, f"Tasks, joined by |: any of {', '.join(TASKS)} (default: those of ChatCORE)", type=listed(known_task, "|"), short="-a")
     temperature: float = flag(0.0, "How freely answers are sampled; 0 always takes the likeliest token", type=non_negative_float, short="-t")
@@ -35,8 +35,6 @@ class Settings:
     num_samples: int = flag(1, "Answers to a problem, of which one must be right", type=positive_int, short="-n")
     top_k: int = flag(50, "Number of likeliest tokens to sample among; 0: all tokens", type=non_negative_int, short="-k")
     batch_size: int = flag(8, "Problems in one pass", type=positive_int, short="-b")
-    model_tag: str | None = flag(None, "Model to evaluate (default: the largest)", short="-g")
-    step: int | None = flag(None, "Checkpoint to evaluate (default: the last)", type=non_negative_int, short="-s")
     max_problems: int | None = flag(None, "Problems of each task (default: all)", type=positive_int, short="-x")
     device_type: str = flag("", "Device to run on: cuda, mps or cpu (default: the best one here)")
 
@@ -49,7 +47,7 @@ def main(argv=None) -> None:
     try:
         report = get_report()
         tasks = {name: TASKS[name].test() for name in settings.task_name or CHATCORE}  # missing data show now, not after an hour
-        folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
+        _, folder, step = settings.find()
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
         engine = Engine(model, tokenizer)
         accuracies = {}

@@ -24,8 +24,8 @@ import uvicorn
 from nanochat.answers import Worker
 from nanochat.api import ApiError, check_sampling
 from nanochat.batching import BatchedEngine, slots_for
-from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint, list_models
-from nanochat.cli import UsageError, command, flag, folder_name, non_negative_float, non_negative_int, parse_settings, positive_int
+from nanochat.checkpoint_manager import CheckpointSettings, build_model
+from nanochat.cli import UsageError, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_init
 from nanochat.server import Connection, create_app
 
@@ -77,15 +77,12 @@ def is_private(host: str) -> bool:
 
 
 @dataclass
-class Settings:
+class Settings(CheckpointSettings):
     num_gpus: int = flag(1, "Copies of the model, each on a GPU of its own", type=positive_int, short="-n")
-    source: str | None = flag(None, "Stage of training that the model comes from (default: sft where there is one, else base)", choices=SOURCES, short="-i")
     temperature: float = flag(0.8, "How freely answers are sampled where a request does not say; 0 always takes the likeliest token",
                               type=non_negative_float, short="-t")
     top_k: int = flag(50, "Number of likeliest tokens to sample among where a request does not say; 0: all tokens", type=non_negative_int, short="-k")
     max_tokens: int = flag(512, "Length of the longest answer in tokens where a request does not say", type=positive_int, short="-m")
-    model_tag: str | None = flag(None, "Model to load (default: the largest)", type=folder_name, short="-g")
-    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
     port: int = flag(8000, "Port to serve at; 0: a free one", type=non_negative_int, short="-p")
     host: str = flag("127.0.0.1", "Address to serve at; 0.0.0.0: for everyone who can reach this machine")
     api_key: str | None = flag(None, "Key that every client must send; other users of this machine can read it on the command line, but not in the "
@@ -115,11 +112,10 @@ def main(argv=None) -> None:
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of code for matmuls of a shape: 1,024 of up to 2 MB each, and prompts have all lengths
         os.environ.setdefault(cache, "32")
     sock = bind(settings.host, settings.port)
-    source = settings.source or ("sft" if list_models(checkpoints_dir_of("sft")) else "base")
     *_, device = compute_init(settings.device_type or autodetect_device_type())
     if settings.num_gpus > (torch.cuda.device_count() if device.type == "cuda" else 1):
         raise UsageError(f"--num-gpus={settings.num_gpus}: there are not so many GPUs here; leave it out")
-    folder, step = find_checkpoint(checkpoints_dir_of(source), settings.model_tag, settings.step)
+    source, folder, step = settings.find()
     workers = []
     for gpu in range(settings.num_gpus):
         place = torch.device("cuda", gpu) if settings.num_gpus > 1 else device

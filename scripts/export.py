@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint_manager import SOURCES
-from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, non_negative_int, parse_settings
+from nanochat.checkpoint_manager import SOURCES, CheckpointSettings
+from nanochat.cli import REQUIRED, UsageError, command, flag, parse_settings
 from nanochat.export.base_dir import export_base_dir, to_stock
 from nanochat.export.exported import Exported, from_checkpoint
 from nanochat.export.hf import export_hf, from_folder
@@ -53,13 +53,11 @@ FORMATS: dict[str, Callable[[Exported, "Settings", Path], str]] = {
 }
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(CheckpointSettings):
     to: str = flag(REQUIRED, "Format", choices=tuple(FORMATS))
     out: str = flag(REQUIRED, "Folder to write, which must not exist")
-    source: str = flag("base", "Stage of training that the checkpoint comes from", choices=SOURCES, short="-i")
-    model_tag: str | None = flag(None, "Model to export (default: the largest)", type=folder_name, short="-g")
-    step: int | None = flag(None, "Checkpoint to export (default: the last)", type=non_negative_int, short="-s")
+    source: str = flag("base", "Stage of training that the model comes from", choices=SOURCES, short="-i")
     from_folder: str | None = flag(None, "Export this folder, one of --to=hf, instead of a checkpoint")
     dense: bool = flag(False, "nanochat: multiply low-rank matrices out")
     shard_size: str = flag("5GB", "hf: a file of weights is not larger than this", type=size)
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--dense is for --to=nanochat, the only format that cannot hold low-rank matrices")
     if settings.from_folder and (settings.model_tag or settings.step is not None):
         raise UsageError("--from-folder and a checkpoint's --model-tag or --step both say what to export; give one of them")
-    subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(settings.source, settings.model_tag, settings.step)
+    subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(*settings.find())
     with new_folder(out, "--out") as folder:
         found = FORMATS[settings.to](subject, settings, folder)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -22,7 +22,6 @@ from nanochat.cli import (
     flag,
     folder_name,
     non_negative_float,
-    non_negative_int,
     parse_settings,
     positive_int,
     seed,
@@ -41,12 +40,10 @@ from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(checkpoints.CheckpointSettings):
     to: str = flag(REQUIRED, "Shape to grow to, depth x width or depth x width x rank: 15x1024, 15x1024x128; a rank of 0 is dense")
-    source: str = flag("base", "Stage of training that the checkpoint comes from", choices=checkpoints.SOURCES)
-    model_tag: str | None = flag(None, "Folder of the checkpoint (default: the largest model)", type=folder_name)
-    step: int | None = flag(None, "Step of the checkpoint (default: the last)", type=non_negative_int)
+    source: str = flag("base", "Stage of training that the model comes from", choices=checkpoints.SOURCES, short="-i")
     to_tag: str | None = flag(None, "Folder of the grown checkpoint (default: the old one and the new shape)", type=folder_name)
     mode: str = flag("lossless", "How the width grows", choices=MODES)
     depth_mode: str = flag("identity", "How the depth grows", choices=DEPTH_MODES)
@@ -139,8 +136,8 @@ def grow_checkpoint(settings: Settings, device: torch.device) -> None:
         raise UsageError(f"--to={settings.to}: give one shape, such as 15x1024")
     parameters = {name: value for name in ("theta", "spread", "noise") if (value := getattr(settings, name)) is not None}
     width_mode(settings.mode, **parameters)  # checks them before anything takes time
-    parent = Path(checkpoints.checkpoints_dir_of(settings.source))
-    folder, step = checkpoints.find_checkpoint(parent, settings.model_tag, settings.step)
+    _, folder, step = settings.find()
+    parent = folder.parent
     model, meta = load(folder, step, device)
     before, after = plan_stages(model.config, [Shape(model.config.n_layer, model.config.n_embd), shapes[0]], settings.depth_mode)
     tag = settings.to_tag or f"{folder.name}-{describe(after.config)}"

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
+from nanochat.checkpoint_manager import SOURCES, CheckpointSettings, build_model
 from nanochat.cli import (
     UsageError,
     command,
     flag,
     is_out_of_memory,
     non_negative_float,
-    non_negative_int,
     parse_settings,
     positive_int,
     positive_ints,
@@ -90,10 +89,8 @@ def percent_of(used: float, peak: float | None, digits: int) -> float | None:
 
 
 @dataclass
-class Settings:
+class Settings(CheckpointSettings):
     source: str = flag("base", "Stage of training that the model comes from", choices=SOURCES, short="-i")
-    model_tag: str | None = flag(None, "Model to load (default: the largest)", short="-g")
-    step: int | None = flag(None, "Checkpoint to load (default: the last)", type=non_negative_int, short="-s")
     prompt_tokens: int = flag(2048, "Tokens of the prompt, cut so that prompt and answer fit into the context", type=positive_int)
     decode_tokens: int = flag(256, "Tokens of each answer", type=positive_int)
     batch_sizes: list[int] = flag("1,8,32,128", "Numbers of answers generated at the same time, joined by commas", type=positive_ints)
@@ -108,7 +105,7 @@ def main(argv=None) -> None:
     if ddp:
         compute_cleanup()
         raise UsageError("infer_bench measures one device: start it without torchrun")
-    folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
+    _, folder, step = settings.find()
     model, tokenizer, meta = build_model(folder, step, device, phase="eval")
     engine = Engine(model, tokenizer)
     context = model.config.sequence_len

@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import SOURCES, build_model, checkpoints_dir_of, find_checkpoint
-from nanochat.cli import REQUIRED, UsageError, command, flag, folder_name, listed, non_negative_int, parse_settings, positive_int
+from nanochat.checkpoint_manager import SOURCES, CheckpointSettings, build_model
+from nanochat.cli import REQUIRED, UsageError, command, flag, listed, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_base_dir
 from nanochat.files import check_writable, locked, parse_json, write_text_atomic
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(CheckpointSettings):
     tasks: list[str] = flag(REQUIRED, "Tasks, joined by commas", type=listed())
     source: str = flag("base", "Stage of training that the model comes from", choices=SOURCES, short="-i")
-    model_tag: str | None = flag(None, "Model to evaluate (default: the largest)", type=folder_name, short="-g")
-    step: int | None = flag(None, "Checkpoint to evaluate (default: the last)", type=non_negative_int, short="-s")
     include_path: str | None = flag(None, "Folder with tasks of your own")
     num_fewshot: int | None = flag(None, "Solved examples before each question (default: as many as the task says)", type=non_negative_int)
     limit: int | None = flag(None, "Questions of each task (default: all)", type=positive_int)
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if ddp:
             raise UsageError("lm_eval runs as one process: start it without torchrun")
-        folder, step = find_checkpoint(checkpoints_dir_of(settings.source), settings.model_tag, settings.step)
+        _, folder, step = settings.find()
         manager = load_tasks(settings.tasks, settings.include_path)
         model, tokenizer, _ = build_model(folder, step, device, phase="eval")
         path = Path(get_base_dir(), "lm_eval", f"{settings.source}_{folder.name}_{step:06d}.json")

@@ -13,7 +13,6 @@ import torch
 from nanochat.checkpoint_manager import SOURCES, save_checkpoint
 from nanochat.cli import UsageError
 from nanochat.export.exported import Exported
-from nanochat.gpt import GPTConfig
 from nanochat.growth.target import layered_config, stock_config
 from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec
 
@@ -53,7 +52,7 @@ def difference(config: LayeredGPTConfig) -> str:
     first = config.layers[0]
     if config.n_embd % first.n_head:
         return f"a width of {config.n_embd} is no multiple of {first.n_head} heads"
-    stock = layered_config(GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)} | {"n_head": first.n_head, "n_kv_head": first.n_kv_head}))
+    stock = layered_config(config.stock(n_head=first.n_head, n_kv_head=first.n_kv_head))
     for i, (mine, theirs) in enumerate(zip(config.layers, stock.layers)):
         for field in fields(LayerSpec):
             if getattr(mine, field.name) != getattr(theirs, field.name):

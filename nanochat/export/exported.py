@@ -2,6 +2,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,9 +34,8 @@ class Exported:
         return model.eval()
 
 
-def from_checkpoint(source: str, model_tag: str | None, step: int | None) -> Exported:
+def from_checkpoint(source: str, folder: Path, step: int) -> Exported:
     """Raises UsageError where there is no such checkpoint, its model has no layers yet, or its tokenizer is another one."""
-    folder, step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of(source), model_tag, step)
     state, _, meta = checkpoints.load_checkpoint(folder, step, "cpu")
     model = checkpoints.model_from_config(meta["model_config"])
     checkpoints.load_weights(model, dict(state), "cpu")  # is checked, and completes what older checkpoints lack

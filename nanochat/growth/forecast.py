@@ -65,7 +65,7 @@ START_MISFIT = 0.08  # how far the power law, continued to the start, may be fro
 
 @dataclass(frozen=True)
 class Points:
-    """Losses of a stage. times: S in steps at the full rate; rates: lr; weights: steps they are the mean of; all (n,)."""
+    """Losses of a stage. steps: of the stage; times: S in steps at the full rate; rates: lr; counts: steps they are the mean of; all (n,)."""
 
     steps: np.ndarray
     times: np.ndarray
@@ -89,10 +89,6 @@ class Forecast:
         p = float(self.weights @ self.means[:, 0])
         variance = self.weights @ (self.covariances[:, 0, 0] + (self.means[:, 0] - p) ** 2)
         return p, math.sqrt(variance)
-
-    def loss(self) -> float:
-        """The present one, as it is expected of a validation."""
-        return float(self.weights @ (self.now * self.means).sum(-1))
 
     def exponent(self) -> tuple[float, float]:
         logs = np.log(np.repeat(EXPONENTS, len(SHIFTS)))

@@ -27,7 +27,7 @@ from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
 from nanochat.growth.forecast import GROWN, Forecast, Points, Prior, fit, new_model
 from nanochat.growth.target import layered_config
-from nanochat.layered_gpt import LayeredGPTConfig
+from nanochat.layered_gpt import config_from
 from nanochat.run_log import FILENAME, is_finished, last_of_each_kind, read_run_log
 
 
@@ -57,7 +57,7 @@ def shape_of(config: GPTConfig) -> tuple:
     return config.vocab_size, config.sequence_len, config.n_embd, config.lm_head_rank, config.causal, config.loops, *layers
 
 
-def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | None = None) -> list[tuple[Path, float]]:
+def earlier_runs(runs: str | Path, config: GPTConfig, conditions: dict | None = None) -> list[tuple[Path, float]]:
     """(log, last validation loss in bits per byte) of all finished runs of this shape that never grew; `runs` holds a folder for each run.
 
     conditions: what their start records must have under `conditions` too, numbers to 2 %; logs that do not tell do not count. Without, all that began from scratch.
@@ -69,7 +69,7 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | 
             if not is_finished(records) or "grow" in last_of_each_kind(records):
                 continue
             start = next(record for record in records if record["kind"] == "start")
-            if shape_of(read_config(start["model_config"])) != shape_of(read_config(config)):
+            if shape_of(config_from(start["model_config"])) != shape_of(config):
                 continue
             if conditions is None and any(start.get("config", {}).get(flag) for flag in ("branch_from", "init_from")):
                 continue  # it may be the decay of a model that grew
@@ -85,12 +85,6 @@ def earlier_runs(runs: str | Path, config: GPTConfig | dict, conditions: dict | 
 def _alike(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(math.isclose(one[key], other[key], rel_tol=0.02) if isinstance(one[key], (int, float)) else one[key] == other[key]
                                               for key in one)
-
-
-def read_config(config: GPTConfig | dict) -> GPTConfig:
-    if isinstance(config, GPTConfig):
-        return config
-    return LayeredGPTConfig(**config) if "layers" in config else GPTConfig(**config)
 
 
 SEED_ERROR = 0.01  # of the final loss: how far two runs that differ in the seed alone end from each other, here up to 1 % (dev/stage_curves.json.gz)

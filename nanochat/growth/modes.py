@@ -171,7 +171,7 @@ class Random:
         return embedded(index, old)
 
     def rank(self, old: int, new: int) -> Map:
-        return self.stream(old, new)
+        return embedded(tile(old, new), old)
 
     def fill(self, weight: torch.Tensor, maps: Maps, generator: torch.Generator) -> torch.Tensor | None:
         return drawn(weight, fresh_entries(weight, maps), generator)
@@ -186,9 +186,6 @@ class Masked(Random):
         return replace(angles(old, new, 0, total), random_side="readers")
 
     hidden = stream
-
-    def rank(self, old: int, new: int) -> Map:
-        return embedded(tile(old, new), old)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ A layer keeps its window and its value embedding, and the backout layer stays th
 the shape of the one below it. A model without layers gets those of a stock model, and its function stays too: what they pass on is the stream.
 """
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ def grown_config(config: GPTConfig, n_layer: int | None = None, n_embd: int | No
 def first_layers(source: LayeredGPTConfig, n_layer: int, n_embd: int, lm_head_rank: int, changes: dict[str, Any]) -> LayeredGPTConfig:
     """What a model without layers grows into: heads of its own size, all else as in a stock model."""
     n_head, n_kv_head = (-(-n * n_embd // source.n_embd) for n in (source.n_head, source.n_kv_head))
-    stock = GPTConfig(**{field.name: getattr(source, field.name) for field in fields(GPTConfig)} | dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head))
+    stock = source.stock(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head)
     try:
         target = layered_config(stock)
         layers = tuple(replace(layer, **changes) for layer in target.layers)
@@ -140,7 +140,7 @@ def layered_target(source: LayeredGPTConfig, target: GPTConfig, layers: Sequence
 
 def stock_config(config: LayeredGPTConfig) -> GPTConfig:
     """The stock configuration of the same model, or `config` itself if it is no stock model."""
-    stock = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
+    stock = config.stock()
     try:
         return stock if layered_config(stock) == config else config
     except AssertionError:  # widths that are no multiple of the head count
