@@ -71,8 +71,10 @@ class Text:
     def flush(self) -> str:
         if self.stopped:
             return ""
-        text = self._release(self.stream.flush()) + self.held
-        self.sent, self.held = self.length, ""
+        text = self._release(self.stream.flush())
+        if not self.stopped:
+            text += self.held
+            self.sent, self.held = self.length, ""
         return text
 
     def take_tokens(self) -> list[ScoredToken]:
@@ -151,6 +153,7 @@ class Answers:
                 for index in range(len(self.prompts)):
                     yield self._echo(index, [])
             while not all(self.reasons):
+                await asyncio.sleep(0)  # a queue that has something in it would let nobody else in
                 index, token, reason, scores = await self._queue.get()
                 if reason == "gone":
                     logger.info("a client went away")
@@ -289,9 +292,10 @@ async def openai_answer(answers: Answers, form: ChatForm | CompletionForm, head:
     wholes = [Piece(i, "") for i in range(len(answers.prompts))]
     async for piece in answers:
         whole = wholes[piece.index]
-        whole.text, whole.reason, whole.tokens = whole.text + piece.text, piece.reason, whole.tokens + piece.tokens
+        whole.text, whole.reason = whole.text + piece.text, piece.reason
+        whole.tokens.extend(piece.tokens)
     scored = answers.query.logprobs is not None
-    return {**head, "object": form.kind, "choices": [form.whole(whole, scored) for whole in wholes], "usage": answers.usage()}
+    return {**head, "object": form.kind, "choices": await asyncio.to_thread(lambda: [form.whole(whole, scored) for whole in wholes]), "usage": answers.usage()}
 
 
 async def openai_events(answers: Answers, form: ChatForm | CompletionForm, head: dict) -> AsyncIterator[str]:

@@ -32,7 +32,9 @@ MAX_BODY = 2**20  # bytes
 MAX_CHOICES = 16  # answers to a prompt
 MAX_PROMPTS = 128  # of a request; also answers of a request
 MAX_STOPS, MAX_STOP_LENGTH = 1000, 200
+MAX_STOP_CHARACTERS = 4000  # of all stops: the text of every token is searched for them
 MAX_LOGPROBS = 20
+MAX_ECHOED = 600_000  # log-probabilities of prompts in an answer: 128 prompts of a context of 2,048 with one alternative; some 80 MB
 
 NEUTRAL: dict[str, tuple] = {  # values that change nothing
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
@@ -142,7 +144,8 @@ def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
 def read_sampling(fields: Fields, defaults: Defaults, vocab_size: int = 0) -> Sampling:
     """How to draw tokens. Without a seed a random one. Raises ApiError."""
     seed = fields.whole("seed", -2**63, 2**63 - MAX_CHOICES, None)
-    bias = fields.take("logit_bias") or {}
+    bias = fields.take("logit_bias")
+    bias = {} if bias is None else bias
     if not isinstance(bias, dict):
         raise wrong_type("logit_bias", "an object of token ids and numbers")
     for token, value in bias.items():
@@ -165,6 +168,8 @@ def read_stops(fields: Fields) -> list[str]:
         raise wrong_type("stop", "a text or a list of texts")
     if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
         raise ApiError(400, f"stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters", param="stop")
+    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise ApiError(400, f"stop takes up to {MAX_STOP_CHARACTERS} characters in all its texts", param="stop")
     return stops
 
 
@@ -225,6 +230,8 @@ def read_completion(body: bytes, tokenizer, defaults: Defaults, model_name: str,
     query.prompts, query.hidden = completion_prompts(tokenizer, prompt, context)
     if len(query.prompts) * query.n > MAX_PROMPTS:
         raise ApiError(400, f"n must be such that there are at most {MAX_PROMPTS} answers to all prompts together", param="n")
+    if query.echo and query.logprobs is not None and query.n * sum(map(len, query.prompts)) * (1 + query.logprobs) > MAX_ECHOED:
+        raise ApiError(400, f"echo with logprobs gives at most {MAX_ECHOED} of them for all prompts together; send fewer prompts at a time", param="logprobs")
     return query
 
 
@@ -236,10 +243,15 @@ def read_openai(fields: Fields, tokenizer, defaults: Defaults, model_name: str) 
     if model != model_name:
         raise ApiError(404, f"there is no model {model[:100]!r} here, only {model_name!r}", "model_not_found", "model")
     sampling, stops = read_sampling(fields, defaults, tokenizer.get_vocab_size()), read_stops(fields)
-    stream, options = fields.flag("stream"), Fields(fields.take("stream_options") or {})
+    stream, options = fields.flag("stream"), fields.take("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise wrong_type("stream_options", "an object")
+    options = Fields(options or {})
+    with_usage = options.flag("include_usage")
+    options.finish()
     n = fields.whole("n", 1, MAX_CHOICES, 1)
     assert n is not None
-    return Query([], sampling, None, n, stops, stream=stream, with_usage=options.flag("include_usage"))
+    return Query([], sampling, None, n, stops, stream=stream, with_usage=with_usage)
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanochat.common import COMPUTE_DTYPE
-from nanochat.engine import Engine, KVCache, RowState
+from nanochat.engine import Engine, KVCache, RowState, cache_dtype
 from nanochat.prefix_cache import Prefix, PrefixCache
 from nanochat.resources import free_memory
 from nanochat.sampling import Sampler, Sampling, Scores, score
@@ -74,7 +74,8 @@ def slots_for(model, at_most: int = 64) -> int:
     """How many rows of the model's context fit into a quarter of the memory that is free."""
     device = model.get_device()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return max(1, min(at_most, free // 4 // (model.kv_bytes_per_token() * model.config.sequence_len)))
+    per_token = model.kv_bytes_per_token() * cache_dtype(device).itemsize // COMPUTE_DTYPE.itemsize
+    return max(1, min(at_most, free // 4 // (per_token * model.config.sequence_len)))
 
 
 class _Rows:
@@ -177,7 +178,7 @@ class BatchedEngine(Engine):
                     return
             try:
                 self.step()
-            except Exception:  # nobody's own fault: those who are served learn it, the next ones get a fresh start
+            except BaseException:  # nobody's own fault (a panic of the tokenizer is no Exception): those who are served learn it, the next ones get a fresh start
                 logger.exception("a step of the server failed")
                 failed, self.rows, self.entering = [*self.rows, *self.entering], [], []
                 for row in failed:
@@ -252,7 +253,7 @@ class BatchedEngine(Engine):
             logits = self.model.forward(torch.tensor([piece], device=self.model.get_device()),
                                         kv_cache=_Rows(self, place, place + 1, last_logits_only=not request.prompt_logprobs))[0]
             if logits.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(logits.device)
             took = time.perf_counter() - start
             if len(piece) <= 2 * SMALLEST:
                 self.pass_seconds = (self.pass_seconds + took) / 2

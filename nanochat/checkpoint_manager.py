@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.cli import UsageError, env_rank, flag, folder_name, non_negative_int
+from nanochat.cli import UsageError, env_rank, flag, folder_name, is_out_of_memory, non_negative_int
 from nanochat.common import get_base_dir, is_ddp_initialized
 from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
@@ -67,9 +67,9 @@ def _load(path: Path, device, mapped: bool = False) -> Any:
             broken = archive.testzip()
         if broken is None:
             return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # damaged bytes come out as errors of a dozen kinds
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} is truncated, corrupt or not a checkpoint ({reason}); use another step") from error
     raise UsageError(f"{path} is corrupt (checksum of {broken} does not match); use another step")
@@ -116,6 +116,11 @@ def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
         for name, kind in (("step", int), ("user_config", dict), ("loop_state", dict), ("growth", list), ("frozen", list)):
             if name in meta and not isinstance(meta[name], kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
+        for name in ("world_size", "val_bpb"):
+            if not isinstance(meta.get(name), (int, float, type(None))):
+                raise TypeError(f"{name} is no number")
+        if not all(isinstance(record, dict) and {"from", "to"} <= record.keys() for record in meta.get("growth", ())):
+            raise TypeError("an entry of growth does not say from and to what")
     except FileNotFoundError:
         steps = list_steps(checkpoint_dir)
         raise CheckpointNotFound(f"no checkpoint of step {step} in {checkpoint_dir}; there is "
@@ -169,7 +174,7 @@ def load_optimizer(checkpoint_dir: str | os.PathLike, step: int, optimizer: Muon
         else:
             log0(f"The optimizer's state of {ranks} ranks is shared out among {world}")
             optimizer.load_shards([_load(path(r), "cpu", mapped=True) for r in range(ranks)])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the latter two of what is no optimizer's state at all
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UsageError(f"the optimizer's state of step {step} in {folder} does not fit this model: {reason}; use another step (chat_sft: --load-optimizer=0), or the flags of then") from error
     for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
@@ -199,7 +204,10 @@ def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int, wo
     mine = states[rank if rank < ranks else 0]
     if "loader_states" not in mine:
         raise UsageError(f"the data positions of step {step} in {folder} are of {ranks} ranks and cannot be shared out among {world}; use {ranks} ranks")
-    by_stream = [position for turn in zip(*(state["loader_states"] for state in states), strict=True) for position in turn]
+    try:
+        by_stream = [position for turn in zip(*(state["loader_states"] for state in states), strict=True) for position in turn]
+    except ValueError:
+        raise UsageError(f"the ranks' data positions of step {step} in {folder} are of different numbers of streams; use another step") from None
     if len(by_stream) % world:
         raise UsageError(f"the checkpoint of step {step} in {folder} has {len(by_stream)} data streams, which {world} ranks cannot share evenly; "
                          f"use a number of ranks that divides {len(by_stream)}")
@@ -220,6 +228,8 @@ def load_weights(model: GPT, model_data: dict, device) -> None:
 
     Back-fills the residual scalars of older checkpoints. Raises UsageError if keys or shapes differ.
     """
+    if not isinstance(model_data, dict):
+        raise UsageError(f"the checkpoint's model file holds a {type(model_data).__name__} and no state_dict; use another step")
     model_data = {key.removeprefix("_orig_mod."): value for key, value in model_data.items()}
     n_layer = model.config.n_layer
     model_data.setdefault("resid_lambdas", torch.ones(n_layer))

@@ -109,6 +109,8 @@ def get_streamed(source: str, num_files: int, force: bool) -> None:
     hub = HUB[source]
     wanted = MAX_SHARD if num_files == -1 else min(num_files, MAX_SHARD)
     record = {} if force else read_record()
+    if record and not {"train_shards", "finished", "position"} <= record.keys():
+        raise UsageError(f"source.json in {directory} does not say how far {source} was streamed; use --force to stream it anew")
     if not record:
         print(f"Streaming the validation shard of {hub.repo}", flush=True)
         with replacing(directory) as fresh:

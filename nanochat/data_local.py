@@ -64,7 +64,7 @@ def stdlib_groups() -> Iterator[list[str]]:
             if name.endswith(".py"):
                 try:
                     text = Path(folder, name).read_text(encoding="utf-8")
-                except UnicodeDecodeError:
+                except (UnicodeDecodeError, OSError):  # distributions link some into /etc, which need not be there
                     continue
                 if text not in seen:
                     seen.add(text)
@@ -111,7 +111,10 @@ def _pattern_groups(pattern: Path, readers: dict, kind: Callable) -> Iterator[li
     Source trees hold a few files that are no text: they are left out with a count, where a folder of texts would be refused.
     """
     fixed = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    files = sorted(file for file in Path(*pattern.parts[:fixed]).glob("/".join(pattern.parts[fixed:])) if file.is_file())
+    try:
+        files = sorted(file for file in Path(*pattern.parts[:fixed]).glob("/".join(pattern.parts[fixed:])) if file.is_file())
+    except ValueError as error:  # `**.py`, until Python 3.13
+        raise UsageError(f"{pattern} is no pattern ({error}); for all folders below write PATH/**/*.py") from error
     if not files:
         raise UsageError(f"no file matches {pattern}; put the pattern into quotes, and ** for folders within folders")
     random.Random(42).shuffle(files)

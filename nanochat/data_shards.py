@@ -147,8 +147,14 @@ def text_bytes(split: str, most: int = 32) -> float:
     """About how many bytes of text a split has, by what the files say of themselves; of more than `most` files some are looked into, evenly chosen."""
     files = split_files(split)
     looked_into = files[::-(-len(files) // most)]
-    sizes = [metadata.row_group(group).total_byte_size for path in looked_into for metadata in [pq.read_metadata(path)] for group in range(metadata.num_row_groups)]
-    return sum(sizes) * len(files) / len(looked_into)
+    size = 0
+    for path in looked_into:
+        try:
+            metadata = pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(path, error) from error
+        size += sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    return size * len(files) / len(looked_into)
 
 
 def data_source() -> str | None:

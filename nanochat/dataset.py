@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace the data that are there")
     args = parser.parse_args(argv)
 
+    if not args.source:
+        raise UsageError("--source is empty; give a name or a path")
     source, directory = args.source, data_directory()
     local = source not in HUB and source != "climbmix"
     if local and args.num_files != -1:

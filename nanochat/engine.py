@@ -165,6 +165,11 @@ def check_causal(model: Any) -> None:
                          "fine-tuned on conversations or evaluated by them; use base_eval --eval=pll, or a model that was trained to predict the next token")
 
 
+def cache_dtype(device: torch.device) -> torch.dtype:
+    """Of keys and values: the compute dtype, or float32 where this CPU decodes faster with it."""
+    return torch.float32 if device.type == "cpu" and chosen("decode") == "float32" else COMPUTE_DTYPE
+
+
 class Engine:
     """Decodes with any model that has `get_device()`, `forward(ids, kv_cache=...)` and a GPT `config`."""
 
@@ -188,9 +193,8 @@ class Engine:
         layered = hasattr(config, "layers")
         shapes = [(kv_heads, qk_dim, v_dim) for _, kv_heads, qk_dim, v_dim in self.model.attention_shapes()] * config.loops if layered else None
         device = self.model.get_device()
-        wide = device.type == "cpu" and chosen("decode") == "float32"
         cache = KVCache(batch_size, config.n_kv_head, seq_len, config.n_embd // config.n_head, len(shapes) if shapes else config.n_layer,
-                        device=device, dtype=torch.float32 if wide else COMPUTE_DTYPE, layer_shapes=shapes)
+                        device=device, dtype=cache_dtype(device), layer_shapes=shapes)
         cache.last_logits_only = True
         return cache
 

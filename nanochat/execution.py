@@ -83,7 +83,8 @@ def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | No
         status = judge.popen.returncode
     if status == 0:
         return ExecutionResult(True, out, err)
-    how = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+    names = {member.value: member.name for member in signal.Signals}
+    how = f"exit status {status}" if status > 0 else f"killed by {names.get(-status, f'signal {-status}')}"  # real-time signals have no names
     return ExecutionResult(False, out, err, (err.strip().splitlines() or [how])[-1][:1000], memory_exceeded="MemoryError" in err)
 
 

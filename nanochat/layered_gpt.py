@@ -327,7 +327,10 @@ class LayeredGPT(GPT):
 
 
 def config_from(model_config: dict) -> GPTConfig:
-    """Of a checkpoint's or a log's `model_config`. Raises what dataclasses raise if it is none of ours."""
+    """Of a checkpoint's or a log's `model_config`. Raises TypeError or ValueError if it is none of ours."""
+    for name, least in (("sequence_len", 1), ("vocab_size", 1), ("n_layer", 0), ("n_head", 1), ("n_kv_head", 1), ("n_embd", 1)):
+        if name in model_config and not (type(model_config[name]) is int and model_config[name] >= least):
+            raise ValueError(f"{name} is {model_config[name]!r}")
     return LayeredGPTConfig(**model_config) if "layers" in model_config else GPTConfig(**model_config)
 
 

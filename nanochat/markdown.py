@@ -22,6 +22,7 @@ from pygments.token import Comment, Keyword, Name, Number, String, _TokenType
 Node = str | list[Any]
 
 MAX_TEXT = 24_000  # characters; an answer has at most 4096 tokens, and the parser needs a second or two for 24,000 brackets
+MAX_CELLS = 5_000  # of a table: short rows are filled up with empty ones, which a line of a character can ask for by the hundred
 MAX_CODE = 5_000  # characters that are highlighted
 MAX_SECONDS = 0.5  # of highlighting; many lexers are quadratic in code that is none
 MAX_MATH = 2_000
@@ -35,6 +36,7 @@ LANGUAGES = frozenset(
 _CLASSES: list[tuple[_TokenType, str]] = [(Comment, "comment"), (Keyword, "keyword"), (String, "string"), (Number, "number"), (Name.Function, "name"),
                                           (Name.Class, "name"), (Name.Tag, "keyword"), (Name.Decorator, "name"), (Name.Builtin, "builtin"), (Name.Attribute, "name")]
 _DOLLARS = re.compile(r"\$(?![\s$])(?:[^$\\\n]|\\.){1,500}(?<!\s)\$(?!\d)")  # Pandoc's rule, so that $5 and $6 are prices
+_RULER = frozenset("-|: \t>*+.)0123456789")  # what the second line of a table is made of, quoted or in a list
 _CALL = re.compile(r"<\|python_start\|>(.*?)(?:<\|python_end\|>(?:<\|output_start\|>(.*?)(?:<\|output_end\|>|\Z))?|\Z)", re.DOTALL)
 _MATH = {r"\(": r"\)", r"\[": r"\]", "$$": "$$"}
 
@@ -172,8 +174,11 @@ def _attributes(token: Token) -> dict[str, str]:
 
 
 def markdown_tree(text: str) -> list[Node] | None:
-    """The blocks of a text; None if it is longer than MAX_TEXT or nested deeper than MAX_DEPTH, and better shown as it is."""
+    """The blocks of a text; None if it is longer than MAX_TEXT, may have more than MAX_CELLS or is nested deeper than MAX_DEPTH, and better shown as it is."""
     if len(text) > MAX_TEXT:
+        return None
+    lines = text.splitlines()
+    if len(lines) * max((line.count("|") for line in lines if _RULER.issuperset(line)), default=0) > MAX_CELLS:
         return None
     root: list[Any] = []
     stack = [root]

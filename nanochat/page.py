@@ -4,6 +4,7 @@ The page's policy allows no script, style, font, picture or connection but this 
 """
 import asyncio
 import json
+import time
 from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request
@@ -20,23 +21,28 @@ HEADERS = {
                                "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }
-MAX_TEXTS = 50
+MAX_TEXTS, MAX_CHARACTERS = 50, 100_000  # of a request
+MAX_SECONDS = 3.0  # of a request: what is left then is shown as it is
+MAX_WAITING = 16  # requests
 
 
 def _render(body: bytes) -> bytes:
-    """Raises ValueError for a body that is not {"texts": [up to MAX_TEXTS texts]}."""
+    """Raises ValueError for a body that is not {"texts": [up to MAX_TEXTS texts of MAX_CHARACTERS together]}."""
     try:
         texts = json.loads(body)["texts"]
     except (ValueError, TypeError, KeyError, RecursionError):
         texts = None
     if not isinstance(texts, list) or len(texts) > MAX_TEXTS or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'send {{"texts": ["..."]}}, at most {MAX_TEXTS} of them')
-    return json.dumps({"trees": [markdown_tree(text) for text in texts]}).encode()
+    if sum(map(len, texts)) > MAX_CHARACTERS:
+        raise ValueError(f"send at most {MAX_CHARACTERS} characters at a time")
+    until = time.monotonic() + MAX_SECONDS
+    return json.dumps({"trees": [markdown_tree(text) if time.monotonic() < until else None for text in texts]}).encode()
 
 
 def page_router() -> APIRouter:
     router = APIRouter()
-    one_at_a_time = asyncio.Semaphore(1)  # so that no flood of texts takes the model's share of the processor
+    one_at_a_time, waiting = asyncio.Semaphore(1), 0  # so that no flood of texts takes the model's share of the processor
 
     def serve(path: str, file: Path) -> None:
         @router.api_route(path, methods=["GET", "HEAD"])
@@ -55,10 +61,18 @@ def page_router() -> APIRouter:
             body = await http.body()
         except ClientDisconnect:
             raise HTTPException(400, "the client went away before it had sent its request") from None
-        async with one_at_a_time:
-            try:
+        nonlocal waiting
+        if waiting >= MAX_WAITING:
+            raise HTTPException(503, "too many texts wait to be rendered; try again soon", {"Retry-After": "5"})
+        waiting += 1
+        try:
+            async with one_at_a_time:
+                if await http.is_disconnected():
+                    raise HTTPException(400, "the client went away before its texts were rendered")
                 return Response(await asyncio.to_thread(_render, body), media_type="application/json")
-            except ValueError as error:
-                raise HTTPException(400, str(error)) from None
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        finally:
+            waiting -= 1
 
     return router

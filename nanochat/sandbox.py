@@ -318,7 +318,9 @@ _TYPES = {("builtins", name) for name in "bool int float complex str bytes bytea
 def _receive(file):
     import pickle
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one written in Python, from which an operation can be taken
+        dispatch = {operation: load for operation, load in pickle._Unpickler.dispatch.items() if operation != pickle.BUILD[0]}  # it sets attributes, of classes too
+
         def find_class(self, module, name):
             if (module, name) not in _TYPES:
                 raise TypeError(f"a test can compare plain values only, no {module}.{name}")

@@ -69,6 +69,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # or an answer of some KB that nobody takes would never be called unread
         self._watch()
 
     def connection_lost(self, exc) -> None:
@@ -120,12 +121,16 @@ class LimitBody:
         announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
         size = 0
 
-        async def receive_some():
-            nonlocal size
+        def check() -> None:
             if size > MAX_BODY or announced.isdigit() and len(announced) < 20 and int(announced) > MAX_BODY:
                 raise ApiError(413, f"the request is larger than {MAX_BODY} bytes")
+
+        async def receive_some():
+            nonlocal size
+            check()
             message = await receive()
             size += len(message.get("body", b""))
+            check()
             return message
         await self.app(scope, receive_some, send)
 
@@ -278,7 +283,7 @@ def create_app(workers: list[Worker], info: dict, temperature: float = 0.8, top_
         head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "object": form.kind, "created": int(time.time()), "model": name}
         if found.query.stream:
             return event_stream(openai_events(found, form, head))
-        return JSONResponse(await openai_answer(found, form, head))
+        return await asyncio.to_thread(JSONResponse, await openai_answer(found, form, head))  # which encodes it
 
     @app.post("/v1/chat/completions")
     async def openai_chat(http: HttpRequest) -> Response:

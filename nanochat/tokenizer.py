@@ -61,6 +61,20 @@ class _EncodingUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+def encoding(ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
+    """Of tokens and special tokens with their ids. Raises ValueError for what tiktoken panics at, which is no Exception."""
+    if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
+        raise ValueError("two tokens have one id")
+    check_bytes(ranks)
+    return tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def check_bytes(ranks: dict[bytes, int]) -> None:
+    """Raises ValueError where a byte is no token, so that not every text can be encoded."""
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"the byte {missing[0]} is no token")
+
+
 class RustBPETokenizer:
     """A `tiktoken.Encoding` with a begin-of-sequence token and nanochat's chat format."""
 
@@ -81,7 +95,7 @@ class RustBPETokenizer:
             raise error.__cause__ or error from None
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        return cls(tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special), SPECIAL_TOKENS[0])
+        return cls(encoding(ranks, special), SPECIAL_TOKENS[0])
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | os.PathLike) -> "RustBPETokenizer":
@@ -92,10 +106,13 @@ class RustBPETokenizer:
                 enc = _EncodingUnpickler(f).load()
             if not isinstance(enc, tiktoken.Encoding):
                 raise pickle.UnpicklingError(f"it holds a {type(enc).__name__}")
+            check_bytes(enc._mergeable_ranks)
             return cls(enc, SPECIAL_TOKENS[0])
         except FileNotFoundError as error:
             raise UsageError(f"there is no tokenizer at {path}; train one with: python -m scripts.tok_train") from error
-        except Exception as error:  # a damaged pickle can raise nearly anything
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a damaged pickle can raise nearly anything, and tiktoken's panics are no Exceptions
             raise UsageError(f"{path} is not a tokenizer that can be loaded ({type(error).__name__}: {error}); "
                              "train a new one with: python -m scripts.tok_train") from error
 

@@ -70,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_free(out, "--out")
     if settings.dense and settings.to != "nanochat":
         raise UsageError("--dense is for --to=nanochat, the only format that cannot hold low-rank matrices")
-    if settings.from_folder and (settings.model_tag or settings.step is not None):
-        raise UsageError("--from-folder and a checkpoint's --model-tag or --step both say what to export; give one of them")
+    if settings.from_folder == "":
+        raise UsageError("--from-folder is empty; give a folder, or leave it out for a checkpoint")
+    if settings.from_folder and (settings.source != "base" or settings.model_tag or settings.step is not None):
+        raise UsageError("--from-folder and a checkpoint's --source, --model-tag or --step both say what to export; give one of them")
     subject = from_folder(Path(settings.from_folder)) if settings.from_folder else from_checkpoint(*settings.find())
     with new_folder(out, "--out") as folder:
         found = FORMATS[settings.to](subject, settings, folder)

@@ -329,6 +329,14 @@ for fd in range(3, 64):
         if stat.S_ISFIFO(os.fstat(fd).st_mode): os.write(fd, b"cos\\n_exit\\n(I0\\ntR.")
     except OSError: pass
 os._exit(0)""",
+    "answers that change a class": """
+import os, pickle, stat
+forged = b"(N" b"cfractions\\nFraction\\n" b"(N}(X\\x06\\x00\\x00\\x00__eq__cbuiltins\\nslice\\nutb" b"(I1\\ntR" b"t."
+for fd in range(3, 64):
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode): os.write(fd, pickle.dumps(["plus", "double"]) + forged * 9)
+    except OSError: pass
+os._exit(0)""",
     "answers without end": """
 import os, stat
 for fd in range(3, 64):

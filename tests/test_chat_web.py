@@ -307,6 +307,9 @@ def test_openai_completion(client):
     ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
     ({"max_tokens": -2}, openai.BadRequestError, "max_tokens"),
     ({"stop": ["a"] * 1001}, openai.BadRequestError, "stop"),
+    ({"stop": ["a" * 200] * 21}, openai.BadRequestError, "4000 characters in all"),
+    ({"extra_body": {"stream_options": {"surprise": 1}}}, openai.BadRequestError, "surprise is not supported"),
+    ({"extra_body": {"logit_bias": []}}, openai.BadRequestError, "logit_bias"),
     ({"seed": 2**70}, openai.BadRequestError, "seed"),
     ({"stop": [""]}, openai.BadRequestError, "stop"),
     ({"stream": "perhaps"}, openai.BadRequestError, "stream"),
@@ -700,9 +703,19 @@ def test_text_ends_before_the_first_stop(stops, text, wanted):
 
 
 def test_an_unfinished_character_is_not_lost():
-    stream = Text(TOKENIZER, [])
     first, *_ = TOKENIZER.encode("€")
-    assert stream.push(first) + stream.flush() == "\ufffd"
+    for stops, wanted in (([], "\ufffd"), (["\ufffd"], "")):
+        stream = Text(TOKENIZER, stops)
+        assert stream.push(first) + stream.flush() == wanted
+
+
+def test_prompts_with_all_alternatives_are_limited():
+    """Half a megabyte of ids would become a gigabyte of log-probabilities."""
+    body = dict(model=MODEL, prompt=[[1] * 2047] * 128, echo=True, max_tokens=0, logprobs=20)
+    read = lambda **changes: read_completion(json.dumps({**body, **changes}).encode(), TOKENIZER, Defaults(), MODEL, 2048)
+    with pytest.raises(ApiError, match="fewer prompts at a time"):
+        read()
+    assert len(read(logprobs=1).prompts) == 128 and len(read(prompt=[[1] * 2047] * 13).prompts) == 13
 
 
 def test_prompts_of_ids_are_taken_as_they_are():

@@ -69,7 +69,9 @@ def test_flipped_byte(folder, name):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"model_config": 3}', '{"model_config": null}', '{"model_config": {}, "loop_state": null}',
-                                  '{"model_config": {}, "user_config": []}', '{"model_config": {}, "step": "3"}', '{"model_config": {}, "frozen": null}'])
+                                  '{"model_config": {}, "user_config": []}', '{"model_config": {}, "step": "3"}', '{"model_config": {}, "frozen": null}',
+                                  '{"model_config": {}, "world_size": "two"}', '{"model_config": {}, "val_bpb": "good"}', '{"model_config": {}, "growth": ["3x64"]}',
+                                  '{"model_config": {}, "growth": [{"from": "2x64"}]}'])
 def test_broken_meta(folder, text):
     (folder / FILES[3]).write_text(text)
     with pytest.raises(UsageError, match=FILES[3]):
@@ -87,7 +89,8 @@ def test_missing_files(folder):
         load(folder / "nothing")
 
 
-@pytest.mark.parametrize("config", [{"n_head": 5}, {"n_embd": "many"}, {"colour": 3}, {"window_pattern": "X"}, {"n_layer": -1}, {"n_head": 0}])
+@pytest.mark.parametrize("config", [{"n_head": 5}, {"n_embd": "many"}, {"colour": 3}, {"window_pattern": "X"}, {"n_layer": -1}, {"n_head": 0},
+                                    {"sequence_len": 0}, {"sequence_len": 64.0}, {"sequence_len": True}, {"vocab_size": "many"}])
 def test_strange_model_config(config):
     with pytest.raises(UsageError):
         checkpoints.model_from_config({**asdict(CONFIG), **config})
@@ -107,6 +110,21 @@ def test_weights_of_another_shape():
                   {key: value for key, value in weights.items() if key != "smear_lambda"}):
         with pytest.raises(UsageError, match="another shape"):
             checkpoints.load_weights(model, dict(wrong), "cpu")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(2), None])
+def test_a_file_that_holds_no_state(content):
+    with pytest.raises(UsageError, match="no state_dict"):
+        checkpoints.load_weights(make_model(), content, "cpu")
+
+
+def test_full_memory_is_no_damage(folder, monkeypatch):
+    """Who reads that a good file is corrupt may delete it."""
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load(folder)
 
 
 def test_overwriting_leaves_the_other_steps(folder):

@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_forgeries(user):
     assert [name for name, result in results.items() if result["success"]] == [""]  # the one that is no forgery
 
 
-@pytest.mark.parametrize("name", ["sys.exit(0)", "os._exit(0) in the call", "exit handler, then an error", "thread", "always equal", "answers by itself"])
+@pytest.mark.parametrize("name", ["sys.exit(0)", "os._exit(0) in the call", "exit handler, then an error", "thread", "always equal", "answers by itself", "answers that change a class"])
 def test_some_forgeries(name):
     assert not execute_code(FORGERIES[name], test=TEST).success
 
@@ -131,6 +132,11 @@ def test_a_failed_test_says_why(program, test, error):
     result = execute_code(program, test=test)
     assert not result.success and result.error.startswith(error)
     assert result.memory_exceeded == (error == "MemoryError")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="no real-time signals here")
+def test_a_signal_without_a_name():
+    assert execute_code(f"import signal; signal.raise_signal({signal.SIGRTMIN + 6})", timeout=60).error == f"killed by signal {signal.SIGRTMIN + 6}"
 
 
 def test_a_test_that_does_not_end():

@@ -172,6 +172,7 @@ def test_nanochat_has_no_such_model(base, capsys, kind, flags, reason):
 @pytest.mark.parametrize("flags, reason", [
     (["--to=hf", "-g", "nope"], "no model 'nope'"), (["--to=hf", "-g", "stock", "-s", "8"], "there is step 7"), (["--to=hf", "-g", "stock", "-i", "sft"], "no model"),
     (["--to=hf", "-g", "stock", "--dense"], "--dense is for"), (["--to=hf", "--from-folder=x", "-g", "stock"], "give one of them"),
+    (["--to=hf", "--from-folder=x", "-i", "sft"], "give one of them"), (["--to=hf", "--from-folder="], "--from-folder is empty"),
     (["--to=hf", "--from-folder=nowhere"], "no nowhere"), (["--to=hf", "--from-folder=tests"], "config.json"),
 ])
 def test_bad_flags(base, capsys, flags, reason):
@@ -221,9 +222,11 @@ def test_nothing_is_overwritten(base, capsys):
     (lambda folder: exported.edit_json(folder / "config.json", layers=[]), "model_config"),
     (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": "../x", "source": "base", "step": 7}), "does not say where"),
     (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": "x", "source": "hub", "step": 7}), "does not say where"),
+    (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": 5, "source": "base", "step": 7, "val_bpb": 1.0}), "does not say where"),
+    (lambda folder: exported.edit_json(folder / "config.json", nanochat={"tag": "x", "source": "base", "step": 7, "val_bpb": "good"}), "does not say where"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no tokenizer of nanochat"),
-], ids=["shard missing", "shard damaged", "index damaged", "config of nothing", "another model", "another width", "no layers", "a tag outside", "an unknown source", "no tokenizer", "another tokenizer"])
+], ids=["shard missing", "shard damaged", "index damaged", "config of nothing", "another model", "another width", "no layers", "a tag outside", "an unknown source", "a tag of a number", "a loss of words", "no tokenizer", "another tokenizer"])
 def test_damaged_folders(base, capsys, damage, reason):
     assert exported.run("hf", "mixed", base / "hf", "--shard-size=60KB") == 0
     damage(base / "hf")

@@ -1,9 +1,12 @@
 """Markdown of answers: what it becomes, and that nothing a model writes becomes more than text, layout and links; the page's files."""
+import asyncio
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -144,6 +147,13 @@ def test_long_texts():
     json.dumps(markdown_tree("*a_[`" * (MAX_TEXT // 5)))
 
 
+def test_tables_that_grow():
+    """Short rows are filled up: some hundred columns and as many lines of one character would become 60,000 cells."""
+    table = lambda columns, rows: "|a" * columns + "\n" + "|-" * columns + "\n" + "|\n" * rows
+    assert markdown_tree(table(200, 300)) is None and markdown_tree("> " + table(200, 300).replace("\n", "\n> ")) is None
+    assert markdown_tree(table(10, 300))[0][0] == "div" and len(markdown_tree("a | b\n" * 3000)) == 1
+
+
 # -----------------------------------------------------------------------------
 # The page's part of the server
 
@@ -167,10 +177,41 @@ def test_a_page_elsewhere_cannot_ask(client):
     assert client.post("/render", content='{"texts": []}', headers={"Content-Type": "text/plain"}).status_code == 415
 
 
-@pytest.mark.parametrize("body", ["", "no JSON", "[]", "{}", '{"texts": null}', '{"texts": "a"}', '{"texts": [1]}', '{"texts": [["a"]]}', json.dumps({"texts": [""] * 51}), "[" * 100_000, b"\xff\xfe"])
+@pytest.mark.parametrize("body", ["", "no JSON", "[]", "{}", '{"texts": null}', '{"texts": "a"}', '{"texts": [1]}', '{"texts": [["a"]]}', json.dumps({"texts": [""] * 51}), json.dumps({"texts": ["a" * 20_001] * 5}), "[" * 100_000, b"\xff\xfe"])
 def test_bodies_that_are_none(client, body):
     answer = client.post("/render", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400 and "texts" in answer.json()["detail"]
+    assert answer.status_code == 400 and "send" in answer.json()["detail"]
+
+
+def test_rendering_takes_turns(monkeypatch):
+    """One text at a time; beyond some that wait others are told to come again, and none that has gone is rendered."""
+    monkeypatch.setattr(page, "MAX_WAITING", 2)
+    release, rendered = threading.Event(), []
+
+    def slow(body):
+        rendered.append(body)
+        release.wait(60)
+        return b"{}"
+    monkeypatch.setattr(page, "_render", slow)
+    app = FastAPI()
+    app.include_router(page.page_router())
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            post = lambda: client.post("/render", content=b"{}", headers={"Content-Type": "application/json"})
+            first = [asyncio.create_task(post()) for _ in range(2)]
+            while not rendered:
+                await asyncio.sleep(0)
+            third = await post()
+            release.set()
+            return third, await asyncio.gather(*first), await post()
+    third, first, later = asyncio.run(ask())
+    assert third.status_code == 503 and third.headers["retry-after"] and [answer.status_code for answer in (*first, later)] == [200] * 3 and len(rendered) == 3
+
+
+def test_a_request_has_its_time(monkeypatch):
+    monkeypatch.setattr(page, "MAX_SECONDS", 0.0)
+    assert json.loads(page._render(b'{"texts": ["a", "b"]}')) == {"trees": [None, None]}
 
 
 def test_the_pages_files(client):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.cli import UsageError
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, encoding, get_token_bytes, get_tokenizer
 from scripts import tok_eval, tok_train
 from tests import tiny
 
@@ -136,6 +136,19 @@ def test_damaged_tokenizer(base_dir, tokenizer, content):
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UsageError, match=r"tokenizer/tokenizer.pkl .*scripts.tok_train"):
         get_tokenizer()
+
+
+@pytest.mark.parametrize("damage, reason", [(lambda ranks: ranks | {b"xyz": 7}, "two tokens have one id"),
+                                            (lambda ranks: {token: id for token, id in ranks.items() if token != b"\x80"}, "the byte 128 is no token")])
+def test_tables_that_tiktoken_panics_at(tmp_path, damage, reason):
+    """Now or at the first text; and a panic is no Exception, so that it would pass whoever expects errors."""
+    enc = byte_encoding("like", ["<|bos|>"])
+    with pytest.raises(ValueError, match=reason):
+        encoding(damage(enc._mergeable_ranks), {"<|bos|>": 256})
+    enc._mergeable_ranks = damage(enc._mergeable_ranks)
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(enc))
+    with pytest.raises(UsageError, match="tokenizer.pkl is not a tokenizer"):
+        RustBPETokenizer.from_directory(tmp_path)
 
 
 def test_an_encoding_without_our_specials_is_refused(tmp_path):

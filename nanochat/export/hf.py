@@ -156,9 +156,9 @@ def from_folder(folder: Path) -> Exported:
     model_config = asdict(stock_config(model.config))  # which is the same where it is no stock model
     try:
         tag, source, step, val_bpb = (config["nanochat"][name] for name in ("tag", "source", "step", "val_bpb"))
-        if folder_name(tag) == "" or source not in SOURCES or type(step) is not int or step < 0:
+        if folder_name(tag) == "" or source not in SOURCES or type(step) is not int or step < 0 or not isinstance(val_bpb, (int, float, type(None))):
             raise ValueError
-    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError):
+    except (KeyError, TypeError, ValueError, AttributeError, argparse.ArgumentTypeError):
         raise UsageError(f"{folder / 'config.json'} does not say where the model comes from (nanochat: tag, source, step, val_bpb); export it again") from None
     return Exported(tag, source, model_from_config(model_config).config, state, from_hf(folder / "tokenizer.json"),
                    {"step": step, "val_bpb": val_bpb, "model_config": model_config})

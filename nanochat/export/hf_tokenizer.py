@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiktoken
-
 from nanochat.cli import UsageError
 from nanochat.export.exported import optional_packages
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, encoding
 
 # Whitespace control ({%- -%}) keeps line breaks between the tags out. {% generation %} marks what the assistant learns, as `render_conversation`'s mask does.
 CHAT_TEMPLATE = """\
@@ -87,8 +85,7 @@ def from_hf(path: Path) -> RustBPETokenizer:
         bytes_of = {character: byte for byte, character in byte_names().items()}
         ranks = {bytes(bytes_of[character] for character in token): id for token, id in data["model"]["vocab"].items()}
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
-        encoding = tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        return RustBPETokenizer(encoding, SPECIAL_TOKENS[0])
+        return RustBPETokenizer(encoding(ranks, special), SPECIAL_TOKENS[0])
     except FileNotFoundError as error:
         raise UsageError(f"there is no {path}; export the model again") from error
     except Exception as error:  # a damaged file can be wrong in a hundred ways
