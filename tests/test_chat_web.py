@@ -603,6 +603,9 @@ class Transport(asyncio.Transport):
     def write(self, data):
         self.written += data
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        self.high = high
+
     def abort(self):
         self.ended = True
 
@@ -650,6 +653,7 @@ def test_connections_that_stand_still_are_ended(sent, ends):
         connection, transport = Connection(config, uvicorn.server.ServerState(), {}), Transport()
         connection.loop = Clock(asyncio.get_running_loop())
         connection.connection_made(transport)
+        assert transport.high == 0, "or the last bytes of an answer could wait for ever"
         for data in sent:
             {"pause": connection.pause_writing, "resume": connection.resume_writing}.get(data, lambda data=data: connection.data_received(data))()
         connection.loop.ring()
