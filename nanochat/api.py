@@ -102,7 +102,7 @@ class Fields:
             raise ApiError(400, f"{name[:100]} is not supported here; leave it out", "unsupported_parameter", name[:100])
 
 
-def parse_json(body: bytes) -> Any:
+def read_json(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:  # also of half a character
@@ -185,7 +185,7 @@ def read_max_tokens(fields: Fields, name: str, default: int, least: int = 1) -> 
 
 def read_own_chat(body: bytes, tokenizer, base: bool, defaults: Defaults) -> Query:
     """nanochat's own `/chat/completions`."""
-    fields = Fields(parse_json(body))
+    fields = Fields(read_json(body))
     messages = read_messages(fields, ("user", "assistant"))
     limit_messages(messages)
     sampling = read_sampling(fields, defaults, tokenizer.get_vocab_size())
@@ -200,7 +200,7 @@ def read_own_chat(body: bytes, tokenizer, base: bool, defaults: Defaults) -> Que
 
 def read_chat(body: bytes, tokenizer, base: bool, defaults: Defaults, model_name: str) -> Query:
     """OpenAI's `/v1/chat/completions`."""
-    fields = Fields(parse_json(body))
+    fields = Fields(read_json(body))
     query = read_openai(fields, tokenizer, defaults, model_name)
     messages = read_messages(fields, ("system", "developer", "user", "assistant"))
     both = [read_max_tokens(fields, name, defaults.max_tokens) for name in ("max_completion_tokens", "max_tokens") if fields.left.get(name) is not None]
@@ -218,7 +218,7 @@ def read_chat(body: bytes, tokenizer, base: bool, defaults: Defaults, model_name
 
 def read_completion(body: bytes, tokenizer, defaults: Defaults, model_name: str, context: int) -> Query:
     """OpenAI's `/v1/completions`."""
-    fields = Fields(parse_json(body))
+    fields = Fields(read_json(body))
     query = read_openai(fields, tokenizer, defaults, model_name)
     prompt = fields.take("prompt")
     query.echo = fields.flag("echo")

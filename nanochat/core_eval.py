@@ -1,4 +1,4 @@
-"""CORE, the in-context-learning benchmark of DCLM (Li et al. 2024, 2406.11794, section 3.5): prompts, scoring and the data bundle.
+"""CORE, the in-context-learning benchmark of DCLM (Li et al. 2024, 2406.11794, section 3.5): prompts and scoring.
 
 Three kinds of task:
 * multiple_choice: one context, several endings; the ending with the lowest mean loss per token is the answer

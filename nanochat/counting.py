@@ -54,6 +54,7 @@ class Counting(nn.Module):
         return 2 * self._matmul_macs() * num_tokens + 2 * self._attention_macs(pairs)
 
     def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one position, over all layers and loops, in the compute dtype."""
         return self.kv_read_bytes(1)
 
     def kv_read_bytes(self, context_len: int) -> int:

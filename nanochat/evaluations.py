@@ -19,7 +19,7 @@ from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit a
 from nanochat.engine import Engine, check_causal
 from nanochat.eval_bundle import find_eval_bundle, load_bundle
 from nanochat.evals import blimp, decode, nli, superglue, text
-from nanochat.evals.classification import FineTuning, share_jobs
+from nanochat.evals.classification import FineTuneSettings, share_jobs
 from nanochat.evals.results import Results, Row
 from nanochat.files import check_writable, write_text_atomic
 from nanochat.loss_eval import evaluate_bpb
@@ -38,7 +38,7 @@ PROMPTS = [
 
 
 @dataclass
-class EvaluationSettings(FineTuning):
+class EvaluationSettings(FineTuneSettings):
     """Where the evaluations find their data, and how they go about it."""
 
     eval_bundle: str | None = flag(None, "Folder of CORE's data (default: eval_bundle in the base directory, downloaded if it is not there)")

@@ -261,6 +261,7 @@ def fitting(candidates: list[Candidate], planner: Planner, memory: Memory, limit
 
 
 def usable(bytes_of_device: float, device_type: str) -> float:
+    """Bytes that a training may take: off CUDA the system and other programs share the memory."""
     return bytes_of_device - RESERVED * 2 ** 30 if device_type == "cuda" else 0.8 * bytes_of_device
 
 

@@ -43,9 +43,9 @@ from nanochat.api import (
     Fields,
     Query,
     encode_text,
-    parse_json,
     read_chat,
     read_completion,
+    read_json,
     read_own_chat,
     wrong_type,
 )
@@ -305,7 +305,7 @@ def create_app(workers: list[Worker], info: dict, temperature: float = 0.8, top_
     @app.post("/tokenize")
     async def tokenize(http: HttpRequest) -> dict:
         def read(body: bytes) -> list[int]:
-            text = Fields(parse_json(body)).take("prompt")
+            text = Fields(read_json(body)).take("prompt")
             if not isinstance(text, str):
                 raise wrong_type("prompt", "a text")
             return encode_text(tokenizer, text)
@@ -315,7 +315,7 @@ def create_app(workers: list[Worker], info: dict, temperature: float = 0.8, top_
     @app.post("/detokenize")
     async def detokenize(http: HttpRequest) -> dict:
         def read(body: bytes) -> str:
-            tokens = Fields(parse_json(body)).take("tokens")
+            tokens = Fields(read_json(body)).take("tokens")
             if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < tokenizer.get_vocab_size() for token in tokens):
                 raise wrong_type("tokens", "a list of token ids")
             return tokenizer.decode(tokens)

@@ -105,6 +105,7 @@ class Measured:
     _widths: dict[int, tuple[Timing, Timing]] = field(default_factory=dict)
 
     def probe(self, width: int, rows: int) -> None:
+        """Measures steps of models of this width and the numbers of layers in DEPTHS, of `rows` rows a pass."""
         self._widths[width] = tuple(measure(config := self.make_config(depth, width), rows, self.device, self.batches(config, rows)) for depth in DEPTHS)  # type: ignore[assignment]
 
     def correct(self, config: GPTConfig, rows: int, compiled: bool) -> None:

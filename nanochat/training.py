@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from nanochat.checkpoint_manager import list_steps, load_meta
 from nanochat.cli import UsageError, flag, int_or_off, is_out_of_memory, step_or_off
 from nanochat.common import COMPUTE_DTYPE, DummyWandb, get_base_dir, is_ddp_initialized, print0
 from nanochat.distributed import check_agreement
-from nanochat.files import check_writable
+from nanochat.files import check_writable, locked
 from nanochat.flash_attention import agree_on_kernels
 from nanochat.gpt import GPT
 from nanochat.objectives import Loss, cross_entropy
@@ -51,6 +52,10 @@ class Process(NamedTuple):
     @property
     def master(self) -> bool:
         return self.rank == 0
+
+    def alone_in(self, folder: Path) -> AbstractContextManager:
+        """Rank 0 holds the folder against other trainings. Raises UsageError where one writes there."""
+        return locked(folder, wait=False) if self.master else nullcontext()
 
 
 class Wandb:
@@ -198,6 +203,7 @@ def set_exact_state(state: dict, device: torch.device, scaler) -> None:
 
 
 def release_memory(device: torch.device) -> None:
+    """Gives back what nothing refers to any longer, after a growth or a failed attempt."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

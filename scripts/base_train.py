@@ -36,7 +36,6 @@ from nanochat.distributed import agreed, attempt, check_agreement, share_weights
 from nanochat.engine import Engine
 from nanochat.evals.results import Results, forget_results, headlines, write_results
 from nanochat.evaluations import EvaluationSettings, Subject, requests
-from nanochat.files import locked
 from nanochat.fp8 import RECIPES, Float8LinearConfig, convert_to_float8_training, disable_fp8, worth_converting
 from nanochat.gpt import GPT
 from nanochat.growth import family
@@ -124,7 +123,7 @@ def train(settings: Settings, process: Process) -> tuple[Path, int]:
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     training = Pretraining(settings, process)
-    with locked(training.folder, wait=False) if process.master else nullcontext():
+    with process.alone_in(training.folder):
         training.start()
         training.run()
     agreed(None)  # rank 0 has written all that the others may want to read

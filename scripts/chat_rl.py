@@ -14,7 +14,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from nanochat.cli import (
 from nanochat.common import get_dist_info, live_line, print0, with_progress
 from nanochat.distributed import share_weights, sum_over_ranks
 from nanochat.engine import Engine
-from nanochat.files import locked
 from nanochat.objectives import policy_gradient
 from nanochat.train_loop import Event, TrainLoop, training_process
 from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, set_exact_state
@@ -128,7 +126,7 @@ def main(argv=None) -> None:
     with training_process(settings) as process:
         sft_folder, sft_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("sft"), settings.model_tag, settings.model_step)
         folder = Path(checkpoints.checkpoints_dir_of("rl"), sft_folder.name)
-        with locked(folder, wait=False) if process.master else nullcontext():
+        with process.alone_in(folder):
             Reinforcement(settings, process, folder, sft_folder, sft_step).run()
 
 

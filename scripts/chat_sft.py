@@ -14,7 +14,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from nanochat.compiler import compile_model
 from nanochat.conversation_loader import furthest, pack_conversations
 from nanochat.distributed import check_agreement, share_weights
 from nanochat.engine import Engine, check_causal
-from nanochat.files import locked
 from nanochat.gpt import GPT
 from nanochat.layered_gpt import LayeredGPTConfig
 from nanochat.loss_eval import FirstBatches
@@ -126,7 +124,7 @@ def main(argv=None) -> None:
     with training_process(settings) as process:
         base_folder, base_step = checkpoints.find_checkpoint(checkpoints.checkpoints_dir_of("base"), settings.model_tag, settings.model_step)
         folder = Path(checkpoints.checkpoints_dir_of("sft"), base_folder.name)
-        with locked(folder, wait=False) if process.master else nullcontext():
+        with process.alone_in(folder):
             FineTuning(settings, process, folder, base_folder, base_step).run()
 
 

@@ -8,13 +8,13 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.evals import classification, nli, superglue
-from nanochat.evals.classification import FineTuning, Item, encode, features, finetune, predict, probe, trainable_copy
+from nanochat.evals.classification import FineTuneSettings, Item, encode, features, finetune, predict, probe, trainable_copy
 from nanochat.evals.results import read_results
 from tests.golden.fixtures import build_model
 from tests.test_base_eval import run, trained  # noqa: F401
 from tests.test_core_eval import CPU, model, tokenizer
 
-SETTINGS = FineTuning(finetune_epochs=4, finetune_lr=3e-3, finetune_batch=8)
+SETTINGS = FineTuneSettings(finetune_epochs=4, finetune_lr=3e-3, finetune_batch=8)
 
 
 def write(path, rows, pack=False):

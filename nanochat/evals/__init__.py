@@ -8,8 +8,8 @@
 | `superglue.py` | BoolQ, CB, COPA, MultiRC, RTE, WiC, WSC by fine-tuning |
 | `decode.py` | tokens generated per second |
 
-CORE is `core_eval.py` and `eval_bundle.py` one folder up, bits per byte `loss_eval.py`, as nanochat has them;
+CORE is `core_eval.py` and `eval_bundle.py` one folder up, bits per byte `loss_eval.py`, as nanochat has them.
 
-and what they stand on: `jsonl.py` (reading rows), `scoring.py` (many sequences through the model), `classification.py` (probe and fine-tuned head),
+What they stand on: `jsonl.py` (reading rows), `scoring.py` (many sequences through the model), `classification.py` (probe and fine-tuned head),
 `results.py` (rows with standard errors, in a file beside the checkpoint).
 """

@@ -27,7 +27,7 @@ BATCHES_SORTED = 16  # of like length are made of so many batches' worth of shuf
 
 
 @dataclass
-class FineTuning:
+class FineTuneSettings:
     """How a model is trained on a classification."""
 
     finetune_epochs: int = flag(3, "Passes over the training rows in fine-tuning", type=positive_int)
@@ -181,7 +181,7 @@ def _batches(items: Sequence[Item], size: int, rng: random.Random) -> list[list[
     return batches
 
 
-def finetune(model, items: Sequence[Item], classes: int, settings: FineTuning, label: str) -> Classifier:
+def finetune(model, items: Sequence[Item], classes: int, settings: FineTuneSettings, label: str) -> Classifier:
     """A classifier trained on the items: AdamW, the rate rises over a tenth of the steps and falls to 0."""
     classifier = Classifier(model, classes if len(items[0].texts) == 1 else 1)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=settings.finetune_lr, betas=(0.9, 0.98), weight_decay=0.01)

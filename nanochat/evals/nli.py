@@ -16,7 +16,7 @@ import torch
 from nanochat.cli import UsageError
 from nanochat.common import telling
 from nanochat.core_eval import score_task
-from nanochat.evals.classification import FineTuning, Item, encode, features, finetune, predict, probe
+from nanochat.evals.classification import FineTuneSettings, Item, encode, features, finetune, predict, probe
 from nanochat.evals.jsonl import SUFFIXES, Rows, missing_text, read_rows
 from nanochat.evals.results import Results, Row, mean_row
 
@@ -76,7 +76,8 @@ def by_prompt(model, tokenizer, data: NliSet, device, limit: int | None) -> Resu
     return {data.name: mean_row(scores, baseline=1 / len(LABELS), label=f"{data.name} prompt", counts=counts | {"not usable": len(data.test.bad)})}
 
 
-def by_probe(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuning) -> Results:
+def by_probe(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuneSettings) -> Results:
+    """Accuracy on the test set of a linear probe of the model's last states. One process does it alone."""
     train, test = (_items(rows, model, tokenizer) for rows in (settings.rows_of(data.train.good), data.test.good[:limit]))
     x = features(model, [item.texts[0] for item in train + test], device, telling(f"{data.name}: states"))
     labels = torch.tensor([item.label for item in train])
@@ -84,7 +85,8 @@ def by_probe(model, tokenizer, data: NliSet, device, limit: int | None, settings
     return {data.name: _row(data.name, "probe", predicted, test, len(data.test.bad))}
 
 
-def by_finetuning(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuning) -> Results:
+def by_finetuning(model, tokenizer, data: NliSet, device, limit: int | None, settings: FineTuneSettings) -> Results:
+    """Accuracy on the test set of a copy of the model, fine-tuned with a head for the labels. One process does it alone."""
     train, test = (_items(rows, model, tokenizer) for rows in (settings.rows_of(data.train.good), data.test.good[:limit]))
     classifier = finetune(model, train, len(LABELS), settings, data.name)
     return {data.name: _row(data.name, "fine-tuned", predict(classifier, test), test, len(data.test.bad))}

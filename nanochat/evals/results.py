@@ -56,7 +56,7 @@ def mean_row(scores: torch.Tensor, **fields: Any) -> Row:
 
 
 def average(rows: Sequence[Row], **fields: Any) -> Row:
-    """The mean of independent rows, each of the same weight."""
+    """The mean of independent rows, each of the same weight; `n` and counts are sums."""
     errors = [row.se for row in rows]
     se = math.sqrt(sum(error ** 2 for error in errors if error is not None)) / len(rows) if None not in errors else None
     counts: dict[str, int] = {}

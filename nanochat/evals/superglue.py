@@ -11,7 +11,7 @@ import torch
 
 from nanochat.cli import UsageError
 from nanochat.common import print0
-from nanochat.evals.classification import FineTuning, Item, encode, finetune, predict
+from nanochat.evals.classification import FineTuneSettings, Item, encode, finetune, predict
 from nanochat.evals.jsonl import Rows, read_rows
 from nanochat.evals.results import Results, Row, mean_row
 
@@ -118,7 +118,7 @@ def f1_score(predicted: torch.Tensor, labels: torch.Tensor, classes: Sequence[in
     return sum(values) / len(values)
 
 
-def evaluate_split(model, tokenizer, split: Split, limit: int | None, settings: FineTuning) -> Results:
+def evaluate_split(model, tokenizer, split: Split, limit: int | None, settings: FineTuneSettings) -> Results:
     """limit: rows of val.jsonl, the first ones."""
     task, context = TASKS[split.name], model.config.sequence_len
     train, val = ([Item(tuple(encode(tokenizer, text, context) for text in texts), label) for row in rows for texts, label in task.texts(row)]

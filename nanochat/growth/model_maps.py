@@ -121,6 +121,7 @@ def rank_map(mode: Mode, old: int, new: int, writes: str, read: Map, sphere: boo
 
 
 def depth_map(old: int, layers: list[int | None]) -> Map:
+    """Of layers: the old one that each continues, None for a new one, which is fresh."""
     continued = torch.tensor([layer is not None for layer in layers]).double()
     return Map(old, torch.tensor([layer or 0 for layer in layers]), continued, continued)
 

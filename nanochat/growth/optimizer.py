@@ -73,6 +73,7 @@ def scale_free(moment: torch.Tensor, entry: tuple[Map, bool] | None, dim: int) -
 
 
 def mean_if_fresh(moment: torch.Tensor, maps: Maps) -> torch.Tensor:
+    """Second moments whose fresh rows and columns, which have seen no gradient, are the mean of the others."""
     for dim, map, _ in mapped(maps):
         if map.fresh.any():
             mean = moment.index_select(dim, (~map.fresh).nonzero()[:, 0].to(moment.device)).mean(dim=dim, keepdim=True)
