@@ -212,10 +212,7 @@ class Block(nn.Module):
 
 
 def run_layer(block, x, x0, resid_lambda, x0_lambda, ve, cos_sin, window_size, kv_cache):
-    """One block and the mix of stream and first embedding that enters it; a function of its own so that it can be compiled.
-
-    x, x0 (B, T, C); the lambdas are scalars; ve (B, T, key heads * width of a value), the value embedding, or None. Returns (B, T, C).
-    """
+    """One block and the mix of stream and first embedding that enters it, each (B, T, C); ve (B, T, key heads * width of a value) or None. Apart so that it can be compiled."""
     return block(resid_lambda * x + x0_lambda * x0, ve, cos_sin, window_size, kv_cache)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from nanochat.accumulation import fit_device_batch
 from nanochat.cli import UsageError, flag, int_or_off, non_negative_float, positive_int, seed
 from nanochat.common import check_device_type, print0
 from nanochat.gpt import GPT, GPTConfig
@@ -18,7 +19,7 @@ from nanochat.origin import Checkpoint, OriginSettings
 from nanochat.recipe import Horizon, HorizonSettings, ModelSettings, batch_scale, plan_horizon, scaling_params
 from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_tokenizer
-from nanochat.training import Process, RunSettings, fit_device_batch
+from nanochat.training import Process, RunSettings
 
 HOW_TO_GROW = {"grow_mode", "grow_depth_mode", "grow_optimizer", "grow_noise", "grow_theta", "grow_spread", "grow_rewarm", "grow_rewarm_new", "grow_open", "grow_freeze"}
 CHECK_SHARE = 0.01  # of the run's tokens, at most, in a validation by which a growth is decided; it is without a backward pass

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from nanochat import compiler
+from nanochat.accumulation import Accumulator, optimizer_step, release_memory
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import build_gpt
-from nanochat.training import Accumulator, optimizer_step, release_memory
 
 DEPTHS = 2, 4  # of the models that are measured; even, as every other layer has value embeddings
 WARM_UP, ENOUGH = 2, 3  # passes that do not count, and those that do at least

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.accumulation import Accumulator, optimizer_step, release_memory
 from nanochat.cli import UsageError, is_out_of_memory
 from nanochat.common import (
     COMPUTE_DTYPE,
@@ -41,20 +42,9 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.objectives import Loss, cross_entropy
 from nanochat.optim import MuonAdamW
 from nanochat.report import get_report
+from nanochat.resume import get_exact_state, is_left_by, set_exact_state
 from nanochat.run_log import FILENAME, RunLog
-from nanochat.training import (
-    Accumulator,
-    Process,
-    RunSettings,
-    check_ranks,
-    collect_garbage_rarely,
-    get_exact_state,
-    init_wandb,
-    is_left_by,
-    optimizer_step,
-    release_memory,
-    set_exact_state,
-)
+from nanochat.training import Process, RunSettings, check_ranks, collect_garbage_rarely, init_wandb
 
 UNTIMED_STEPS = 10  # at the beginning of a run: caches fill, and kernels are compiled
 

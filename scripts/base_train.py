@@ -21,6 +21,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import compiler, evaluations, flash_attention, origin
+from nanochat.accumulation import release_memory
 from nanochat.cli import (
     UsageError,
     command,
@@ -47,13 +48,14 @@ from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
 from nanochat.origin import as_json
 from nanochat.recipe import HorizonSettings, scaling_params
+from nanochat.resume import check_same, find_resume_step
 from nanochat.run_log import FILENAME
 from nanochat.run_plan import PlanSettings, RunPlan, show_memory
 from nanochat.run_report import TrainingRun
 from nanochat.schedules import Branch, Now, ScheduleSettings
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, check_output, check_same, find_resume_step, release_memory
+from nanochat.training import Process, check_output
 
 # flags that a growing run has made something of that its checkpoints hold
 SET_BY_GROWTH = {field.name for settings in (GrowthSettings, HorizonSettings, ScheduleSettings) for field in fields(settings)} - {"grow_family", "device_batch_size"}

@@ -35,8 +35,9 @@ from nanochat.common import get_dist_info, live_line, print0, with_progress
 from nanochat.distributed import share_weights, sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.objectives import policy_gradient
+from nanochat.resume import check_same, find_resume_step, set_exact_state
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step, set_exact_state
+from nanochat.training import Process, RunSettings, check_output
 from tasks.registry import TASKS
 
 PROBLEMS = {name: entry.problems for name, entry in TASKS.items() if entry.problems}

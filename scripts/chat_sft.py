@@ -39,12 +39,13 @@ from nanochat.engine import Engine, check_causal
 from nanochat.gpt import GPT
 from nanochat.layered_gpt import LayeredGPTConfig
 from nanochat.loss_eval import FirstBatches
+from nanochat.resume import check_same, find_resume_step
 from nanochat.schedules import WARMDOWN_SHAPES
 from nanochat.schedules import sft_lr_multiplier as lr_multiplier
 from nanochat.schedules import sft_muon_momentum as muon_momentum
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train_loop import Event, TrainLoop, training_process
-from nanochat.training import Process, RunSettings, check_output, check_same, find_resume_step
+from nanochat.training import Process, RunSettings, check_output
 from tasks.common import Task
 from tasks.evaluation import evaluate
 from tasks.registry import CHATCORE, TASKS, build_mixture, chatcore, parts

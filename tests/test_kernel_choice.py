@@ -6,7 +6,7 @@ import torch
 
 from nanochat import common, kernel_choice
 from nanochat.cli import UsageError
-from nanochat.training import get_exact_state, set_exact_state
+from nanochat.resume import get_exact_state, set_exact_state
 from tests import tiny
 
 FAST = {"attention": "blocked", "window": "torch", "backward": "torch", "long-backward": "blocked", "decode": "float32", "position": "vector"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.resume import steps_of_last_run
 from nanochat.run_log import read_run_log
-from nanochat.training import steps_of_last_run
 from tests import tiny
 
 

@@ -8,9 +8,10 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import run_plan
+from nanochat.accumulation import Accumulator, fit_device_batch
 from nanochat.cli import UsageError, is_out_of_memory, parse_settings
 from nanochat.gpt import GPT
-from nanochat.training import Accumulator, RunSettings, fit_device_batch, init_wandb
+from nanochat.training import RunSettings, init_wandb
 from tests import tiny
 from tests.golden.fixtures import batch, build_model
 
