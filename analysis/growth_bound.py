@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from nanochat.cli import ArgumentParser, command, positive_float
-from nanochat.scaling_law import A, B, a, b
+from nanochat.planning.scaling_law import A, B, a, b
 
 
 def shares(params: float, tokens_per_param: float) -> tuple[float, float, float]:

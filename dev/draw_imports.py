@@ -14,7 +14,7 @@ from pathlib import Path
 from nanochat.drawing import new_figure
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals": "#14b8a6", "nanochat.export": "#f59e0b", "tasks": "#a855f7", "scripts": "#e8853d"}
+FOLDERS = {"nanochat": "#3b82f6", "nanochat.growth": "#10b981", "nanochat.evals": "#14b8a6", "nanochat.export": "#f59e0b", "nanochat.serving": "#ef4444", "nanochat.planning": "#84cc16", "tasks": "#a855f7", "scripts": "#e8853d"}
 EVERYBODYS = 12  # a file with as many importers is not drawn with its arrows
 
 

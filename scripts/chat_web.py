@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from nanochat.answers import Worker
-from nanochat.api import ApiError, check_sampling
 from nanochat.batching import BatchedEngine, slots_for
 from nanochat.checkpoint_manager import CheckpointSettings, build_model
 from nanochat.cli import UsageError, command, flag, non_negative_float, non_negative_int, parse_settings, positive_int
 from nanochat.common import autodetect_device_type, compute_init
-from nanochat.server import Connection, create_app
+from nanochat.serving.answers import Worker
+from nanochat.serving.api import ApiError, check_sampling
+from nanochat.serving.server import Connection, create_app
 
 DRAIN_SECONDS = 20
 

@@ -24,16 +24,16 @@ from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init,
 from nanochat.data_shards import data_source, parquets_iter_batched, text_bytes
 from nanochat.dataloader import TrainingData
 from nanochat.files import check_writable, write_text_atomic
-from nanochat.finished_runs import finished_runs, of_one_recipe
 from nanochat.gpt import GPTConfig
 from nanochat.memory import can_compile, card, device_bytes
 from nanochat.objectives import OBJECTIVES
-from nanochat.plan_page import Page, duration
-from nanochat.planning import RECIPE, Memory, Planner, fitting, lowest, usable, vocabulary_rule
+from nanochat.planning.finished_runs import finished_runs, of_one_recipe
+from nanochat.planning.page import Page, duration
+from nanochat.planning.planner import RECIPE, Memory, Planner, fitting, lowest, usable, vocabulary_rule
+from nanochat.planning.scaling_law import MIN_DIFFERENT, MIN_RUNS, Law, effective_tokens, enough, fit, published
+from nanochat.planning.step_time import Batch, Card, Measured, random_batches
 from nanochat.resources import usable_cpus
 from nanochat.run_plan import LearningSettings
-from nanochat.scaling_law import MIN_DIFFERENT, MIN_RUNS, Law, effective_tokens, enough, fit, published
-from nanochat.step_time import Batch, Card, Measured, random_batches
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 MOST_HOURS, MOST_FLOPS = 1e6, 1e30

@@ -18,11 +18,11 @@ import pytest
 import torch
 import uvicorn
 
-from nanochat.answers import Text
-from nanochat.api import ApiError, Defaults, chat_prompt, completion_prompts, read_chat, read_completion
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.server import Connection
+from nanochat.serving.answers import Text
+from nanochat.serving.api import ApiError, Defaults, chat_prompt, completion_prompts, read_chat, read_completion
+from nanochat.serving.server import Connection
 from scripts import chat_web
 from tests.golden.fixtures import build_model, tokenizer_512
 from tests.tiny import ENV, ROOT

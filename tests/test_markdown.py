@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pygments.lexers import get_lexer_by_name
 
-from nanochat import markdown, page
-from nanochat.markdown import LANGUAGES, MAX_DEPTH, MAX_TEXT, markdown_tree
+from nanochat.serving import markdown, page
+from nanochat.serving.markdown import LANGUAGES, MAX_DEPTH, MAX_TEXT, markdown_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 TAGS = set("a b blockquote br code copy div em figcaption figure h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul".split())

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import step_time
-from nanochat.finished_runs import finished_runs, of_one_recipe
-from nanochat.planning import MOST_EPOCHS, Memory, Planner, fitting, lowest
+from nanochat.planning import step_time
+from nanochat.planning.finished_runs import finished_runs, of_one_recipe
+from nanochat.planning.planner import MOST_EPOCHS, Memory, Planner, fitting, lowest
+from nanochat.planning.scaling_law import Law, effective_tokens, fit, nonnegative_least_squares, published
+from nanochat.planning.step_time import Card, Measured, Timing
 from nanochat.run_log import RunLog
 from nanochat.run_plan import RunPlan
-from nanochat.scaling_law import Law, effective_tokens, fit, nonnegative_least_squares, published
-from nanochat.step_time import Card, Measured, Timing
 from nanochat.training import Process
 from scripts import base_train, plan
 from tests import tiny

@@ -9,7 +9,7 @@
 | GET `/tokenizer_info`, POST `/tokenize`, `/detokenize` | vLLM's, for lm_eval |
 
 Notable:
-* requests are checked by `nanochat.api`, off the event loop, and answered by `nanochat.answers`
+* requests are checked by `nanochat.serving.api`, off the event loop, and answered by `nanochat.serving.answers`
 * bytes are counted whatever a client announces, and a client has a time to send a request and to read its answer
 * a web page elsewhere cannot use the server through its visitor's browser: no other origin may read, JSON must be declared (which makes a browser ask
   first), and without a key the Host header must name this machine, or a name that is made to point here would count as the same origin
@@ -35,8 +35,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanochat.answers import Answers, ChatForm, CompletionForm, Worker, openai_answer, openai_error, openai_events, own_events
-from nanochat.api import (
+from nanochat.serving.answers import Answers, ChatForm, CompletionForm, Worker, openai_answer, openai_error, openai_events, own_events
+from nanochat.serving.api import (
     MAX_BODY,
     ApiError,
     Defaults,
@@ -49,7 +49,7 @@ from nanochat.api import (
     read_own_chat,
     wrong_type,
 )
-from nanochat.page import page_router
+from nanochat.serving.page import page_router
 
 SEND_SECONDS = 20  # for a client to send a whole request
 READ_SECONDS = 60  # for a client to take what is written to it, before more is

@@ -18,10 +18,10 @@ from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import build_gpt
 from nanochat.memory import RESERVED, ROLES, training_memory
+from nanochat.planning.scaling_law import Law, effective_tokens
+from nanochat.planning.step_time import Card, Speed
 from nanochat.recipe import plan_horizon, scaling_params
 from nanochat.run_plan import LearningSettings, PlanSettings
-from nanochat.scaling_law import Law, effective_tokens
-from nanochat.step_time import Card, Speed
 
 MOST_DEPTH = 64
 FEWEST_TOKENS = 0.5  # fresh ones, or worth as much, per parameter: a larger model is not worth looking at

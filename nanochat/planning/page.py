@@ -4,9 +4,9 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.planning import MOST_EPOCHS, Candidate, Memory, Planner, vocabulary_rule
-from nanochat.scaling_law import PUBLISHED_UNIT
-from nanochat.step_time import Card
+from nanochat.planning.planner import MOST_EPOCHS, Candidate, Memory, Planner, vocabulary_rule
+from nanochat.planning.scaling_law import PUBLISHED_UNIT
+from nanochat.planning.step_time import Card
 
 NEIGHBOURS = 2  # depths that are shown on each side of the best
 READ_OFTEN = 8  # epochs from which on more text is the better advice

@@ -17,10 +17,10 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
-from nanochat.api import ApiError, Query, context_error
 from nanochat.batching import BatchedEngine, Overloaded, Request
 from nanochat.engine import TextStream
 from nanochat.sampling import Scores
+from nanochat.serving.api import ApiError, Query, context_error
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from nanochat.markdown import markdown_tree
+from nanochat.serving.markdown import markdown_tree
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FILES = {"/": "ui.html", "/logo.svg": "logo.svg", **{f"/ui/{name}": f"ui/{name}" for name in ("style.css", "theme.js", "chat.js", "dom.js", "store.js")}}
 TYPES = {".html": "text/html", ".svg": "image/svg+xml", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
