@@ -25,7 +25,7 @@ from nanochat.cli import UsageError
 from nanochat.dataset import parquets_iter_batched
 from nanochat.gpt import GPT
 from nanochat.growth import grow, grown_config
-from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, empty_gpt
 from nanochat.optim import MuonAdamW
 
 LENGTH = 20  # of a string
@@ -156,8 +156,7 @@ class Outcome:
 def new_model(width: int, heads: int, seed: int, identity: bool = False) -> GPT:
     spec = LayerSpec(n_head=heads, n_kv_head=heads, head_dim=width // heads, qk_dim=width // heads, mlp_hidden=2 * width)
     config = LayeredGPTConfig(sequence_len=LENGTH, vocab_size=len(SYMBOLS), n_layer=1, n_head=heads, n_kv_head=heads, n_embd=width, layers=(spec,))
-    with torch.device("meta"):
-        model = build_gpt(config, 32)
+    model = empty_gpt(config, 32)
     model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from analysis.progress import Display
 from analysis.runner import Place, Runner, Work, cpu_places
 from analysis.trial import Result, Trial, folder_of, read
@@ -13,7 +11,7 @@ from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import ArgumentParser, UsageError, parse_settings, picture_path, positive_int
 from nanochat.common import get_base_dir
 from nanochat.dataset import parquets_iter_batched
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.run_plan import PlanSettings
 from nanochat.tokenizer import get_tokenizer
 
@@ -129,8 +127,7 @@ def cost_with(loss: float, costs: Sequence[float], losses: Sequence[float]) -> f
 def flops_per_token(flags: dict, vocabulary: int) -> int:
     """Of the model that base_train's flags describe."""
     settings = parse_settings(PlanSettings, [f"--{name}={value}" for name, value in flags.items()], "")
-    with torch.device("meta"):
-        return build_gpt(settings.config(vocabulary)).estimate_flops()
+    return empty_gpt(settings.config(vocabulary)).estimate_flops()
 
 
 def dense_flops() -> int:

@@ -29,7 +29,7 @@ from nanochat.cli import ArgumentParser, command, positive_int, positive_ints
 from nanochat.common import COMPUTE_DTYPE, autodetect_device_type, compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.lowrank import LowRankLinear, call_cost
 from nanochat.recipe import LayerChanges
 
@@ -51,8 +51,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     model.to_empty(device=device)
     model.init_weights()
     return model.eval()

@@ -30,7 +30,7 @@ from nanochat.compiler import compile_model, compiled, why_not_compile
 from nanochat.drawing import new_figure
 from nanochat.files import atomic_path, write_text_atomic
 from nanochat.gpt import GPT, Linear, run_layer
-from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, LayerSpec, empty_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import LayerChanges, gpt_config
@@ -145,8 +145,7 @@ class Layer:
     def __init__(self, spec: LayerSpec, width: int, rows: int, length: int, device: torch.device):
         config = LayeredGPTConfig(sequence_len=length, vocab_size=64, n_layer=1, n_head=spec.n_head, n_kv_head=spec.n_kv_head, n_embd=width,
                                   layers=(spec,))
-        with torch.device("meta"):
-            self.model = build_gpt(config)
+        self.model = empty_gpt(config)
         self.model.to_empty(device=device)
         for p in self.model.parameters():  # the spectral initialization would take minutes at the largest widths
             torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
@@ -422,8 +421,7 @@ def compare_layers(args, device: torch.device) -> None:
 
 def counted(config) -> dict[str, float]:
     """What a configuration needs, without building it."""
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     model._cast_embeddings()
     return {"parameters": sum(p.numel() for p in model.parameters()), "in the blocks": model.num_scaling_params()["transformer_matrices"],
             "FLOPs per token": model.estimate_flops(), "optimizer state, bytes": expected_state_bytes(quiet_optimizer(model)),
@@ -434,8 +432,7 @@ class Training:
     """Steps on random tokens."""
 
     def __init__(self, config, rows: int, device: torch.device):
-        with torch.device("meta"):
-            self.model = build_gpt(config)
+        self.model = empty_gpt(config)
         self.model.to_empty(device=device)
         self.model.init_weights()
         self.optimizer = quiet_optimizer(self.model)

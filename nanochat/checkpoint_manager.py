@@ -28,7 +28,7 @@ from nanochat.cli import UsageError, env_rank, flag, folder_name, is_out_of_memo
 from nanochat.common import get_base_dir, is_ddp_initialized
 from nanochat.files import atomic_path, parse_json, write_text_atomic
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layered_gpt import build_gpt, config_from
+from nanochat.layered_gpt import config_from, empty_gpt
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -217,8 +217,7 @@ def load_train_state(checkpoint_dir: str | os.PathLike, step: int, rank: int, wo
 def model_from_config(model_config: dict) -> GPT:
     """An empty model on the meta device. Raises UsageError if the configuration is none of ours."""
     try:
-        with torch.device("meta"):
-            return build_gpt(config_from(model_config))
+        return empty_gpt(config_from(model_config))
     except Exception as error:  # it can be anything: a size of 0, a missing key, text for a number
         raise UsageError(f"the checkpoint's model_config does not fit this version: {error}") from error
 

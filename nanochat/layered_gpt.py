@@ -337,3 +337,9 @@ def config_from(model_config: dict) -> GPTConfig:
 def build_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:
     """The model that a configuration asks for."""
     return config.kind.model()(config, pad_vocab_size_to) if isinstance(config, LayeredGPTConfig) else GPT(config, pad_vocab_size_to)
+
+
+def empty_gpt(config: GPTConfig, pad_vocab_size_to: int = 64) -> GPT:
+    """The same on the meta device: shapes without memory, until `to_empty(device=...)` and `init_weights()`, or `init_buffers()` and weights from elsewhere."""
+    with torch.device("meta"):
+        return build_gpt(config, pad_vocab_size_to)

@@ -32,7 +32,7 @@ from nanochat.common import COMPUTE_DTYPE, get_peak_flops
 from nanochat.compiler import why_not_compile
 from nanochat.gpt import GPTConfig
 from nanochat.kernel_choice import chosen, chosen_backward
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import build_gpt, empty_gpt
 from nanochat.recipe import gpt_config, plan_horizon
 from nanochat.resources import memory_limit
 
@@ -323,8 +323,7 @@ def memory_table(models: Sequence[tuple[str, GPTConfig]], rows: int, device_type
              f"{'model':>14}" + "".join(f"{role:>13}" for role in (*ROLES, "sum", "(KV cache)"))]
     for name, config in models:
         parts = training_memory(config, rows, device_type, compiled, **optimizer)
-        with torch.device("meta"):
-            cache = build_gpt(config).kv_bytes_per_token() * config.sequence_len
+        cache = empty_gpt(config).kv_bytes_per_token() * config.sequence_len
         lines.append(f"{name:>14}" + "".join(f"{size / GIB:13.3f}" for size in (*parts.values(), sum(parts.values()), cache)))
     return "\n".join(lines)
 
@@ -386,8 +385,7 @@ def main(argv=None) -> None:
     for depth in settings.depths:
         shape: dict[str, Any] = dict(aspect_ratio=64, head_dim=128, sequence_len=settings.max_seq_len, vocab_size=32768, window_pattern="SSSL")
         config = gpt_config(depth, **shape)
-        with torch.device("meta"):
-            model = build_gpt(config)
+        model = empty_gpt(config)
         horizon = plan_horizon(model, shape, -1, -1, settings.target_param_data_ratio, -1)
         flops = model.estimate_flops() * horizon.total_tokens
         fitting: dict[str, int] = {}

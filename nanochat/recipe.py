@@ -11,7 +11,7 @@ import torch
 from nanochat.blocks import BLOCKS
 from nanochat.cli import UsageError, finite_float, flag, float_or_default, int_or_off, non_negative_int, positive_int
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, GPTConfig
-from nanochat.layered_gpt import ACTIVATIONS, ORDERS, LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import ACTIVATIONS, ORDERS, LayeredGPTConfig, empty_gpt
 from nanochat.lowrank import RANK_SCHEDULES, break_even_rank, schedule_ranks
 from nanochat.objectives import OBJECTIVES, ObjectiveSettings
 
@@ -144,8 +144,7 @@ def plan_horizon(model: GPT, config: dict, num_iterations: int, target_flops: fl
     if num_iterations <= 0 and target_flops <= 0 and target_param_data_ratio <= 0:
         raise UsageError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio a positive value")
     ratio = target_param_data_ratio or 1.0  # its sign and size cancel where the horizon is explicit
-    with torch.device("meta"):
-        reference = build_gpt((changes or LayerChanges()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
+    reference = empty_gpt((changes or LayerChanges()).apply(gpt_config(depth=REFERENCE_DEPTH, **config), reference=True))
     target_tokens = int(ratio * scaling_params(model))
     reference_tokens = ratio * scaling_params(reference)
     if total_batch_size <= 0:

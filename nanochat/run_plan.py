@@ -11,7 +11,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.growth.controller import GrowthController, GrowthSettings
 from nanochat.growth.model import empty_model
 from nanochat.growth.stages import Shape, Stage, describe, plan_stages
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.memory import memory_table
 from nanochat.objectives import OBJECTIVES, ObjectiveSettings
 from nanochat.optim import MATRIX_OPTIMIZERS
@@ -110,8 +110,7 @@ class RunPlan:
         for remark in settings.changes().remarks(final):
             print0(remark)
         torch.manual_seed(settings.seed)
-        with torch.device("meta"):
-            self.model, self.final_model = build_gpt(first), build_gpt(final)
+        self.model, self.final_model = empty_gpt(first), empty_gpt(final)
         self.model.to_empty(device=device)
         self.model.init_weights()
         self.padded_vocab = self.model.transformer.wte.num_embeddings
@@ -146,8 +145,7 @@ class RunPlan:
         if not settings.branch_from:
             return self.final_model
         trunk = replace(settings, branch_from=None, grow_to=None)
-        with torch.device("meta"):
-            return build_gpt(trunk.first_and_final(vocab_size)[1] if trunk.path() else first)
+        return empty_gpt(trunk.first_and_final(vocab_size)[1] if trunk.path() else first)
 
     def plan_growth(self, first: GPTConfig) -> None:
         settings = self.settings

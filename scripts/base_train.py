@@ -42,7 +42,7 @@ from nanochat.gpt import GPT
 from nanochat.growth import family
 from nanochat.growth.controller import GrowthSettings
 from nanochat.growth.optimizer import leave_out_frozen
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.loss_eval import FirstBatches
 from nanochat.objectives import OBJECTIVES
 from nanochat.optim import MuonAdamW
@@ -165,8 +165,8 @@ class Pretraining(TrainLoop):
     def start(self) -> None:
         """The state before the first step: that of a new run, or that of a checkpoint."""
         settings, horizon = self.settings, self.horizon
-        with torch.device("meta"):  # a growing run writes one of each stage at least
-            check_output(self.folder, [build_gpt(stage.config) for stage in self.growth.stages] if self.growth else [self.model], self.rank == 0)
+        models = [empty_gpt(stage.config) for stage in self.growth.stages] if self.growth else [self.model]  # a growing run writes one of each stage at least
+        check_output(self.folder, models, self.rank == 0)
         self.resume_step = self.saved_step = find_resume_step(settings, self.folder)
         meta = train_state = None
         moments: tuple[Path, int] | None = None  # the checkpoint whose optimizer goes on
@@ -250,8 +250,7 @@ class Pretraining(TrainLoop):
             check_same(then, {name: now[name] for name in sorted(SET_BY_GROWTH & then.keys())})
             growth.history = self.growth_history[len(growth.earlier):]
             if 0 < len(growth.history) < len(growth.stages):
-                with torch.device("meta"):
-                    self.model = build_gpt(growth.stage().config)
+                self.model = empty_gpt(growth.stage().config)
         origin.check_shape(self.model.config, meta)
         checkpoints.check_tokenizer(self.tokenizer, self.model.config, meta)
         checkpoints.load_weights(self.model, model_data, self.device)

@@ -8,7 +8,7 @@ from nanochat import kernel_choice
 from nanochat.decode_step import DecodeStep
 from nanochat.engine import Engine, KVCache
 from nanochat.gpt import GPTConfig
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, empty_gpt
 from nanochat.recipe import LayerChanges
 from tests.golden.fixtures import batch
 
@@ -16,8 +16,7 @@ STOCK = GPTConfig(sequence_len=512, vocab_size=50, n_layer=4, n_head=4, n_kv_hea
 
 
 def layered(**changes) -> LayeredGPTConfig:
-    with torch.device("meta"):
-        config = LayeredGPTConfig.from_gpt(build_gpt(STOCK))
+    config = LayeredGPTConfig.from_gpt(empty_gpt(STOCK))
     return replace(config, layers=tuple(replace(layer, **changes) for layer in config.layers))
 
 
@@ -35,8 +34,7 @@ MODELS = {
 
 def build(config: GPTConfig):
     """No parameter at zero, or half of the model would have nothing to say."""
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     model.to_empty(device="cpu")
     torch.manual_seed(1)
     model.init_weights()

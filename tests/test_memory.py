@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanochat import compiler, cross_entropy, flash_attention, memory
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.recipe import LayerChanges, gpt_config
 from scripts import base_train
 from tests.tiny import ROOT
@@ -26,8 +26,7 @@ def config(**changes):
 
 def measured(config, tmp_path, compiled: bool = False) -> int:
     """Bytes at the fullest moment of a training step of two passes: the model and the optimizer's state, and what the step allocates."""
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     model.to_empty(device="cpu")
     model.init_weights()
     optimizer = model.setup_optimizer()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, empty_gpt
 from nanochat.lowrank import LowRankLinear
 from nanochat.ngpt import NormalizedGPT, unit
 from nanochat.optim import MATRIX_OPTIMIZERS
@@ -27,8 +27,7 @@ def normalized_config(n_embd: int = 48, n_layer: int = 3, lm_head_rank: int = 0,
 
 
 def initialized(config, seed: int = 0) -> NormalizedGPT:
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     model.to_empty(device="cpu")
     torch.manual_seed(seed)
     model.init_weights()

@@ -19,7 +19,7 @@ from nanochat.common import telling
 from nanochat.distributed import of_all_ranks, patience, rank_and_world
 from nanochat.evals.results import Results
 from nanochat.evals.scoring import Example, batches_by_length, stack_sequences
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the probe: L2, on standardized states and mean losses
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536, "mps": 8192}  # of states without gradients, padding included
@@ -140,8 +140,7 @@ def probe(x: torch.Tensor, y: torch.Tensor, test: torch.Tensor, classes: int) ->
 
 def trainable_copy(model) -> Any:
     """The same function with float32 weights of its own: steps of fine-tuning are too small for bfloat16."""
-    with torch.device("meta"):
-        copy = build_gpt(model.config)
+    copy = empty_gpt(model.config)
     copy.to_empty(device=model.get_device())
     copy.init_buffers()
     for parameter in copy.parameters():

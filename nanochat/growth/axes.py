@@ -20,12 +20,11 @@ A name in brackets is a part or a view of an axis: `stream[:12]` the channels th
 head, `3.hidden.0[scale]` a factor per entry.
 """
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from nanochat.layered_gpt import LayeredGPTConfig
+from nanochat.layered_gpt import LayeredGPTConfig, empty_gpt
 from nanochat.lowrank import LowRankLinear
 
 
@@ -49,8 +48,7 @@ class ModelAxes:
     """
 
     def __init__(self, config: LayeredGPTConfig):
-        with torch.device("meta"):
-            model = config.kind.model()(config)
+        model: Any = empty_gpt(config)
         self.parameters: dict[str, Axes] = {}
         self.factors: dict[str, tuple[str, str]] = {}
         for name, axes in model.axes().items():

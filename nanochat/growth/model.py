@@ -14,7 +14,7 @@ from nanochat.growth.lineage import Lineage, in_layer, layer_of
 from nanochat.growth.maps import Map
 from nanochat.growth.modes import width_mode
 from nanochat.growth.target import continued_layers, deepening, layered_config, layered_target, stock_config
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, build_gpt, empty_gpt
 from nanochat.ngpt import NormalizedWeights
 from nanochat.optim import MuonAdamW
 
@@ -128,8 +128,7 @@ def continued_weight(weights: Mapping[str, torch.Tensor], name: str) -> tuple[to
 
 def empty_model(config: GPTConfig, padded_vocab: int, device: torch.device) -> GPT:
     """A model whose parameters are not filled yet."""
-    with torch.device("meta"):
-        model = build_gpt(config, padded_vocab)
+    model = empty_gpt(config, padded_vocab)
     model.to_empty(device=device)
     model.init_buffers()
     return model

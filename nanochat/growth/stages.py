@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
 from nanochat.growth.target import continued_layers, grown_config, layered_config, layered_target, stock_config
-from nanochat.layered_gpt import LayeredGPTConfig, build_gpt
+from nanochat.layered_gpt import LayeredGPTConfig, empty_gpt
 from nanochat.recipe import gpt_config, scaling_params
 
 FINAL_SHARE = 0.25  # of the budget, kept for the final model: in short runs later growth ended better, up to this (dev/LOG.md)
@@ -119,8 +117,7 @@ def plan_stages(first: GPTConfig, path: Sequence[Shape], depth_mode: str = "iden
 
 
 def _stage(shape: Shape, config: GPTConfig, layers: list[int | None]) -> Stage:
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     return Stage(shape, config, layers, model.num_scaling_params()["total"], scaling_params(model), model.estimate_flops())
 
 

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from nanochat.cli import UsageError
 from nanochat.gpt import GPTConfig
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 from nanochat.memory import RESERVED, ROLES, training_memory
 from nanochat.planning.scaling_law import Law, effective_tokens
 from nanochat.planning.step_time import Card, Speed
@@ -123,8 +122,7 @@ class Planner:
     def size(self, depth: int) -> Size:
         if depth not in self._sizes:
             config, settings = self.settings.config(self.vocab_size, depth=depth), self.settings
-            with torch.device("meta"):
-                model = build_gpt(config)
+            model = empty_gpt(config)
             shape = dict(aspect_ratio=settings.aspect_ratio, head_dim=settings.head_dim, sequence_len=settings.max_seq_len, vocab_size=self.vocab_size,
                          window_pattern=settings.window_pattern)
             horizon = plan_horizon(model, shape, 1, -1, 12, self.batch, settings.changes())

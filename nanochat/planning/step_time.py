@@ -18,7 +18,7 @@ from nanochat import compiler
 from nanochat.accumulation import Accumulator, optimizer_step, release_memory
 from nanochat.common import COMPUTE_DTYPE
 from nanochat.gpt import GPTConfig
-from nanochat.layered_gpt import build_gpt
+from nanochat.layered_gpt import empty_gpt
 
 DEPTHS = 2, 4  # of the models that are measured; even, as every other layer has value embeddings
 WARM_UP, ENOUGH = 2, 3  # passes that do not count, and those that do at least
@@ -55,8 +55,7 @@ def measure(config: GPTConfig, rows: int, device: torch.device, batches: Iterato
     """Trains a model of this configuration for a few steps of one pass. patience: seconds after which no step begins."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     scaler = torch.amp.GradScaler(device.type) if COMPUTE_DTYPE == torch.float16 else None
-    with torch.device("meta"):
-        model = build_gpt(config)
+    model = empty_gpt(config)
     with contextlib.redirect_stdout(io.StringIO()):
         model.to_empty(device=device)
         model.init_weights()
