@@ -17,8 +17,6 @@ from nanochat.cli import UsageError, flag, non_negative_int, positive_float
 from nanochat.gpt import GPTConfig
 from nanochat.growth.stages import Shape, one_shape
 
-OWN = {"run", "device_type", "resume", "resume_from_step", "branch_from", "warmdown_steps", "steady_steps", "steady_rate", "grow_to", "grow_family", "init_from", "init_optimizer", "model_tag", "grow_plan", "memory"}
-
 
 class Checkpoint(NamedTuple):
     """One of a base model, as `TAG@STEP` on the command line; without a step the last one."""
@@ -88,6 +86,10 @@ class OriginSettings:
         for source in (self.branch_from, self.init_from):
             if source and source.folder == folder:
                 raise UsageError(f"the run would write over {source.tag}, with which it begins; give it a --model-tag of its own")
+
+
+# flags that a branch does not inherit from its trunk
+OWN = {field.name for field in fields(OriginSettings)} | {"run", "device_type", "resume", "resume_from_step", "grow_family", "model_tag", "grow_plan", "memory"}
 
 
 def inherited(settings: type, meta: dict) -> dict[str, Any]:

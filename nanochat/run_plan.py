@@ -8,7 +8,7 @@ from nanochat.accumulation import fit_device_batch
 from nanochat.cli import UsageError, flag, int_or_off, non_negative_float, positive_int, seed
 from nanochat.common import check_device_type, print0
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.growth.controller import GrowthController, GrowthSettings
+from nanochat.growth.controller import GrowthController, GrowthOperatorSettings, GrowthSettings
 from nanochat.growth.model import empty_model
 from nanochat.growth.stages import Shape, Stage, describe, plan_stages
 from nanochat.layered_gpt import empty_gpt
@@ -21,7 +21,6 @@ from nanochat.schedules import Branch, Schedule, ScheduleSettings
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Process, RunSettings
 
-HOW_TO_GROW = {"grow_mode", "grow_depth_mode", "grow_optimizer", "grow_noise", "grow_theta", "grow_spread", "grow_rewarm", "grow_rewarm_new", "grow_open", "grow_freeze"}
 CHECK_SHARE = 0.01  # of the run's tokens, at most, in a validation by which a growth is decided; it is without a backward pass
 
 
@@ -57,7 +56,7 @@ class PlanSettings(LearningSettings, HorizonSettings, GrowthSettings, OriginSett
     def check_branch(self, trunk: dict[str, Any]) -> None:
         """Raises UsageError for flags of a branch that its trunk, whose flags are given, has not, and that a branch has no choice of."""
         names = {field.name for field in fields(ModelSettings)} - {field.name for field in fields(ObjectiveSettings)}
-        names |= {field.name for field in fields(GrowthSettings)} - (HOW_TO_GROW if self.grow_to else set())
+        names |= {field.name for field in fields(GrowthSettings)} - {field.name for field in fields(GrowthOperatorSettings) if self.grow_to}
         for field in fields(self):
             if field.name in names and getattr(self, field.name) != trunk.get(field.name, field.default):
                 raise UsageError(f"--{field.name.replace('_', '-')} is not for a branch, which has its trunk's model and grows to --grow-to alone; leave it out")

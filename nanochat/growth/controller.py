@@ -35,7 +35,29 @@ from nanochat.ngpt import NormalizedWeights
 
 
 @dataclass
-class GrowthSettings:
+class GrowthOperatorSettings:
+    """The flags that say how a model grows."""
+
+    grow_mode: str = flag("lossless", "How width grows", choices=MODES)
+    grow_depth_mode: str = flag("identity", "How depth grows", choices=DEPTH_MODES)
+    grow_optimizer: str = flag("transport", "What becomes of the optimizer's state when the model grows", choices=OPTIMIZER_MODES)
+    grow_noise: float | None = flag(None, "Noise of the lossless mode, relative to the weights", type=non_negative_float)
+    grow_theta: float | None = flag(None, "Angle of the lossless mode in degrees; 45: copies of channels, 0: fresh ones", type=finite_float)
+    grow_spread: float | None = flag(None, "How unequally copies of heads and units are read in the lossless mode, from 0 to 1", type=fraction)
+    grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
+    grow_rewarm_new: bool = flag(False, "Let --grow-rewarm hold for what a growth adds alone; the old weights' learning rates stay")
+    grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that any --grow-mode=masked or depth mode begins lossless; 0: no masks",
+                          type=non_negative_int)
+    grow_freeze: bool = flag(False, "Layers that were there before a growth stay as they are; new ones, embedding and head are trained")
+
+    def growth_parameters(self) -> dict[str, float]:
+        """Those of the mode that are given."""
+        given = {"theta": self.grow_theta, "spread": self.grow_spread, "noise": self.grow_noise}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class GrowthSettings(GrowthOperatorSettings):
     """The flags of growth: start smaller than --depth and grow into it; the horizon becomes a budget of FLOPs."""
 
     grow_from: int | None = flag(None, "Depth of the first model; width and heads follow as for --depth (default: no growth)", type=positive_int)
@@ -44,20 +66,9 @@ class GrowthSettings:
     kappa: float | None = flag(None, "Share of the gain that the model can still make at which to grow: as soon as loss <= p + kappa (s - p)", type=fraction)
     kappa_final_loss: float | None = flag(None, "The p of --kappa in bits per byte (default: of a finished run like this stage without growth, else foretold)", type=positive_float)
     grow_at: str | None = flag(None, "Shares of the FLOPs at which to grow, instead of --kappa, one for each growth: 0.2,0.5")
-    grow_budget: float = flag(1.0, "FLOPs of the whole run, as a share of what the final model would get without growth", type=positive_float)
-    grow_mode: str = flag("lossless", "How width grows", choices=MODES)
-    grow_depth_mode: str = flag("identity", "How depth grows", choices=DEPTH_MODES)
-    grow_optimizer: str = flag("transport", "What becomes of the optimizer's state when the model grows", choices=OPTIMIZER_MODES)
-    grow_noise: float | None = flag(None, "Noise of the lossless mode, relative to the weights", type=non_negative_float)
-    grow_theta: float | None = flag(None, "Angle of the lossless mode in degrees; 45: copies of channels, 0: fresh ones", type=finite_float)
-    grow_spread: float | None = flag(None, "How unequally copies of heads and units are read in the lossless mode, from 0 to 1", type=fraction)
-    grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
     grow_at_tokens: str | None = flag(None, "Shares of the tokens at which to grow, as --grow-at of the FLOPs")
+    grow_budget: float = flag(1.0, "FLOPs of the whole run, as a share of what the final model would get without growth", type=positive_float)
     grow_family: bool = flag(False, "Finish a model of every size: the run grows at a constant rate, and of each size a branch decays over --warmdown-ratio")
-    grow_rewarm_new: bool = flag(False, "Let --grow-rewarm hold for what a growth adds alone; the old weights' learning rates stay")
-    grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that any --grow-mode=masked or depth mode begins lossless; 0: no masks",
-                          type=non_negative_int)
-    grow_freeze: bool = flag(False, "Layers that were there before a growth stay as they are; new ones, embedding and head are trained")
 
     def growth_path(self, depth: int, aspect_ratio: int, head_dim: int) -> list[Shape]:
         """The shapes of all stages up to a model of `depth`; none without growth. Raises UsageError for flags that contradict each other."""
@@ -76,11 +87,6 @@ class GrowthSettings:
         if len(path) < 2:
             raise UsageError(f"--grow-path={self.grow_path} has one shape; write the last one too")
         return path
-
-    def growth_parameters(self) -> dict[str, float]:
-        """Those of the mode that are given."""
-        given = {"theta": self.grow_theta, "spread": self.grow_spread, "noise": self.grow_noise}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 RATES = 256  # moments at which a trigger knows the schedule
