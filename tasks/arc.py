@@ -8,15 +8,13 @@ CHOICES = pa.struct([("label", TEXTS), ("text", TEXTS)])
 
 
 class ARC(Task):
+    eval_type = "categorical"
+
     def __init__(self, subset: str, split: str, **kwargs):
         super().__init__(**kwargs)
         assert subset in ("ARC-Easy", "ARC-Challenge"), f"there is no ARC subset {subset!r}"
         assert split in ("train", "validation", "test"), f"there is no ARC split {split!r}"
         self.ds = load_hub_dataset("allenai/ai2_arc", subset, split, {"question": TEXT, "choices": CHOICES, "answerKey": TEXT}).shuffle(seed=42)
-
-    @property
-    def eval_type(self) -> str:
-        return "categorical"
 
     def num_examples(self) -> int:
         return len(self.ds)

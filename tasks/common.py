@@ -172,6 +172,10 @@ class Task:
         """Whether the completion solves the example."""
         raise NotImplementedError
 
+    def reward(self, problem: dict, completion: str) -> float:
+        """What reinforcement learning maximizes."""
+        return float(self.evaluate(problem, completion))
+
     def __len__(self) -> int:
         stop = self.num_examples() if self.stop is None else self.stop
         return max(0, math.ceil((stop - self.start) / self.step))

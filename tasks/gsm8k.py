@@ -20,15 +20,13 @@ def same_answer(problem: dict, completion: str) -> int:
 
 
 class GSM8K(Task):
+    eval_type = "generative"
+
     def __init__(self, subset: str, split: str, **kwargs):
         super().__init__(**kwargs)
         assert subset in ("main", "socratic"), f"there is no GSM8K subset {subset!r}"
         assert split in ("train", "test"), f"there is no GSM8K split {split!r}"
         self.ds = load_hub_dataset("openai/gsm8k", subset, split, {"question": TEXT, "answer": TEXT}).shuffle(seed=42)
-
-    @property
-    def eval_type(self) -> str:
-        return "generative"
 
     def num_examples(self) -> int:
         return len(self.ds)
@@ -47,7 +45,3 @@ class GSM8K(Task):
 
     def evaluate(self, problem: dict, completion: str) -> int:
         return same_answer(problem, completion)
-
-    def reward(self, problem: dict, completion: str) -> float:
-        """What reinforcement learning maximizes."""
-        return float(self.evaluate(problem, completion))

@@ -25,15 +25,13 @@ def extract_program(completion: str) -> str:
 
 
 class HumanEval(Task):
+    eval_type = "generative"
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         check_sandbox()
         columns = dict.fromkeys(("prompt", "canonical_solution", "entry_point", "test"), TEXT)
         self.ds = load_hub_dataset("openai/openai_humaneval", "openai_humaneval", "test", columns).shuffle(seed=42)
-
-    @property
-    def eval_type(self) -> str:
-        return "generative"
 
     def num_examples(self) -> int:
         return len(self.ds)

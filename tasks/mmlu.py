@@ -4,6 +4,8 @@ from tasks.common import NUMBER, TEXT, TEXTS, Task, load_hub_dataset, render_mc
 
 
 class MMLU(Task):
+    eval_type = "categorical"
+
     letters = ("A", "B", "C", "D")
     groups = (
         "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology", "college_chemistry",
@@ -23,10 +25,6 @@ class MMLU(Task):
         assert subset == "all", f"the only subset of MMLU here is all, not {subset!r}"
         assert split in ("auxiliary_train", "validation", "dev", "test"), f"there is no MMLU split {split!r}"
         self.ds = load_hub_dataset("cais/mmlu", subset, split, {"question": TEXT, "choices": TEXTS, "answer": NUMBER}).shuffle(seed=42)
-
-    @property
-    def eval_type(self) -> str:
-        return "categorical"
 
     def num_examples(self) -> int:
         return len(self.ds)

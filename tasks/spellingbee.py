@@ -132,13 +132,11 @@ class SpellingBee(Task):
     With a `tokenizer`, half of the words are made up.
     """
 
+    eval_type = "generative"
+
     def __init__(self, size: int = 1000, split: str = "train", tokenizer=None, **kwargs):
         super().__init__(**kwargs)
         self.size, self.split, self.words = size, split, _practice_words(split, tokenizer)
-
-    @property
-    def eval_type(self) -> str:
-        return "generative"
 
     def num_examples(self) -> int:
         return self.size
@@ -177,22 +175,16 @@ class SpellingBee(Task):
     def evaluate(self, problem: dict, completion: str) -> int:
         return same_answer(problem, completion)
 
-    def reward(self, problem: dict, completion: str) -> float:
-        """What reinforcement learning maximizes."""
-        return float(self.evaluate(problem, completion))
-
 
 class SimpleSpelling(Task):
     """`size` requests to spell a word, each word once before any comes again. With a `tokenizer`, half of the words are made up."""
+
+    eval_type = "generative"
 
     def __init__(self, size: int = 1000, split: str = "train", tokenizer=None, **kwargs):
         super().__init__(**kwargs)
         self.size, self.words = size, _practice_words(split, tokenizer)
         random.Random(42).shuffle(self.words)
-
-    @property
-    def eval_type(self) -> str:
-        return "generative"
 
     def num_examples(self) -> int:
         return self.size
