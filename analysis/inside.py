@@ -22,6 +22,7 @@ import torch
 
 from analysis.inside_page import page
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.blocked_attention import additive_mask
 from nanochat.cli import ArgumentParser, UsageError, command, positive_int
 from nanochat.common import print0
 from nanochat.dataset import parquets_iter_batched
@@ -75,14 +76,7 @@ def probabilities(q, k, window_size: tuple[int, int]) -> torch.Tensor:
     """Queries (B, T, H, D) and keys (B, T, Hkv, D), sharpened -> (B, H, T, T), what the kernels never write down."""
     q, k = q.detach().float().transpose(1, 2), k.detach().float().transpose(1, 2)
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
-    back = torch.arange(q.size(2), device=q.device)[:, None] - torch.arange(q.size(2), device=q.device)  # how far behind the query a key is
-    left, right = window_size
-    hidden = torch.zeros_like(back, dtype=torch.bool)
-    if left >= 0:
-        hidden |= back > left
-    if right >= 0:
-        hidden |= -back > right
-    return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+    return (q @ k.mT / q.size(-1) ** 0.5 + additive_mask(q.size(2), k.size(2), 0, *window_size, q.dtype, q.device)).softmax(-1)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 | kernel | alternatives |
 |---|---|
-| `attention`: whole context, forward | `torch`: PyTorch's own; `blocked`: blocks of queries by batched matmuls (flash_attention.py); `fused`: fused_attention.cpp |
+| `attention`: whole context, forward | `torch`: PyTorch's own; `blocked`: blocks of queries by batched matmuls (blocked_attention.py); `fused`: fused_attention.cpp |
 | `window`: sliding window, forward | `torch`: PyTorch's own, a band of queries at a time; `blocked`; `fused` |
 | `backward`, `long-backward`: of attention, below and from 1,024 positions on | `blocked`, also of windows in the place of `torch`; `torch`; `fused` |
 | `decode`: one query against the cache | `torch`: a cache in the compute dtype; `float32`: a float32 one, twice as large |
@@ -187,7 +187,7 @@ def in_turns(works: dict[str, Callable], rounds: int = 30, at_most: float = 0.3)
 
 def attention_trials(rows: int, length: int, heads: int, dim: int, window: int) -> tuple[dict[str, Callable], dict[str, Callable]]:
     """By alternative: the forward pass without gradients, and the backward pass alone."""
-    from nanochat.flash_attention import band_attention
+    from nanochat.blocked_attention import band_attention
     from nanochat.fused_attention import has_fused
     q, k, v, upstream = (torch.randn(rows, length, heads, dim).to(COMPUTE_DTYPE).transpose(1, 2) for _ in range(4))  # as the model lays them out
     fused = ("fused",) if COMPUTE_DTYPE == torch.bfloat16 and has_fused() else ()

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from nanochat import cross_entropy, flash_attention
+from nanochat.blocked_attention import band_attention
 from nanochat.cli import UsageError, command, flag, fraction, parse_settings, positive_float, positive_int
 from nanochat.common import COMPUTE_DTYPE, get_peak_flops
 from nanochat.compiler import why_not_compile
@@ -143,7 +144,7 @@ def _attention(device_type: str, compiled: bool) -> Callable:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=right == 0, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attention.band_attention(q, k, v, left, right, forward, backward).transpose(1, 2)
+        return band_attention(q, k, v, left, right, forward, backward).transpose(1, 2)
     return attend
 
 

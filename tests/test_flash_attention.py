@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat import blocked_attention as blocked
 from nanochat import flash_attention as fa
 from nanochat import kernel_choice
 from nanochat.engine import Engine
@@ -109,11 +110,12 @@ def test_every_bfloat16_kernel_is_accurate(monkeypatch, window, forward, backwar
 
 HELD = """
 import torch
+from nanochat import blocked_attention as blocked
 from nanochat import flash_attention as fa
 q, k, v = (torch.randn(1, 2, 200, 32, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_() for seed in range(3))
 want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
 for backward in ("torch", "blocked"):
-    y = fa.band_attention(q, k, v, -1, 0, "torch", backward)
+    y = blocked.band_attention(q, k, v, -1, 0, "torch", backward)
     for got, expected in zip((y, *torch.autograd.grad(y.float().sum(), (q, k, v))), (want, *torch.autograd.grad(want.sum(), (q, k, v), retain_graph=True))):
         assert (got.double() - expected.double()).norm() <= 0.02 * expected.double().norm() + 1e-3
 print("attends")
@@ -133,7 +135,7 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
     choose(monkeypatch, **{"backward": "torch", "long-backward": "blocked"})
     monkeypatch.setattr(kernel_choice, "LONG", 20)
     blocked = []
-    monkeypatch.setattr(fa, "_pieces", lambda *args: blocked.append(args[0].size(2)) or ())
+    monkeypatch.setattr("nanochat.blocked_attention._pieces", lambda *args: blocked.append(args[0].size(2)) or ())
     for length in (19, 20):
         fa.flash_attn_func(*qkv(1, 1, length, 1, 1, 4), causal=True).sum().backward()
     assert blocked == [20]
@@ -144,15 +146,15 @@ def test_long_sequences_have_a_backward_of_their_own(monkeypatch):
 @pytest.mark.parametrize("kernel", ["torch", "blocked"])
 def test_attention_is_a_well_behaved_operator(kernel, window):
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 4))
-    torch.library.opcheck(fa._forward, (q, k, v, *window, kernel, "blocked"))
+    torch.library.opcheck(blocked._forward, (q, k, v, *window, kernel, "blocked"))
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
 def test_fused_attention_is_a_well_behaved_operator(window):
-    if not fa.has_fused():
+    if not blocked.has_fused():
         pytest.skip("no AVX512-BF16, or no compiler")
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 9, 2, 2, 32, torch.bfloat16))
-    torch.library.opcheck(fa._forward, (q, k, v, *window, "fused", "fused"))
+    torch.library.opcheck(blocked._forward, (q, k, v, *window, "fused", "fused"))
 
 
 @pytest.mark.parametrize("kernel", ["torch", "blocked", "fused"])
@@ -225,13 +227,13 @@ def test_no_mask_of_the_whole_context(monkeypatch, kernel):
     """The additive masks stay of the block's size however long the context is."""
     choose(monkeypatch, window=kernel)
     sizes = []
-    real = fa._additive_mask
-    monkeypatch.setattr(fa, "_additive_mask", lambda rows, columns, *rest: sizes.append(rows * columns) or real(rows, columns, *rest))
+    real = blocked.additive_mask
+    monkeypatch.setattr(blocked, "additive_mask", lambda rows, columns, *rest: sizes.append(rows * columns) or real(rows, columns, *rest))
     q, k, v = (x.detach() for x in qkv(5, 1, 2048, 1, 1, 8))
     fa.flash_attn_func(q, k, v, causal=True, window_size=(256, 0))
-    assert sizes and max(sizes) <= fa.BLOCK * (fa.BLOCK + 256)
+    assert sizes and max(sizes) <= blocked.BLOCK * (blocked.BLOCK + 256)
     fa.flash_attn_func(q, k, v, causal=False, window_size=(256, 128))
-    assert max(sizes) <= fa.BLOCK * (fa.BLOCK + 256 + 128)
+    assert max(sizes) <= blocked.BLOCK * (blocked.BLOCK + 256 + 128)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -269,7 +271,7 @@ def test_flex_attention_with_it(window):
 def test_flex_attention_mask_is_never_the_whole_context():
     with LargestTensor() as largest:
         fa._band(8192, 2048, 0, torch.device("cpu"))
-    assert 0 < largest.elements <= 4 * (8192 // fa.BLOCK) ** 2
+    assert 0 < largest.elements <= 4 * (8192 // blocked.BLOCK) ** 2
 
 
 def test_flex_attention_only_where_it_is_compiled(monkeypatch):
