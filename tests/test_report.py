@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 
 from nanochat import report as report_module
 from nanochat import run_report
@@ -339,7 +340,7 @@ def test_the_page_fits_a_phone_and_the_dark(here):
 
 @pytest.mark.parametrize("text", ["plain", "```", "````python\nx\n````", "~~~", ""])
 def test_verbatim_text_cannot_leave_its_block(text):
-    tokens = report_module.MarkdownIt("commonmark").parse(verbatim(text) + "\nafter")
+    tokens = MarkdownIt("commonmark").parse(verbatim(text) + "\nafter")
     assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
     assert tokens[0].content == text + "\n"
 
