@@ -250,7 +250,13 @@ class Runner:
                 self.states[trial.name] = "failed"  # for this time: there is no telling what it would be
                 continue
             self._looked[trial.name] = now
-            if not self._ended(trial) and self.free and now >= self._again_at:
+            try:
+                ended = self._ended(trial)
+            except OSError:  # a file system that fails for a moment ends no run that goes on
+                if not self.running:
+                    raise
+                continue
+            if not ended and self.free and now >= self._again_at:
                 self._try(trial)
 
     def _try(self, trial: Trial) -> None:
@@ -280,7 +286,7 @@ class Runner:
             self._full = True
             return
         place = self.free.pop(0)
-        have = list_steps(folder)
+        have = set(list_steps(folder))
         wanted = self.kept.get(trial.name, set()) - have
         resume = ["--resume"] if have and all(step > max(have) for step in wanted) else []  # one that is missing before them takes a new run
         process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))

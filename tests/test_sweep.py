@@ -25,7 +25,8 @@ from analysis.progress import Display, share_done, why
 from analysis.runner import Runner, Work, cpu_places, cuda_places
 from analysis.study import run_trials
 from analysis.sweep_config import as_wandb, check_runs, read_sweep
-from analysis.trial import Trial, folder_of, read, status_of, weights
+from analysis.trial import Trial, folder_of, read, status_of
+from nanochat.checkpoint_manager import list_steps
 from nanochat.cli import UsageError
 from nanochat.run_log import RunLog
 from scripts import base_train
@@ -502,7 +503,7 @@ def test_other_files_beside_the_weights(fake):
     folder_of(fake, trial).mkdir(parents=True)
     for name in ("model_best.pt", "weights.pt", "model_000004.pt"):
         (folder_of(fake, trial) / name).touch()
-    assert weights(folder_of(fake, trial)) == {4} and states(fake, [trial]) == ["done"]
+    assert list_steps(folder_of(fake, trial)) == [4] and states(fake, [trial]) == ["done"]
     assert sorted(path.name for path in folder_of(fake, trial).glob("*.pt")) == ["model_best.pt", "weights.pt"]
 
 
@@ -569,6 +570,22 @@ def test_a_process_that_cannot_be_started_ends_none_that_goes_on_and_is_not_trie
     with pytest.raises(KeyboardInterrupt):
         Runner(fake, Work(trials), cpu_places(2)).run(tell)
     assert len(tries) == 2 and len(list(Path(fake).glob("base_checkpoints/*/claim-*"))) == 2
+
+
+def test_a_status_that_cannot_be_read_for_a_moment_ends_no_run_that_goes_on(fake, monkeypatch):
+    trials = [Trial({"seed": seed}) for seed in (8, 9, 10)]
+    real, failed = runner.status_of, []
+
+    def status(base_dir, trial):
+        if found.running and len(failed) < 3:
+            failed.append(trial)
+            raise OSError(5, "Input/output error")
+        return real(base_dir, trial)
+
+    monkeypatch.setattr(runner, "status_of", status)
+    found = Runner(fake, Work(trials), cpu_places(2))
+    found.run(lambda found: None)
+    assert [found.state(trial) for trial in trials] == ["done"] * 3 and len(failed) == 3
 
 
 def test_a_log_whose_last_loss_is_no_number(fake):
