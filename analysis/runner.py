@@ -275,8 +275,9 @@ class Runner:
                 claim.release()
                 self.states[trial.name] = "elsewhere"
                 return
+            have = set(list_steps(folder))
             if (folder / "done.json").exists():
-                self.kept[trial.name] = self.kept.get(trial.name, set()) | set(list_steps(folder))  # of branches that are not asked for now
+                self.kept[trial.name] = self.kept.get(trial.name, set()) | have  # of branches that are not asked for now
                 (folder / "done.json").unlink()
         except (UsageError, OSError):  # the disk is full, perhaps for a while, which ends no run that goes on
             if claim:
@@ -286,7 +287,6 @@ class Runner:
             self._full = True
             return
         place = self.free.pop(0)
-        have = set(list_steps(folder))
         wanted = self.kept.get(trial.name, set()) - have
         resume = ["--resume"] if have and all(step > max(have) for step in wanted) else []  # one that is missing before them takes a new run
         process = self._processes.Process(target=train, args=(self.base_dir, folder, [*trial.arguments(), *resume], place))

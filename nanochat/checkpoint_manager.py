@@ -116,9 +116,8 @@ def load_meta(checkpoint_dir: str | os.PathLike, step: int) -> dict:
         for name, kind in (("step", int), ("user_config", dict), ("loop_state", dict), ("growth", list), ("frozen", list)):
             if name in meta and not isinstance(meta[name], kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
-        for name in ("world_size", "val_bpb"):
-            if not isinstance(meta.get(name), (int, float, type(None))):
-                raise TypeError(f"{name} is no number")
+        if not isinstance(meta.get("world_size"), (int, type(None))) or not isinstance(meta.get("val_bpb"), (int, float, type(None))):
+            raise TypeError("world_size or val_bpb is no such number")
         if not all(isinstance(record, dict) and {"from", "to"} <= record.keys() for record in meta.get("growth", ())):
             raise TypeError("an entry of growth does not say from and to what")
     except FileNotFoundError:

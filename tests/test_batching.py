@@ -347,10 +347,18 @@ def test_a_listener_that_fails_is_left_alone(caplog):
     assert other.tokens == [2] * 10
 
 
-def test_a_fault_of_the_server_frees_every_row(monkeypatch, caplog):
+class Panic(BaseException):
+    """As tiktoken's, which is no Exception."""
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError(), Panic()], ids=["an error", "a panic"])
+def test_a_fault_of_the_server_frees_every_row(monkeypatch, caplog, fault):
+    def fail():
+        raise fault
+
     engine = BatchedEngine(ChainModel({}), TOKENIZER, slots=4)
     served = [Client([90, i], 10, temperature=0) for i in range(2)]
-    monkeypatch.setattr(engine, "_decode_step", lambda: 1 / 0)
+    monkeypatch.setattr(engine, "_decode_step", fail)
     for client in served:
         engine.submit(client.request)
     engine.start()

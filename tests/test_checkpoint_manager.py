@@ -70,7 +70,7 @@ def test_flipped_byte(folder, name):
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"model_config": 3}', '{"model_config": null}', '{"model_config": {}, "loop_state": null}',
                                   '{"model_config": {}, "user_config": []}', '{"model_config": {}, "step": "3"}', '{"model_config": {}, "frozen": null}',
-                                  '{"model_config": {}, "world_size": "two"}', '{"model_config": {}, "val_bpb": "good"}', '{"model_config": {}, "growth": ["3x64"]}',
+                                  '{"model_config": {}, "world_size": "two"}', '{"model_config": {}, "world_size": 2.0}', '{"model_config": {}, "val_bpb": "good"}', '{"model_config": {}, "growth": ["3x64"]}',
                                   '{"model_config": {}, "growth": [{"from": "2x64"}]}'])
 def test_broken_meta(folder, text):
     (folder / FILES[3]).write_text(text)

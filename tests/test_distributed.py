@@ -196,13 +196,13 @@ from nanochat import run_plan, train_loop
 from nanochat.growth import controller
 from scripts import base_train
 if os.environ["RANK"] == "1":
-    initialize, evaluate = run_plan.RunPlan.initialize, train_loop.evaluate_bpb
-    def other_weights(self, device):
-        initialize(self, device)
+    plan, evaluate = run_plan.RunPlan.__init__, train_loop.evaluate_bpb
+    def other_weights(self, *args):
+        plan(self, *args)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(0.01)
-    run_plan.RunPlan.initialize = other_weights
+    run_plan.RunPlan.__init__ = other_weights
     train_loop.evaluate_bpb = lambda *args: evaluate(*args) + 5  # it would never reach the target
     controller.final_loss_of_earlier_runs = lambda *args, **options: controller.Prediction(0.01, "a file that only rank 1 has")
 finish = base_train.Pretraining.finish

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pygments.lexers import get_lexer_by_name
 
@@ -151,7 +151,9 @@ def test_tables_that_grow():
     """Short rows are filled up: some hundred columns and as many lines of one character would become 60,000 cells."""
     table = lambda columns, rows: "|a" * columns + "\n" + "|-" * columns + "\n" + "|\n" * rows
     assert markdown_tree(table(200, 300)) is None and markdown_tree("> " + table(200, 300).replace("\n", "\n> ")) is None
+    assert markdown_tree("\n".join([table(50, 100)] * 50)) is None, "all together"
     assert markdown_tree(table(10, 300))[0][0] == "div" and len(markdown_tree("a | b\n" * 3000)) == 1
+    assert markdown_tree("a\n" * 2000 + "\n" + table(9, 20))[1][0] == "div", "lines of no table"
 
 
 # -----------------------------------------------------------------------------
@@ -203,15 +205,22 @@ def test_rendering_takes_turns(monkeypatch):
             while not rendered:
                 await asyncio.sleep(0)
             third = await post()
-            release.set()
-            return third, await asyncio.gather(*first), await post()
-    third, first, later = asyncio.run(ask())
-    assert third.status_code == 503 and third.headers["retry-after"] and [answer.status_code for answer in (*first, later)] == [200] * 3 and len(rendered) == 3
+            with monkeypatch.context() as patch:
+                patch.setattr(Request, "is_disconnected", gone)
+                release.set()
+                answers = await asyncio.gather(*first)
+            return third, answers, await post()
+
+    async def gone(self):
+        return True
+    third, (first, second), later = asyncio.run(ask())
+    assert third.status_code == 503 and third.headers["retry-after"] and first.status_code == later.status_code == 200
+    assert second.status_code == 400 and len(rendered) == 2, "it has gone while it waited"
 
 
 def test_a_request_has_its_time(monkeypatch):
     monkeypatch.setattr(page, "MAX_SECONDS", 0.0)
-    assert json.loads(page._render(b'{"texts": ["a", "b"]}')) == {"trees": [None, None]}
+    assert json.loads(page._render(b'{"texts": ["a", "b"]}')) == {"trees": [[["p", {}, "a"]]]}
 
 
 def test_the_pages_files(client):

@@ -30,7 +30,7 @@ FEWEST_STEPS, ENOUGH_STEPS = 20, 250  # a run of fewer is none; while it has few
 VALIDATIONS, SHARE_OF_TOKENS, FORWARD = 5, 0.02, 1 / 3  # of a run; each of that share of its tokens, at that share of a training pass
 GROWTH_SHARES = 0.3, 0.5, 0.7  # of the time, for the small model
 RHO_ERROR = 0.25  # 95 % of what was measured lies within (0.25 to 0.61 in the growths of docs/planning.md)
-CPU_PASS = 8192  # tokens that keep it busy, as in training.fit_device_batch
+CPU_PASS = 8192  # tokens that keep it busy, as in accumulation.fit_device_batch
 NOT_LEARNED = {"depth", "aspect_ratio"}  # of LearningSettings, what is planned
 RECIPE = [field.name for field in fields(LearningSettings) if field.name not in NOT_LEARNED]
 

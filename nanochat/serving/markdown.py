@@ -173,12 +173,20 @@ def _attributes(token: Token) -> dict[str, str]:
     return {"class": side} if side in ("right", "center") else {}
 
 
+def _cells(text: str) -> int:
+    """No less than there are in its tables: of each paragraph the lines times the columns of what may rule a table in it."""
+    cells = lines = columns = 0
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            lines, columns = lines + 1, max(columns, line.count("|") if _RULER.issuperset(line) else 0)
+        else:
+            cells, lines, columns = cells + lines * columns, 0, 0
+    return cells
+
+
 def markdown_tree(text: str) -> list[Node] | None:
     """The blocks of a text; None if it is longer than MAX_TEXT, may have more than MAX_CELLS or is nested deeper than MAX_DEPTH, and better shown as it is."""
-    if len(text) > MAX_TEXT:
-        return None
-    lines = text.splitlines()
-    if len(lines) * max((line.count("|") for line in lines if _RULER.issuperset(line)), default=0) > MAX_CELLS:
+    if len(text) > MAX_TEXT or _cells(text) > MAX_CELLS:
         return None
     root: list[Any] = []
     stack = [root]

@@ -22,12 +22,12 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }
 MAX_TEXTS, MAX_CHARACTERS = 50, 100_000  # of a request
-MAX_SECONDS = 3.0  # of a request: what is left then is shown as it is
+MAX_SECONDS = 3.0  # of a request, after which no other text is begun
 MAX_WAITING = 16  # requests
 
 
 def _render(body: bytes) -> bytes:
-    """Raises ValueError for a body that is not {"texts": [up to MAX_TEXTS texts of MAX_CHARACTERS together]}."""
+    """Trees of the first texts, as many as there is time for, one at least. Raises ValueError for a body that is not {"texts": [up to MAX_TEXTS texts of MAX_CHARACTERS together]}."""
     try:
         texts = json.loads(body)["texts"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -37,7 +37,8 @@ def _render(body: bytes) -> bytes:
     if sum(map(len, texts)) > MAX_CHARACTERS:
         raise ValueError(f"send at most {MAX_CHARACTERS} characters at a time")
     until = time.monotonic() + MAX_SECONDS
-    return json.dumps({"trees": [markdown_tree(text) if time.monotonic() < until else None for text in texts]}).encode()
+    trees = [markdown_tree(text) for i, text in enumerate(texts) if i == 0 or time.monotonic() < until]
+    return json.dumps({"trees": trees}).encode()
 
 
 def page_router() -> APIRouter:
@@ -54,7 +55,7 @@ def page_router() -> APIRouter:
 
     @router.post("/render")
     async def render(http: Request) -> Response:
-        """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`. A page elsewhere cannot declare JSON without the browser asking first."""
+        """{"texts": [...]} becomes {"trees": [...]}, each as of `markdown_tree`; fewer where they take long, so that the page asks again. A page elsewhere cannot declare JSON without the browser asking first."""
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send JSON with the header Content-Type: application/json")
         try:

@@ -241,7 +241,7 @@ async function renderAll() {
     const began = performance.now();
     const answered = stale.length && await post("/render", {texts: stale.map(([, text]) => text)}, AbortSignal.timeout(10_000)).then(r => r.json()).catch(() => null);
     if (!answered) { rendering = null; return; }  // done, or not possible now: what is not rendered is shown as it is
-    stale.forEach(([message, content], i) => {
+    stale.slice(0, answered.trees.length).forEach(([message, content], i) => {  // the server has its time: the rest comes with the next turn
       trees.set(message, {content, tree: answered.trees[i]});
       showText(message);
     });
