@@ -142,8 +142,9 @@ def plan(*flags: str) -> RunPlan:
     return RunPlan(tiny.base_train.parse(list(flags)), 320, Process(0, 1, torch.device("cpu")))
 
 
-def test_a_branch_is_planned_by_its_trunk_and_not_by_its_trunks_flags(finished):
+def test_a_branch_is_planned_by_its_trunk_and_not_by_its_trunks_flags(finished, monkeypatch):
     """The trunk's shape was a checkpoint's, of which its flags say nothing."""
+    monkeypatch.setattr("nanochat.recipe.REFERENCE_BATCH", 2 ** 11)  # or a step of so small a model would have 131,072 tokens
     flags = ("--init-from=d3", "--depth=6", "--max-seq-len=128", "--total-batch-size=-1", "--weight-decay=0.1", "--num-iterations=2", "--model-tag=second")
     trunk = plan(*tiny.FLAGS, *flags)
     assert tiny.train(*flags, "--save-every=1", "--eval-every=-1") == 0
