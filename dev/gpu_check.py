@@ -301,7 +301,7 @@ def ranks(args, device) -> None:
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "scripts.base_train", *flags, *more],
                               cwd=ROOT, capture_output=True, text=True)
-        tell(f"torchrun, {count} ranks {' '.join(more)}: {time.perf_counter() - started:.0f} s")
+        tell(f"torchrun, ranks: {count} {' '.join(more)}: {time.perf_counter() - started:.0f} s")
         if done.returncode:
             print(done.stdout[-2000:], done.stderr[-4000:])
             raise RuntimeError(f"torchrun ended with {done.returncode}")
