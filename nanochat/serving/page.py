@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from nanochat.serving.markdown import markdown_tree
 
 HERE = Path(__file__).parents[1]
-FILES = {"/": "ui.html", "/logo.svg": "logo.svg", **{f"/ui/{name}": f"ui/{name}" for name in ("style.css", "theme.js", "chat.js", "dom.js", "store.js")}}
+SCRIPTS = ("about.js", "chat.js", "dom.js", "follow.js", "list.js", "server.js", "settings.js", "store.js", "theme.js")
+FILES = {"/": "ui.html", "/logo.svg": "logo.svg", **{f"/ui/{name}": f"ui/{name}" for name in ("style.css", *SCRIPTS)}}
 TYPES = {".html": "text/html", ".svg": "image/svg+xml", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "

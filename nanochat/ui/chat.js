@@ -1,26 +1,28 @@
-// The page: what is drawn, the talk with the server, and what the user does.
+// The conversation on the screen: how it is drawn, how answers come, and what the user does.
 
+import {drawInfo} from "./about.js";
 import {$, copyButton, icon, iconButton, logo, make, patch} from "./dom.js";
+import {toBottom} from "./follow.js";
+import * as list from "./list.js";
+import {Unreachable, ask, events, post} from "./server.js";
+import {set, setting, useDefaults} from "./settings.js";
 import * as store from "./store.js";
 
-const thread = $("thread"), input = $("input"), go = $("go"), scroll = $("scroll");
-const DEFAULTS = {temperature: 0.8, top_k: 50, max_tokens: 512};
+const thread = $("thread"), input = $("input"), go = $("go");
 
 let info = null;  // what the server says about the model
-let settings = store.readSetting("settings", {});
 let chat = store.loadChat(store.readTab("current", "")) ?? store.newChat();  // the conversation on the screen
 const runs = new Map();         // conversation: the AbortController of the answer that is being written; it goes on in the background
 const problems = new WeakMap();  // conversation: {text, retry}
 let unloaded = null;            // the same, while there is no `info`
 const base = () => info?.source === "base";
-const setting = name => settings[name] ?? info?.defaults[name] ?? DEFAULTS[name];
 const canGoOn = () => base() || info?.continue_final_message === true;
 const touch = matchMedia("(hover: none) and (pointer: coarse)");  // a phone: Enter makes a line there
 
 function save(which = chat) {
   clearTimeout(saveSoon.timers.get(which));
   saveSoon.timers.delete(which);
-  if (deleted.has(which.id)) return;
+  if (list.isDeleted(which)) return;
   store.writeTab("current", chat.id);
   $("not-kept").hidden = store.saveChat(which) && store.keeps;
 }
@@ -170,57 +172,8 @@ function fit(area) {
 }
 function announce(text) { $("status").textContent = text; }
 
-// The end stays in sight while it grows, unless the user has scrolled away from it, is selecting text or editing.
-let following = true, held = false, lastTop = 0;
-const atBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 30;
-const toBottom = () => { following = true; scroll.scrollTop = scroll.scrollHeight; };
-scroll.addEventListener("scroll", () => {
-  if (atBottom()) following = true;
-  else if (scroll.scrollTop < lastTop) following = false;  // not where the end has only moved away since
-  lastTop = scroll.scrollTop;
-  $("jump").hidden = following;
-}, {passive: true});
-thread.addEventListener("pointerdown", () => { held = true; });
-for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => { held = false; });
-const observer = new ResizeObserver(() => {
-  if (following && !held && !document.activeElement?.matches(".editor")) toBottom();
-  $("jump").hidden = following || atBottom();
-});
-observer.observe(thread);
-observer.observe(scroll);
-$("jump").onclick = toBottom;
-
 // ---------------------------------------------------------------------------
-// Talking to the server
-
-class Unreachable extends Error {}
-
-async function ask(path, options = {}) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Unreachable("The server does not answer. Is it still running?");
-  }
-  if (response.ok) return response;
-  const failure = await response.json().catch(() => ({}));
-  const detail = [failure.detail, failure.error?.message].find(text => typeof text === "string") ?? `the server answered with status ${response.status}`;
-  throw Object.assign(new Error(detail), {code: failure.code, status: response.status});
-}
-const post = (path, body, signal) => ask(path, {method: "POST", signal, headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-
-async function* events(response) {
-  const decoder = new TextDecoder(), reader = response.body.getReader();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read().catch(error => { throw error.name === "AbortError" ? error : new Unreachable("The connection broke off."); });
-    if (done) return;
-    const lines = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
-  }
-}
+// Answers
 
 const MAX_BATCH = 20, MAX_BATCH_TEXT = 100_000;
 let rendering = null;
@@ -489,93 +442,12 @@ document.addEventListener("keydown", event => {
   if (event.code === "KeyN" && (event.altKey || event.ctrlKey && event.shiftKey)) { event.preventDefault(); startOver(); }
 });
 
-// ---------------------------------------------------------------------------
-// Settings and theme
-
-function set(name, value) {
-  settings[name] = value;
-  store.writeSetting("settings", settings);
-  drawSettings();
-}
-function drawSettings() {
-  for (const name of Object.keys(DEFAULTS)) $(name).value = setting(name);
-  $("temperature-value").textContent = Number(setting("temperature")).toFixed(2);
-}
-for (const name of Object.keys(DEFAULTS)) {
-  const commit = () => { if ($(name).value !== "" && $(name).checkValidity()) set(name, Number($(name).value)); };
-  $(name).oninput = name === "temperature" ? commit : null;
-  $(name).onchange = () => { commit(); drawSettings(); };
-}
-$("reset").onclick = () => { settings = {}; store.writeSetting("settings", settings); drawSettings(); };
-
-const root = document.documentElement;
-const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-$("theme").onclick = () => {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  store.writeSetting("theme", root.dataset.theme);
-};
-
 $("new").onclick = startOver;
-$("tune").onclick = () => { drawSettings(); $("settings").showModal(); };
-$("about").onclick = () => $("info").showModal();
+list.attach({shown: () => chat, running: runs, show, startOver, stop, save});
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.onclick = event => { if (event.target === dialog || event.target.closest("[data-close]")) dialog.close(); };
 }
 
-// ---------------------------------------------------------------------------
-// The list of conversations
-
-const deleted = new Map();  // id: conversation, while the list is open
-const day = new Intl.DateTimeFormat(undefined, {dateStyle: "medium"}), hour = new Intl.DateTimeFormat(undefined, {timeStyle: "short"});
-const when = time => (new Date(time).toDateString() === new Date().toDateString() ? hour : day).format(time);
-
-function listed() {
-  const running = [...runs.keys()], kept = store.allChats();
-  return [...kept.map(other => running.find(one => one.id === other.id) ?? (other.id === chat.id ? chat : other)), ...deleted.values()].sort((a, b) => b.updated - a.updated);
-}
-function drawChats() {
-  const words = $("find").value.toLowerCase(), all = listed(), found = all.filter(one => !words || one.messages.some(m => m.role !== "console" && m.content.toLowerCase().includes(words)));
-  $("list").replaceChildren(...found.map(one => {
-    const open = make("button", {type: "button", className: "open", disabled: deleted.has(one.id), onclick: () => { if (one.id !== chat.id) show(one); $("chats").close(); }},
-      make("span", {textContent: store.titleOf(one)}), make("small", {textContent: deleted.has(one.id) ? "deleted" : runs.has(one) ? "answering" : when(one.updated)}));
-    if (one.id === chat.id) open.ariaCurrent = "true";
-    const row = make("li", {}, open, deleted.has(one.id) ? make("button", {type: "button", className: "plain", textContent: "Undo", onclick: () => restore([one])})
-      : iconButton("remove", "Delete", () => remove([one])));
-    return row;
-  }));
-  $("none").hidden = found.length > 0;
-  $("none").textContent = words ? "Nothing found." : "Conversations are listed here once there are some.";
-  $("find").hidden = !words && all.length < 5;
-  $("remove-all").textContent = deleted.size > 1 ? "Undo all" : "Delete all";
-  $("remove-all").disabled = !all.length;
-  $("export-all").disabled = all.length === deleted.size;
-  $("export-one").disabled = !chat.messages.length;
-}
-function remove(which) {
-  for (const one of which) {
-    stop(one);
-    deleted.set(one.id, one);
-    store.removeChat(one.id);
-    if (one.id === chat.id) { chat = store.newChat(); store.writeTab("current", chat.id); draw(); }
-  }
-  drawChats();
-  $("list").querySelector(".plain")?.focus();
-}
-function restore(which) {
-  for (const one of which) {
-    deleted.delete(one.id);
-    store.saveChat(one);
-  }
-  drawChats();
-}
-$("history").onclick = () => { save(); $("find").value = ""; drawChats(); $("chats").showModal(); };
-$("chats").onclose = () => deleted.clear();
-$("find").oninput = drawChats;
-$("new-here").onclick = () => { $("chats").close(); startOver(); };
-$("remove-all").onclick = () => deleted.size > 1 ? restore([...deleted.values()]) : remove(listed().filter(one => !deleted.has(one.id)));
-const today = () => new Date().toISOString().slice(0, 10);
-$("export-one").onclick = () => store.download(`nanochat-${today()}.md`, "text/markdown", store.asMarkdown(chat));
-$("export-all").onclick = () => store.download(`nanochat-${today()}.jsonl`, "application/jsonl", store.asJsonLines(listed().filter(one => !deleted.has(one.id))));
 store.onChange(id => {  // in another tab
   const changed = id === chat.id && !runs.has(chat) && !chat.messages.some(m => m.draft !== undefined) && store.loadChat(id);
   if (changed) {
@@ -584,44 +456,17 @@ store.onChange(id => {  // in another tab
     elsewhere = setTimeout(() => { elsewhere = 0; draw(); }, 3000);  // it keeps an answer every second
     draw();
   }
-  if ($("chats").open) drawChats();
+  if ($("chats").open) list.drawChats();
 });
-
-// ---------------------------------------------------------------------------
-// About the model
-
-const millions = n => n >= 1e9 ? (n / 1e9).toFixed(2) + " billion" : n >= 1e6 ? (n / 1e6).toFixed(n < 1e7 ? 1 : 0) + " million" : n.toLocaleString("en");
-function drawInfo() {
-  const few = list => list.length > 1 ? `${list[0]} to ${list.at(-1)}` : String(list[0]);
-  const rows = {
-    "Name": info.model, "Stage": {base: "base: continues text", mid: "midtraining", sft: "fine-tuned for conversation", rl: "reinforcement learning"}[info.source],
-    "Depth": `${info.depth} layers`, "Width": `${info.width} channels, ${few(info.heads)} heads`,
-    "Rank": few(info.ranks) === "0" ? "dense" : few(info.ranks).replace(/^0 to/, "dense or"), "Layers": info.block === "ngpt" ? "normalized (nGPT)" : "pre-norm",
-    "Parameters": millions(info.parameters), "Context": `${info.context.toLocaleString("en")} tokens`, "Vocabulary": `${info.vocabulary.toLocaleString("en")} tokens`,
-    "Step": info.step?.toLocaleString("en"), "Validation": info.val_bpb && `${info.val_bpb.toFixed(3)} bits per byte`,
-  };
-  document.querySelector("#info dl").replaceChildren(...Object.entries(rows).filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {textContent: name}), make("dd", {textContent: value})]));
-  $("growth").hidden = !info.growth.length;
-  const stages = info.growth.length ? [{to: info.growth[0].from}, ...info.growth] : [];
-  const sizes = stages.map(stage => stage.to.split("x").map(Number)), widest = Math.max(...sizes.map(size => size[1])), deepest = Math.max(...sizes.map(size => size[0]));
-  $("stages").replaceChildren(...stages.map((stage, i) => {
-    const picture = make("div");
-    picture.style.width = `${Math.max(1, 5 * sizes[i][1] / widest)}rem`;
-    picture.style.height = `${Math.max(.6, 5 * sizes[i][0] / deepest)}rem`;
-    return make("li", {}, picture, stage.to.replaceAll("x", " × "), make("small", {textContent: i ? `at step ${stage.step?.toLocaleString("en")}` : "at the start"}));
-  }));
-  document.querySelector("#about .name").textContent = info.model;
-  document.querySelector("#about .shape").textContent = `${info.depth} × ${info.width}, ${millions(info.parameters)}`;
-  input.placeholder = base() ? "Begin a text" : "Message";
-  document.title = `nanochat: ${info.model}`;
-}
 
 async function load() {
   try {
     info = await (await ask("/info")).json();
     setOnline(true);
-    drawInfo();
-    drawSettings();
+    drawInfo(info);
+    useDefaults(info.defaults);
+    input.placeholder = base() ? "Begin a text" : "Message";
+    document.title = `nanochat: ${info.model}`;
     unloaded = null;
   } catch (error) {
     unloaded = {text: error.message, retry: () => load().then(draw)};
