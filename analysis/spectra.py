@@ -8,8 +8,8 @@ A spectrum is taken in two parts. The largest singular values, which training pu
 the distribution of the others divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean squared difference of their quantiles: 0
 for equal shapes at any scale, and comparable at any size. The largest value of each matrix, over that root mean square, is told beside it.
 
-It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width), and set against what must be told apart from it:
-two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
+It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width) and without weight decay, which base_train would make another one
+for each width and which shrinks just the bulk; and set against what must be told apart from it: two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
 by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over the seeds;
 what is compared is compared seed by seed.
 """
@@ -82,7 +82,7 @@ def between_layers(found: Spectra) -> float:
 
 
 def trials(widths: list[int], steps: int, seed: int) -> dict[str, Trial]:
-    run = lambda name, **flags: Trial({**SHAPE, **TUNED, "device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1, "eval-every": steps,
+    run = lambda name, **flags: Trial({**SHAPE, **TUNED, "weight-decay": 0.0, "device-type": "cpu", "core-metric-every": -1, "sample-every": -1, "save-every": -1, "eval-every": steps,
                                        "num-iterations": steps, "seed": seed, **{k.replace("_", "-"): v for k, v in flags.items()}}, tag=f"spectra-{name}-{steps}-{seed}")
     small, large = widths[0], widths[1]
     width = lambda width: {"aspect-ratio": width // SHAPE["depth"]}
