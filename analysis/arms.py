@@ -10,8 +10,12 @@ from analysis.runner import places_for
 from analysis.study import run_trials
 from analysis.sweep_config import check_runs, read_sweep, text_of
 from analysis.trial import Result, Trial
+from nanochat import evaluations
 from nanochat.cli import UsageError
 from nanochat.common import default_device, get_base_dir
+from nanochat.layered_gpt import empty_gpt
+from nanochat.tokenizer import get_tokenizer
+from scripts import base_train
 
 HORIZONS = ("num-iterations", "target-flops", "target-param-data-ratio")  # the first positive one counts, as in base_train
 RATE = "matrix-lr"
@@ -74,18 +78,29 @@ def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
     return [seed for seed in range(42, 43 + count) if seed != tuning][:count]
 
 
-def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int) -> dict[tuple[int, float], tuple[float, list[Result]]]:
-    """By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates, which are tuned without other evaluations than that of the loss."""
+def check_evaluations(arms: Sequence[Configuration]) -> None:
+    """Raises UsageError where --eval-tasks lacks its data: the tuning does without, and the first reported run would say so hours later."""
+    for arm in arms:
+        settings = base_train.parse(arm.tuning[0].arguments())
+        if settings.eval_tasks:
+            tokenizer = get_tokenizer()
+            model = empty_gpt(settings.config(tokenizer.get_vocab_size()))
+            evaluations.check(evaluations.choose(settings.eval_tasks, model), evaluations.Subject(model, tokenizer, model.get_device(), settings))
+
+
+def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int | None) -> dict[tuple[int, float], tuple[float, list[Result]]]:
+    """jobs: runs at a time; None: as many as there are devices, or cores. By number of the configuration and budget: the rate, and the results of the seeds. Prints what came of the rates, which are tuned without other evaluations than that of the loss."""
     places = places_for(arms[0].tuning[0].flags["device-type"], jobs)
     keys = {arm.name + (f", {unit:g} units" if len(units) > 1 else ""): (i, unit) for i, arm in enumerate(arms) for unit in units}
 
     def losses(asked: list[tuple[str, float]]) -> list[float]:
         runs = [arms[i].trial(unit * TUNING, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
         runs = [Trial({flag: value for flag, value in run.flags.items() if flag != "eval-tasks"}) for run in runs]
-        return [result.final for result in run_trials(get_base_dir(), runs, jobs, places)]
+        return [result.final for result in run_trials(get_base_dir(), runs, len(places), places)]
 
+    check_evaluations(arms)
     tried = try_rates(list(keys), arms[0].rates(), losses)
     print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
     rates = {keys[key]: best_rate(found) for key, found in tried.items()}
-    results = iter(run_trials(get_base_dir(), [arms[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], jobs, places))
+    results = iter(run_trials(get_base_dir(), [arms[i].trial(unit, **{RATE: rate, "seed": seed}) for (i, unit), rate in rates.items() for seed in seeds], len(places), places))
     return {key: (rate, [next(results) for _ in seeds]) for key, rate in rates.items()}

@@ -101,7 +101,7 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, jobs=None)
     parser.add_argument("config", type=Path, help="TOML file of the configurations, - for standard input")
     parser.add_argument("--objective", default="next-token", help="of those in the file")
     parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")

@@ -3,7 +3,7 @@
     python -m analysis.inside d12 --out=inside                    # a page for each checkpoint: inside/d12@3000.html
     python -m analysis.inside d6@2000 d12@3000 --out=inside       # before and after a growth, side by side in the table that is printed
 
-Any base model: stock, low-rank, normalized, grown. Nothing of a model is changed; what is shown is recorded while it computes.
+Any base model that predicts the next token: stock, low-rank, normalized, grown. Nothing of a model is changed; what is shown is recorded while it computes.
 
 * **Heads**: attention maps of a text, and two scores on random tokens that come twice (Olsson et al., 2209.11895): *previous*, the attention paid to the token before, and
   *induction*, that paid to the token after the last occurrence of the present one. Also the attention paid to the first token.
@@ -26,6 +26,7 @@ from nanochat.blocked_attention import additive_mask
 from nanochat.cli import ArgumentParser, UsageError, command, positive_int
 from nanochat.common import print0
 from nanochat.dataset import parquets_iter_batched
+from nanochat.engine import check_causal
 from nanochat.files import write_text_atomic
 from nanochat.gpt import GPT
 from nanochat.origin import Checkpoint, checkpoint_name
@@ -154,6 +155,7 @@ def rows_of(tokenizer, count: int, length: int) -> torch.Tensor:
 def look(checkpoint: Checkpoint, args) -> dict[str, list]:
     """Writes the page of a checkpoint, and returns its row of the table."""
     model, tokenizer, meta = checkpoints.load_model_from_dir(checkpoints.checkpoints_dir_of("base"), torch.device("cpu"), "eval", checkpoint.tag, checkpoint.step)
+    check_causal(model)
     if not len(model.transformer.h):
         raise UsageError(f"{checkpoint.tag} has no layers to look into; take a checkpoint of a later stage")
     name = f"{checkpoint.tag}@{meta['step']}"

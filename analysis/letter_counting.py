@@ -30,13 +30,16 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
-from analysis.claims import take
+from analysis.claims import BEAT, take
 from analysis.estimates import verdict
 from analysis.letters import ARMS, BETTER, TASKS, Outcome, Run, Text, finish, use
 from analysis.rates import best_rate, try_rates
@@ -77,25 +80,40 @@ def begin_process(text: Text) -> None:
 
 
 def finish_and_keep(runs: Sequence[Run]) -> None:
-    """Unless another process is at it. One that takes longer than a claim lasts may be done twice, which costs no more than time."""
-    claim = take(path_of(runs[0]).with_suffix(".claims"))
+    """Those of a piece that are not there yet, unless another process is at it."""
+    claim = take(path_of(piece_of(runs[0])).with_suffix(".claims"))
     if claim is None:
         return
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT) and claim.beat():
+            pass
+
+    beats = threading.Thread(target=beat, daemon=True)
+    beats.start()
     try:
-        if not all(path_of(run).exists() for run in runs):
-            for outcome in finish(runs):
+        if left := [run for run in runs if not path_of(run).exists()]:
+            for outcome in finish(left):
                 write_text_atomic(path_of(outcome.run), json.dumps(dataclasses.asdict(outcome)))
     finally:
+        ended.set()
+        beats.join()
         claim.release()
+
+
+def piece_of(run: Run) -> Run:
+    """The first run of its piece: TOGETHER seeds in a row, whichever of them are asked for."""
+    first = TUNING_SEEDS[0] if run.seed in TUNING_SEEDS else FIRST_SEED
+    return dataclasses.replace(run, seed=run.seed - (run.seed - first) % TOGETHER)
 
 
 def side_by_side(runs: Iterable[Run]) -> list[list[Run]]:
     """Pieces of runs that differ in their seeds alone. The first seeds of all come first: whenever it is interrupted, whole seeds are done."""
-    alike: dict[Run, list[Run]] = {}
+    pieces: dict[Run, list[Run]] = {}
     for run in dict.fromkeys(runs):
-        alike.setdefault(dataclasses.replace(run, seed=0), []).append(run)
-    pieces = [(start, found[start:start + TOGETHER]) for found in alike.values() for start in range(0, len(found), TOGETHER)]
-    return [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
+        pieces.setdefault(piece_of(run), []).append(run)
+    return [pieces[first] for first in sorted(pieces, key=lambda first: first.seed)]
 
 
 def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Outcome]:
@@ -106,15 +124,20 @@ def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Out
         each: Callable = map
         if missing and jobs > 1:
             os.environ["OMP_NUM_THREADS"] = "1"
-            each = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs, begin_process, (text,))).imap
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_process, (text,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            each = pool.map
         else:
             begin_process(text)
-        for _ in with_progress(each(finish_and_keep, missing), len(missing), label):
-            pass
-        while left := [piece for piece in missing if not all(path_of(run).exists() for run in piece)]:
-            time.sleep(LOOK)  # until those that other processes have are done, or abandoned
-            for _ in each(finish_and_keep, left):
+        try:
+            for _ in with_progress(each(finish_and_keep, missing), len(missing), label):
                 pass
+            while left := [piece for piece in missing if not all(path_of(run).exists() for run in piece)]:
+                time.sleep(LOOK)  # until those that other processes have are done, or abandoned
+                for _ in each(finish_and_keep, left):
+                    pass
+        except BrokenProcessPool:
+            raise UsageError("a process that trained was killed, perhaps for want of memory; take fewer --jobs, and the same command goes on") from None
     return [read(run) for run in runs]
 
 

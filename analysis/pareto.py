@@ -178,7 +178,7 @@ def draw(points: Sequence[Point], threshold: float | None, path: Path) -> None:
 
 @command
 def main(argv=None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser(__doc__, jobs=None)
     parser.add_argument("config", nargs="?", type=Path, default=DEFAULT, help="TOML file of the configurations (default: %(default)s)")
     parser.add_argument("--objective", default="next-token", help="of those in the file; losses of several are no rivals")
     parser.add_argument("--flags", default="", help="more flags of base_train for all runs, as for analysis.sweep")

@@ -47,6 +47,7 @@ class Display:
         self.started = self.said = time.monotonic()
         self.known: dict[str, str] = {}  # by name the state that was told
         self.drawn = 0  # lines that will be drawn over
+        self.begun: dict[str, float] = {}  # by name the share that was done when a run was first seen to go on: of one that is resumed not 0
 
     def show(self, runner: Runner) -> None:
         lasting = []
@@ -94,20 +95,27 @@ class Display:
         return f"{runner.work.total} {self.noun}: {counts or 'none yet'} | {(time.monotonic() - self.started) / 60:.1f} min" + (f", eta {eta / 60:.1f} min" if eta else "")
 
     def _going(self, runner: Runner, running: Running) -> str:
-        log = folder_of(runner.base_dir, running.trial) / FILENAME
-        last = last_record(log)
-        spent, share = time.monotonic() - running.started, share_done(log, last)
+        last = last_record(folder_of(runner.base_dir, running.trial) / FILENAME)
+        share, spent, whole = self._pace(runner, running)
         loss = f" | loss {last['loss']:.4f}" if last and last.get("loss") is not None else ""
-        return f"  {self.label(running.trial)} | {share:.0%}{loss} | {spent / 60:.1f} min" + (f", eta {spent * (1 / share - 1) / 60:.1f} min" if share else "")
+        return f"  {self.label(running.trial)} | {share:.0%}{loss} | {spent / 60:.1f} min" + (f", eta {whole * (1 - share) / 60:.1f} min" if whole else "")
+
+    def _pace(self, runner: Runner, running: Running) -> tuple[float, float, float]:
+        """(share that is done, seconds since it was started here, seconds that the whole run takes or 0 while nothing is known)."""
+        log = folder_of(runner.base_dir, running.trial) / FILENAME
+        share, spent = share_done(log, last_record(log)), time.monotonic() - running.started
+        name = running.trial.name
+        self.begun[name] = min(self.begun.get(name, share), share)  # it falls where the log of another time is replaced
+        here = share - self.begun[name]
+        return share, spent, spent / here if here else 0.0
 
     def eta(self, runner: Runner) -> float:
-        """Seconds until all is done, 0 while nothing is known: a run that waits takes as long as the mean of those before, and as those that go on will."""
-        left, takes = [], list(runner.seconds)
-        for running in runner.running.values():
-            log = folder_of(runner.base_dir, running.trial) / FILENAME
-            if share := share_done(log, last_record(log)):
-                spent = time.monotonic() - running.started
-                takes.append(spent / share)
-                left.append(spent / share - spent)
+        """Seconds until all is done, 0 while nothing is known: what waits, or has only begun, takes as long as the mean of those before, and as those that go on will."""
+        paces = [self._pace(runner, running) for running in runner.running.values()]
+        takes = [*runner.seconds, *(whole for *_, whole in paces if whole)]
+        if not takes:
+            return 0.0
+        mean = sum(takes) / len(takes)
+        left = [(whole or mean) * (1 - share) for share, _, whole in paces]
         waiting = runner.work.total - sum(runner.state(trial) != "waiting" for trial in runner.work.trials)
-        return max([(sum(left) + waiting * sum(takes) / len(takes)) / runner.places, *left]) if takes else 0.0
+        return max([(sum(left) + waiting * mean) / runner.places, *left])

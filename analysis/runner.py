@@ -252,7 +252,7 @@ class Runner:
             self._looked[trial.name] = now
             try:
                 ended = self._ended(trial)
-            except OSError:  # a file system that fails for a moment ends no run that goes on
+            except (UsageError, OSError):  # a damaged file, or a file system that fails for a moment, ends no run that goes on
                 if not self.running:
                     raise
                 continue

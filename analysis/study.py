@@ -92,10 +92,10 @@ def run_by_seed(plan: Callable[[int], dict[str, Trial]], seeds: int, jobs: int, 
     return by_seed
 
 
-def study_parser(doc: str, seeds: int = 3) -> ArgumentParser:
-    """A parser with the flags of all studies. seeds: how many by default; 0 for a study of one."""
+def study_parser(doc: str, seeds: int = 3, jobs: int | None = 2) -> ArgumentParser:
+    """A parser with the flags of all studies. seeds: how many by default; 0 for a study of one. jobs: likewise; None for one that asks which devices there are."""
     parser = ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--jobs", type=positive_int, default=2, help="trials at a time, one thread each")
+    parser.add_argument("--jobs", type=positive_int, default=jobs, help="trials at a time, on a CPU with one thread each" + ("" if jobs else " (default: as many as there are GPUs or cores)"))
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     parser.add_argument("--plot", type=picture_path, help="draw them into this picture")
     if seeds:

@@ -10,7 +10,9 @@ The results, a row a run, are in sweeps/<name>/results.csv there. Exit status 1:
 """
 import contextlib
 import csv
+import hashlib
 import io
+import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from analysis.progress import Display, why
 from analysis.runner import Runner, Work, places_for
 from analysis.sweep_config import Sweep, as_wandb, check_runs, read_sweep, text_of, tomllib
 from analysis.sweep_search import Search
-from analysis.trial import Trial, check_conditions, folder_of, status_of
+from analysis.trial import Trial, check_conditions, folder_of, last_counts, last_evaluations, status_of
 from nanochat.cli import UsageError, command, flag, parse_settings, picture_path, positive_int
 from nanochat.common import default_device, get_base_dir
 from nanochat.drawing import pictures
@@ -48,7 +50,9 @@ class Settings:
 
 
 def folder_of_sweep(base_dir: str, sweep: Sweep) -> Path:
-    return Path(base_dir, "sweeps", sweep.name)
+    """Named by the sweep, and by --flags, with which it is another one."""
+    others = "-" + hashlib.sha256(json.dumps(sweep.overrides, sort_keys=True).encode()).hexdigest()[:8] if sweep.overrides else ""
+    return Path(base_dir, "sweeps", sweep.name + others)
 
 
 # -----------------------------------------------------------------------------
@@ -72,24 +76,25 @@ def measures(base_dir: str, trial: Trial) -> dict[str, Any]:
     of = last_of_each_kind(records)
     spent = of.get("train", {})
     row |= {"flops": spent.get("flops"), "tokens": spent.get("tokens"), "seconds": spent.get("time"),
-            "params": of.get("start", {}).get("counts", {}).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}
-    row |= {key: evaluation["value"] for key, evaluation in of.get("evals", {}).get("rows", {}).items() if evaluation.get("label")}
+            "params": last_counts(records).get("total"), "peak_memory_mib": of.get("end", {}).get("peak_memory_mib")}
+    row |= {key: evaluation["value"] for key, evaluation in last_evaluations(records).items() if evaluation.get("label")}
     return row | ({"final_bpb": losses[-1], "min_bpb": min(losses)} if losses else {})
 
 
 class Table:
-    """One row a run: its name, the flags that vary, MEASURES, and a column for each evaluation that any run has; what is not known is empty."""
+    """One row a run: its name, the flags that vary, those of --flags, MEASURES, and a column for each evaluation that any run has; what is not known is empty."""
 
     def __init__(self, sweep: Sweep, base_dir: str, trials: list[Trial]):
         """trials: there may come more."""
         self.sweep, self.base_dir, self.trials = sweep, base_dir, trials
         self.path = folder_of_sweep(base_dir, sweep) / "results.csv"
+        self.flags = list(dict.fromkeys([*sweep.swept, *sweep.overrides]))
         self._done: dict[str, dict[str, Any]] = {}  # by name; their logs are not read again
 
     def rows(self) -> list[dict[str, Any]]:
         rows = []
         for trial in self.trials:
-            row = self._done.get(trial.name) or {"run": trial.name, **{flag: trial.flags.get(flag) for flag in self.sweep.swept}, **measures(self.base_dir, trial)}
+            row = self._done.get(trial.name) or {"run": trial.name, **{flag: trial.flags.get(flag) for flag in self.flags}, **measures(self.base_dir, trial)}
             if row["status"] == "done":
                 self._done[trial.name] = row
             rows.append(row)
@@ -97,7 +102,7 @@ class Table:
 
     def write(self) -> str:
         out, rows = io.StringIO(), self.rows()
-        known = ["run", *self.sweep.swept, *MEASURES]
+        known = ["run", *self.flags, *MEASURES]
         evaluations = sorted({key for row in rows for key in row} - set(known))
         writer = csv.DictWriter(out, [*known, *evaluations], lineterminator="\n")
         writer.writeheader()
@@ -241,13 +246,13 @@ def main(argv=None) -> int:
 
         runner.run(tell)
     print(f"{table.write()}\nWritten to {table.path}")
-    if settings.plot:
-        draw(sweep, table.rows(), settings.plot)
     failed = [(trial, status) for trial in work.trials if (status := status_of(base_dir, trial))]
     for trial, status in failed:
         print(f"failed: {sweep.label(trial)}: {why(base_dir, trial, status)}")
     for reason in work.refused:
         print(f"not run: {reason}")
+    if settings.plot:
+        draw(sweep, table.rows(), settings.plot)
     return int(bool(failed or work.refused and not work.trials) and not settings.list)
 
 

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.trial import Trial, as_words
+from analysis.trial import DEFAULTS, Trial, as_words
 from nanochat.cli import UsageError, folder_name, settings_parser
 from scripts import base_train
 
@@ -74,11 +74,16 @@ class Values:
         """Values that show whether the flag takes such."""
         return list(self.choices) or [self.low, *([self.low + self.step] if self.step else []), self.high]
 
+    def steps(self) -> list:
+        """All that there are, where a step is given."""
+        assert self.step
+        return [self.rounded(self.low + self.step * i) for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+
     def draw(self, rng: random.Random) -> Any:
         if self.choices:
             return rng.choice(self.choices)
         if self.step:
-            return self.rounded(self.low + self.step * rng.randint(0, int((self.high - self.low) / self.step + 1e-9)))
+            return rng.choice(self.steps())
         if self.log:
             return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return rng.randint(int(self.low), int(self.high)) if self.whole else self.rounded(rng.uniform(self.low, self.high))
@@ -344,12 +349,18 @@ def check_runs(sweep: Sweep, trials: list[Trial]) -> None:
 
 # wandb hands every parameter over as `--name=value`; that of a [[together]] is a list of flags
 WANDB_SHELL = ('for word; do shift; case $word in --together-*) eval "set -- \\"\\$@\\" ${word#*=}";; *) set -- "$@" "$word";; esac; done; '
-               'exec "$0" -m scripts.base_train --model-tag="wandb-$WANDB_RUN_ID" "$@"')  # a folder for each run, by the number that wandb gives it
+               'exec "$0" %s -m scripts.base_train --model-tag="wandb-$WANDB_RUN_ID" "$@"')  # a folder for each run, by the number that wandb gives it
 
 
 def as_wandb(sweep: Sweep) -> dict[str, Any]:
-    """The same as the configuration of a wandb sweep, whose agents do the runs. Values that change together are one parameter, of lists of flags."""
-    parameters: dict[str, dict] = {flag: {"value": value} for flag, value in (Trial({}).begin | sweep.fixed | {"run": sweep.name} | sweep.overrides).items()}
+    """The same as the configuration of a wandb sweep, whose agents do the runs, each on the device that it finds there unless the sweep names one. Values that change
+    together are one parameter, of lists of flags. Raises UsageError for points of a search that are several runs each, of which wandb knows nothing: it would draw the
+    seed too, and take the luckiest."""
+    several = [flag for alternatives in sweep.choices if len(alternatives) > 1 for flag in alternatives[0] if flag not in sweep.overrides]
+    if sweep.method and several:
+        raise UsageError(f"{sweep.name}: wandb cannot run each point of a [search] with every value of {several[0]}; move one value of it into [fixed], or let analysis.sweep do the runs")
+    begin = {} if sweep.tag else {flag: value for flag, value in DEFAULTS.items() if flag != "device-type"}
+    parameters: dict[str, dict] = {flag: {"value": value} for flag, value in (begin | sweep.fixed | {"run": sweep.name} | sweep.overrides).items()}
     for alternatives in sweep.choices:
         left = [{flag: value for flag, value in alternative.items() if flag not in sweep.overrides} for alternative in alternatives]
         if len(left[0]) == 1:
@@ -359,13 +370,12 @@ def as_wandb(sweep: Sweep) -> dict[str, Any]:
             name = f"together-{sum(parameter.startswith('together-') for parameter in parameters) + 1}"
             parameters[name] = {"values": list(dict.fromkeys(shlex.join(as_words(alternative)) for alternative in left))}
     for flag, values in sweep.search.items():
-        if values.choices:
-            parameters[flag] = {"values": list(values.choices)}
-        elif values.step:
-            parameters[flag] = {"distribution": "q_uniform", "q": values.step, "min": values.low, "max": values.high}
+        if values.choices or values.step:  # wandb counts steps from 0, and past the highest
+            parameters[flag] = {"values": list(values.choices) or values.steps()}
         else:
             kind = ("log_uniform_values" if values.log else "uniform") if not values.whole else "q_log_uniform_values" if values.log else "int_uniform"
             parameters[flag] = {"distribution": kind, "min": values.low, "max": values.high}
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={sweep.ranks}" if sweep.ranks > 1 else ""
     return {"program": "scripts/base_train.py", "name": sweep.name, "method": {"": "grid", "random": "random", "optuna": "bayes"}[sweep.method],
             **({"run_cap": sweep.runs} if sweep.method else {}), "metric": {"name": "val/bpb", "goal": "minimize"}, "parameters": parameters,
-            "command": ["${env}", "bash", "-c", WANDB_SHELL, "${interpreter}", "${args_no_boolean_flags}"]}
+            "command": ["${env}", "bash", "-c", WANDB_SHELL % torchrun, "${interpreter}", "${args_no_boolean_flags}"]}

@@ -39,12 +39,12 @@ class Result:
     bpb: list[float]  # validation bits per byte there
     flops: list[float]  # spent until there
     seconds: float  # of training
-    params: int  # all parameters
+    params: int  # all parameters, of its last model
     begin: float = 0.0  # FLOPs of the trunk that a branch begins with
     growths: list[Growth] = field(default_factory=list)
     rows: dict = field(default_factory=dict)  # of the last evaluations (--eval-tasks), by key
     tokens: int = 0  # seen in all
-    counts: dict = field(default_factory=dict)  # parameters by part, of the run's beginning
+    counts: dict = field(default_factory=dict)  # parameters by part, likewise
     memory: float = math.nan  # peak, MiB
     times: list[float] = field(default_factory=list)  # seconds of training until the validations
 
@@ -182,13 +182,22 @@ def read(base_dir: str, trial: Trial) -> Result | None:
     evals, trains = ([record for record in records if record["kind"] == kind] for kind in ("eval", "train"))
     if evals and evals[-1]["val_bpb"] is None:  # no number: its last step has broken the weights
         evals = []
-    start = next((record for record in records if record["kind"] == "start"), {"counts": {"total": 0}})
+    counts = last_counts(records)
     growths = [Growth(r["flops"], r["time"], r["loss_before"], r["loss_after"]) for r in records if r["kind"] == "grow"]
     return Result(trial.flags, [r["step"] for r in evals], [r["val_bpb"] for r in evals], [r["flops"] for r in evals],
-                  evals[-1]["time"] if evals else 0.0, start["counts"]["total"], _begin(trains), growths,
-                  next((record["rows"] for record in reversed(records) if record["kind"] == "evals"), {}), evals[-1].get("tokens", 0) if evals else 0,
-                  start["counts"], next((record.get("peak_memory_mib") for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
+                  evals[-1]["time"] if evals else 0.0, counts.get("total", 0), _begin(trains), growths, last_evaluations(records), evals[-1].get("tokens", 0) if evals else 0,
+                  counts, next((record.get("peak_memory_mib") for record in reversed(records) if record["kind"] == "end"), None) or math.nan,
                   [r["time"] for r in evals])
+
+
+def last_counts(records: list[dict]) -> dict[str, int]:
+    """Parameters by part of the model that a run's log was last of: what it began or was resumed with, or grew to."""
+    return next((record["counts"] for record in reversed(records) if record["kind"] in ("start", "grow") and "counts" in record), {})
+
+
+def last_evaluations(records: list[dict]) -> dict[str, dict]:
+    """By key the last result of each: CORE and --eval-tasks write records of their own."""
+    return {key: row for record in records if record["kind"] == "evals" for key, row in record["rows"].items()}
 
 
 def check_conditions(base_dir: str, trial: Trial) -> None:

@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
     if seed == FOR_EVER:
         signal.pause()
     log.log("eval", 1, val_bpb=float(flags.get("matrix-lr", 2)), tokens=20, flops=100, time=2.0)
+    if flags.get("grow-path"):
+        log.log("grow", 1, counts={"total": 9}, loss_before=3.0, loss_after=3.0, flops=50, time=1.0)
     if flags.get("eval-tasks"):
+        log.log("evals", 1, rows={"core": {"value": 0.25, "label": "CORE"}})  # each kind has a record of its own
         log.log("evals", 1, rows={"blimp/pairs": {"value": 0.625, "n": 8, "label": "BLiMP pairs"}, "blimp/pairs/field/syntax": {"value": 0.5, "n": 4, "label": ""}})
     log.log("end", 1, peak_memory_mib=5.0)
     return 0

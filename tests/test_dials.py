@@ -6,6 +6,7 @@ import pytest
 
 from analysis import arms, dials
 from analysis.trial import Result
+from tests import tiny
 
 SWEEP = """
 [fixed]
@@ -42,6 +43,7 @@ def asked(monkeypatch):
         found.extend(trial.flags for trial in trials)
         return [run(trial) for trial in trials]
     monkeypatch.setattr(arms, "run_trials", run_trials)
+    monkeypatch.setattr(arms, "check_evaluations", lambda arms: None)
     return found
 
 
@@ -91,3 +93,13 @@ def test_one_that_diverges_is_said_to_and_the_others_are_told(asked, config, tmp
     out = capsys.readouterr().out
     assert len(json.loads((tmp_path / "numbers.json").read_text())["depth=6 aspect-ratio=16"]["runs"]) == 3, "nothing is lost"
     assert "depth=6 aspect-ratio=16: diverged with matrix-lr 1 for 1 of 3 seeds" in out and "+0.1000 ± 0.0000: worse" in out and "nan" not in out
+
+
+def test_what_an_evaluation_lacks_is_said_before_the_tuning(config, base_dir, monkeypatch, capsys):
+    tiny.prepare(base_dir)
+    tuned = []
+    monkeypatch.setattr(arms, "run_trials", lambda *_: tuned.append(1))
+    for objective in ("next-token", "mlm"):
+        capsys.readouterr()
+        assert dials.main([str(config), f"--objective={objective}", "--flags=--head-dim=32"]) == 2 and not tuned
+        assert "no pairs for --eval=blimp: give --blimp" in capsys.readouterr().err.splitlines()[-1]

@@ -129,4 +129,6 @@ def test_pages_of_a_run(base_dir, tmp_path, monkeypatch, capsys):
     assert table[1].startswith("| inside@4 | ") and table[2].startswith("| inside@8 | ")
     for flags, says in ((["missing"], "missing"), (["inside", "--text=a"], "too short"), (["inside", "--rows=100000"], "smaller --rows")):
         assert inside.main([*flags, f"--out={tmp_path / 'none'}"]) == 2 and says in capsys.readouterr().err.splitlines()[-1]
+    assert tiny.train("--model-tag=masked", "--objective=mlm", "--num-iterations=1") == 0
+    assert inside.main(["masked", f"--out={tmp_path / 'none'}"]) == 2 and "tells no next token" in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "none").glob("*.html"))

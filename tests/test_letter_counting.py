@@ -1,7 +1,10 @@
 """The study of letter counting: its labels, its alphabet, its growth and its verdicts."""
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from analysis import claims, letter_counting, letters
 from analysis.letters import ARMS, SYMBOLS, Run, Text, Training
+from nanochat.cli import UsageError
 from nanochat.growth import grow, grown_config
 from tests.golden.fixtures import HERE
 
@@ -73,7 +77,7 @@ def test_what_another_process_trains_is_waited_for(text, monkeypatch):
     result = lambda run: letters.Outcome(run, 50.0, 1.0, 2.0)
     begun, slept = [], []
     monkeypatch.setattr(letter_counting, "finish", lambda runs: begun.extend(runs) or map(result, runs))
-    other = claims.take(letter_counting.path_of(pieces[0]).with_suffix(".claims"))
+    other = claims.take(letter_counting.path_of(letter_counting.piece_of(pieces[0])).with_suffix(".claims"))
 
     def sleep(seconds):
         slept.append(seconds)
@@ -84,6 +88,51 @@ def test_what_another_process_trains_is_waited_for(text, monkeypatch):
     assert [outcome.run for outcome in letter_counting.outcomes(pieces, text, 1, "x")] == pieces
     assert begun == pieces[1:] and len(slept) == 2
     assert letter_counting.outcomes(pieces, text, 1, "x") and len(begun) == 1, "what is done is not done again"
+
+
+def test_a_piece_is_another_s_whichever_of_its_seeds_are_asked_for(text, monkeypatch):
+    """One process wants three of five seeds and another all: who comes second finds the piece taken, then trains what is left."""
+    runs = [Run("counting", text.name, "plain", 32, 0.02, letter_counting.FIRST_SEED + i, 64, 3, 3) for i in range(7)]
+    begun = []
+    monkeypatch.setattr(letter_counting, "finish", lambda runs: begun.append(list(runs)) or [letters.Outcome(run, 50.0, 1.0, 2.0) for run in runs])
+    monkeypatch.setattr(letters, "_text", text, raising=False)
+
+    def meanwhile(asked):
+        begun.append(list(asked))
+        monkeypatch.setattr(letter_counting, "finish", lambda runs: begun.append("too early"))
+        letter_counting.finish_and_keep(runs[2:5])
+        return [letters.Outcome(run, 50.0, 1.0, 2.0) for run in asked]
+
+    later = letter_counting.finish
+    monkeypatch.setattr(letter_counting, "finish", meanwhile)
+    letter_counting.finish_and_keep(runs[:3])
+    monkeypatch.setattr(letter_counting, "finish", later)
+    for piece in letter_counting.side_by_side(runs):
+        letter_counting.finish_and_keep(piece)
+    assert begun == [runs[:3], runs[3:5], runs[5:]]
+
+
+def test_a_long_training_s_claim_is_kept(text, monkeypatch):
+    """By its beats: after many of them it is younger than the training."""
+    run = Run("counting", text.name, "plain", 32, 0.02, 0, 64, 3, 3)
+    monkeypatch.setattr(letter_counting, "BEAT", 0.0)
+    beaten = threading.Event()
+    real = claims.Claim.beat
+    monkeypatch.setattr(claims.Claim, "beat", lambda claim: real(claim) and (beaten.set() or True))
+    monkeypatch.setattr(letter_counting, "finish", lambda runs: [letters.Outcome(run, 50.0, 1.0, float(beaten.wait(60))) for run in runs])
+    letter_counting.finish_and_keep([run])
+    assert letter_counting.read(run).flops == 1.0 and not claims.holder(letter_counting.path_of(letter_counting.piece_of(run)).with_suffix(".claims"))
+
+
+def killed(runs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_study_with_a_line(text, monkeypatch):
+    runs = [Run("counting", text.name, "plain", 32, 0.02, seed, 64, 3, 3) for seed in range(2)]
+    monkeypatch.setattr(letter_counting, "finish_and_keep", killed)
+    with pytest.raises(UsageError, match="was killed, perhaps for want of memory"):
+        letter_counting.outcomes(runs, text, 2, "x")
 
 
 def test_models_side_by_side_are_what_each_would_be_alone(text):

@@ -287,17 +287,22 @@ def test_wandb_does_the_same_runs(tmp_path, capsys):
     """Its agents get a command that base_train understands."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     path, out = tmp_path / "rates.toml", tmp_path / "rates.yaml"
-    path.write_text("[fixed]\nnum-iterations = 10\ngrow-freeze = true\n[grid]\nseed = [1, 2]\n[search]\nmethod = 'optuna'\nruns = 7\n[search.flags]\n"
-                    "matrix-lr = {min = 0.1, max = 1, log = true}\ndepth = {min = 2, max = 4}\nrank = {min = 8, max = 32, step = 8}\nblock = ['prenorm', 'ngpt']\n")
+    path.write_text("[fixed]\nnum-iterations = 10\ngrow-freeze = true\n[grid]\nseed = [1]\n[search]\nmethod = 'optuna'\nruns = 7\n[search.flags]\n"
+                    "matrix-lr = {min = 0.1, max = 1, log = true}\ndepth = {min = 2, max = 4}\nrank = {min = 10, max = 40, step = 8}\nblock = ['prenorm', 'ngpt']\n")
     assert sweep.main([str(path), "--export=wandb", str(out)]) == 0
     written = yaml.safe_load(out.read_text())
     assert (written["method"], written["run_cap"], written["metric"]) == ("bayes", 7, {"name": "val/bpb", "goal": "minimize"})
-    assert written["parameters"]["seed"] == {"values": [1, 2]} and written["parameters"]["matrix-lr"] == {"distribution": "log_uniform_values", "min": 0.1, "max": 1}
-    assert written["parameters"]["depth"]["distribution"] == "int_uniform" and written["parameters"]["rank"]["q"] == 8
+    assert "device-type" not in written["parameters"], "its agents' own, as of the sweep's runners"
+    assert written["parameters"]["seed"] == {"values": [1]} and written["parameters"]["matrix-lr"] == {"distribution": "log_uniform_values", "min": 0.1, "max": 1}
+    assert written["parameters"]["depth"]["distribution"] == "int_uniform" and written["parameters"]["rank"] == {"values": [10, 18, 26, 34]}
     drawn = {flag: {"value": entry["value"] if "value" in entry else entry["values"][0] if "values" in entry else entry["min"]} for flag, entry in written["parameters"].items()}
     words = utils.create_sweep_command_args({"args": drawn})["args_no_boolean_flags"]
     settings = base_train.parse(words)
     assert (settings.num_iterations, settings.grow_freeze, settings.seed, settings.depth, settings.run) == (10, True, 1, 2, "rates")
+    with pytest.raises(UsageError, match="wandb cannot run each point of a .search. with every value of seed"):
+        as_wandb(read_sweep("x.toml", path.read_text().replace("seed = [1]", "seed = [1, 2]")))
+    assert "torch.distributed.run --standalone --nproc_per_node=2 -m scripts.base_train" in str(as_wandb(read_sweep("x.toml", "ranks = 2\n[grid]\nseed = [1, 2]\n"))["command"])
+    assert "save-every" not in as_wandb(read_sweep("x.toml", "tag = 'mine_{seed}'\n[grid]\nseed = [1, 2]\n"))["parameters"], "these runs keep what they make"
 
 
 def test_wandb_gets_what_changes_together_as_lists_of_flags(tmp_path):
@@ -440,10 +445,22 @@ def test_a_damaged_log_costs_its_own_numbers_only(fake, damage, says, capsys):
 
 def test_the_end_is_not_before_the_last_run_s(tmp_path, monkeypatch):
     """Eight places, and one run with an hour to go."""
-    monkeypatch.setattr(progress, "share_done", lambda *_: 0.5)
     going = SimpleNamespace(trial=Trial({}), started=time.monotonic() - 3600)
     found = SimpleNamespace(seconds=[7200.0], running={"x": going}, base_dir=str(tmp_path), work=Work([Trial({})]), state=lambda _: "running", places=8)
-    assert Display("runs").eta(found) == pytest.approx(3600, rel=1e-3)
+    display = Display("runs")
+    for share, left in ((0.0, 7200), (0.5, 3600)):
+        monkeypatch.setattr(progress, "share_done", lambda *_: share)
+        assert display.eta(found) == pytest.approx(left, rel=1e-3)
+
+
+def test_a_resumed_run_s_end_is_told_by_what_it_does_now(tmp_path, monkeypatch):
+    """Begun with its log's 0.9, of which the checkpoint had 0.8; in ten minutes it came to 0.85."""
+    found = SimpleNamespace(seconds=[], running={"x": SimpleNamespace(trial=Trial({}), started=time.monotonic() - 600)}, base_dir=str(tmp_path), work=Work([Trial({})]),
+                            state=lambda _: "running", places=1)
+    display = Display("runs")
+    for share, left in ((0.9, 0), (0.8, 0), (0.85, 1800)):
+        monkeypatch.setattr(progress, "share_done", lambda *_: share)
+        assert display.eta(found) == pytest.approx(left, rel=1e-3)
 
 
 def test_a_run_with_a_name_of_its_own_may_have_been_done_by_hand(fake):
@@ -649,8 +666,16 @@ def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
     assert sweep.main([str(path)]) == 0 and "blimp/pairs" not in rows(fake, "tasks")[0]
     path.write_text("[fixed]\neval-tasks = 'blimp'\n[grid]\nseed = [8, 9]\n")
     assert sweep.main([str(path)]) == 0
-    assert [(row["seed"], row["blimp/pairs"]) for row in rows(fake, "tasks")] == [("8", "0.625"), ("9", "0.625")]
+    assert [(row["seed"], row["blimp/pairs"], row["core"]) for row in rows(fake, "tasks")] == [("8", "0.625", "0.25"), ("9", "0.625", "0.25")]
     assert not any("field" in name for name in rows(fake, "tasks")[0])
+
+
+def test_a_growing_run_has_the_size_of_its_last_model(fake, tmp_path):
+    path = tmp_path / "sizes.toml"
+    path.write_text("[grid]\nseed = [8]\n[fixed]\nnum-iterations = 10\n[[together]]\ngrow-path = ['', '2x128,4x256']\ndepth = [4, 4]\naspect-ratio = [64, 64]\n")
+    assert sweep.main([str(path)]) == 0
+    assert [row["params"] for row in rows(fake, "sizes")] == ["7", "9"]
+    assert run_trials(fake, [Trial({"seed": 8, "grow-path": "2x128,4x256"})])[0].params == 9
 
 
 def test_objectives_are_not_drawn_as_rivals(tmp_path, monkeypatch):
@@ -695,7 +720,9 @@ def test_a_value_of_which_a_seed_failed_has_no_mean(tmp_path, monkeypatch):
 
 
 def rows(base_dir, name: str) -> list[dict]:
-    return list(csv.DictReader(open(Path(base_dir, "sweeps", name, "results.csv"))))
+    """name: may be a pattern, of one."""
+    (table,) = Path(base_dir, "sweeps").glob(f"{name}/results.csv")
+    return list(csv.DictReader(table.open()))
 
 
 def test_optuna_proposes_and_two_runners_share_its_points(fake, tmp_path):
@@ -782,11 +809,14 @@ def test_points_are_for_the_runs_that_they_were_proposed_for(fake, tmp_path, cap
     assert sweep.main([str(path)]) == 0
     before = rows(fake, "mine")
     capsys.readouterr()
-    for fixed, seeds, flags, differs in (("[fixed]\ndepth = 2", "8", "", "depth"), ("", "8, 9", "", "seed"), ("", "8", "--depth=2", "depth")):
+    for fixed, seeds, differs in (("[fixed]\ndepth = 2", "8", "depth"), ("", "8, 9", "seed")):
         path.write_text(text.format(fixed, seeds, 1))
-        assert sweep.main([str(path), f"--flags={flags}"]) == 2
+        assert sweep.main([str(path)]) == 2
         error = capsys.readouterr().err
         assert f"other values of {differs}; give this sweep another name" in error and error.count("\n") == 1 and rows(fake, "mine") == before
+    path.write_text(text.format("", "8", 1))
+    assert sweep.main([str(path), "--flags=--depth=2"]) == 0 and rows(fake, "mine") == before, "another sweep, in a folder of its own"
+    assert [row["depth"] for row in rows(fake, "mine-*")] == ["2"]
     path.write_text(text.format("", "8", 2))
     assert sweep.main([str(path)]) == 0 and rows(fake, "mine")[:1] == before
     for depths in ([1, 2], [2, 1]):  # the same values, and other runs
