@@ -10,6 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from analysis.estimates import Estimate
 from analysis.study import SHAPE, STEPS, TUNED, cost_with, dense_flops, nats_per_bpb, run_by_seed, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command
@@ -73,7 +74,7 @@ def main(argv=None) -> None:
             seconds = [seed[k].seconds / cost_with(seed[k].final, [r.seconds for r in base], [r.final for r in base])
                        for seed, base in zip(found, scratch)]
             print(f"| {name} | {budget:g} | {statistics.mean(losses) * nats:.3f} | {', '.join(f'{loss * nats:.3f}' for loss in losses)} | "
-                  f"{statistics.mean(flops):.2f} | {', '.join(f'{x:.2f}' for x in flops)} | {statistics.mean(seconds):.2f} |")
+                  f"{Estimate.of(flops).shown(2, sign=False)} | {', '.join(f'{x:.2f}' for x in flops)} | {statistics.mean(seconds):.2f} |")
     if args.out:
         write_text_atomic(args.out, to_json(runs))
     if args.plot:

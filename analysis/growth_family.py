@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from analysis.estimates import Estimate
 from analysis.study import DECAY, FLOPS_SHARE, LARGE, SMALL, cost_with, nats_per_bpb, run_by_seed, steps_of, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_float
@@ -76,7 +77,7 @@ def main(argv=None) -> None:
         for size in SIZES:
             gaps = [(runs[f"{size}, {name} family"].final - runs[f"{size}, alone"].final) * nats for runs in by_seed]
             print(f"| {name} | {size} | {mean(lambda runs: runs[f'{size}, {name} family'].final):.4f} | {mean(lambda runs: runs[f'{size}, alone'].final):.4f} | "
-                  f"{statistics.mean(gaps):+.4f} | {', '.join(f'{gap:+.4f}' for gap in gaps)} |")
+                  f"{Estimate.of(gaps).shown(4)} | {', '.join(f'{gap:+.4f}' for gap in gaps)} |")
     shares = ", ".join(f"{costs(by_seed[0], f'{name} family')[-1] / costs(by_seed[0], 'alone')[-1]:.2f} ({name})" for name in ENDS)
     print(f"\nFLOPs of a family, of those of the runs alone: {shares}\n")
     scratch = "4x128, alone"
@@ -87,7 +88,7 @@ def main(argv=None) -> None:
         for name in names:
             print(f"| {way} | {mean(lambda runs: spent(runs, name)):.2f} | {mean(lambda runs: runs[name].final):.4f} | {mean(lambda runs: (runs[name].final - runs[scratch].final) * nats):+.4f} |")
         needed = [cost_with(runs[scratch].final, [spent(runs, name) for name in names], [runs[name].final for name in names]) for runs in by_seed]
-        print(f"| {way}, to the loss of 4x128 from scratch | {statistics.mean(needed):.2f} ({', '.join(f'{x:.2f}' for x in needed)}) | | |")
+        print(f"| {way}, to the loss of 4x128 from scratch | {Estimate.of(needed).shown(2, sign=False)} ({', '.join(f'{x:.2f}' for x in needed)}) | | |")
     if args.out:
         write_text_atomic(args.out, to_json(by_seed))
     if args.plot:

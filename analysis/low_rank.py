@@ -10,6 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from analysis.estimates import Estimate
 from analysis.study import SHAPE, STEPS, TUNED, dense_flops, nats_per_bpb, run_by_seed, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command
@@ -61,10 +62,10 @@ def main(argv=None) -> None:
     by_seed = run_by_seed(lambda seed: plan(names, seed), args.seeds, args.jobs)
     rows = {name: [runs[name] for runs in by_seed] for name in names}
     nats = nats_per_bpb()
-    print(f"Nats per token = {nats:.4f} x bits per byte\n\n| contestant | bits per byte, by seed | nats above dense, mean | by seed | FLOPs of dense | parameters |\n|---|---|---:|---|---:|---:|")
+    print(f"Nats per token = {nats:.4f} x bits per byte\n\n| contestant | bits per byte, by seed | nats above dense | by seed | FLOPs of dense | parameters |\n|---|---|---:|---|---:|---:|")
     for name, found in rows.items():
         gaps = [(result.final - dense.final) * nats for result, dense in zip(found, rows["dense"])]
-        print(f"| {name} | {', '.join(f'{r.final:.4f}' for r in found)} | {statistics.mean(gaps):+.4f} | {', '.join(f'{g:+.3f}' for g in gaps)} | "
+        print(f"| {name} | {', '.join(f'{r.final:.4f}' for r in found)} | {Estimate.of(gaps).shown(4)} | {', '.join(f'{g:+.3f}' for g in gaps)} | "
               f"{found[0].flops[-1] / rows['dense'][0].flops[-1]:.2f} | {found[0].params:,} |")
     if args.out:
         write_text_atomic(args.out, to_json(rows))

@@ -11,6 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from analysis.estimates import Estimate
 from analysis.study import SHAPE, STEPS, TUNED, cost_with, nats_per_bpb, run_by_seed, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command
@@ -52,7 +53,7 @@ def main(argv=None) -> None:
         ratios = [cost_with(base[-1].final, lengths, [r.final for r in seed]) / lengths[-1] for seed, base in zip(found, baseline)]
         pace = [seed[-1].seconds / base[-1].seconds for seed, base in zip(found, baseline)]
         print(f"| {name} | " + " | ".join(f"{statistics.mean(seed[i].final for seed in found) * nats:.4f}" for i in range(len(lengths)))
-              + f" | {statistics.mean(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {statistics.median(pace):.2f} |")
+              + f" | {Estimate.of(ratios).shown(2, sign=False)} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) | {statistics.median(pace):.2f} |")
     if args.out:
         write_text_atomic(args.out, to_json(runs))
     if args.plot:

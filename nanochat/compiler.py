@@ -5,7 +5,7 @@
 * CPU: each block is compiled (all layers share one or two graphs, so the wait does not grow with depth); the kernels that
   PyTorch has no fast CPU version of (attention, loss) are written by hand, partly in C++, and stay outside.
 * No compiler, or one that cannot compile a function of one line, no Triton, MPS, or TORCHDYNAMO_DISABLE=1: eager, with one line that says so.
-* A training on a CPU that would be over by the time it is compiled: eager too, by one rule (`decide`). TORCHDYNAMO_DISABLE=0 compiles it all the same.
+* A base training on a CPU that would be over by the time it is compiled: eager too, by one rule (`decide`). TORCHDYNAMO_DISABLE=0 compiles it all the same.
 * What is compiled for a CPU is kept below NANOCHAT_BASE_DIR, for the next run on such a machine (TORCHINDUCTOR_CACHE_DIR, if set, is where).
 * Nothing turns eager behind one's back: a function that needs more than `MOST_GRAPHS` graphs is an error.
 """

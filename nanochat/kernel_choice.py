@@ -10,7 +10,7 @@
 
 Notable:
 * `compute_init` settles them once per process: from NANOCHAT_KERNELS (`attention=torch,decode=float32`), else from what was measured on this
-  machine before, else by a stopwatch, in about a second. With several ranks, rank 0 decides for all.
+  machine before, else by a stopwatch, in one to two seconds. With several ranks, rank 0 decides for all.
 * Kernels round differently, so a run must keep its own: a measurement is kept below NANOCHAT_BASE_DIR under the machine's name (CPU,
   instruction set, torch, threads, dtype), and a checkpoint holds the choices it was trained with, which count when it is resumed on such a machine.
 * What is no choice, as it won wherever it was measured: the loss goes in chunks (the logits of all tokens would be the

@@ -5,7 +5,7 @@
 #   bash runs/setup.sh          what training needs
 #   bash runs/setup.sh --dev    also what the tests need
 #
-# PyTorch is the CUDA build where nvidia-smi finds a GPU. PIP_FIND_LINKS is honoured.
+# With uv PyTorch is the build for the hardware that is here, with pip the one of PyPI (on Linux for CUDA). PIP_FIND_LINKS is honoured.
 # A second run has nothing to do and takes no time; after a change of pyproject.toml it installs what changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -46,7 +46,7 @@ class GrowthOperatorSettings:
     grow_spread: float | None = flag(None, "How unequally copies of heads and units are read in the lossless mode, from 0 to 1", type=fraction)
     grow_rewarm: int = flag(0, "Steps over which the learning rates come back after a growth; 0: they stay", type=non_negative_int)
     grow_rewarm_new: bool = flag(False, "Let --grow-rewarm hold for what a growth adds alone; the old weights' learning rates stay")
-    grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that any --grow-mode=masked or depth mode begins lossless; 0: no masks",
+    grow_open: int = flag(0, "Steps over which masks over what a growth adds open, so that --grow-mode=masked and depth modes that copy no layers begin lossless; 0: no masks",
                           type=non_negative_int)
     grow_freeze: bool = flag(False, "Layers that were there before a growth stay as they are; new ones, embedding and head are trained")
 
