@@ -2,7 +2,7 @@
 
     python -m analysis.growth --out=growth.json --plot=growth.png
 
-On the data and the tokenizer in NANOCHAT_BASE_DIR. From scratch and every way to grow are trained with schedules of their own, on the same
+The claim is that of work on growth (HyperCloning, 2409.12903; stacking, 2405.15319): the large model's loss for fewer FLOPs. On the data and the tokenizer in NANOCHAT_BASE_DIR. From scratch and every way to grow are trained with schedules of their own, on the same
 batches in the same order and with the same seeds. Learning rates are those tuned for the model from scratch (Muon's hold at any width).
 The budget at which the model from scratch has a contestant's loss is interpolated on its own curve of final losses over budgets.
 """

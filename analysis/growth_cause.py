@@ -2,7 +2,7 @@
 
     python -m analysis.growth_cause
 
-4x64 grows to 4x128 after 0.5 and 0.8 of the tokens, under a warm-down over 0.65 of the run (nanochat's) and over 0.15. Scratch has each of the two as well, and the same tokens
+A question that growth.py and mixing.py left open. 4x64 grows to 4x128 after 0.5 and 0.8 of the tokens, under a warm-down over 0.65 of the run (nanochat's) and over 0.15. Scratch has each of the two as well, and the same tokens
 in the same order. Growth at 0.5 has the rate of 4x128 from its beginning, growth at 0.8 that of 4x64 to its end: do not compare the two. The FLOPs that scratch needs for a loss
 are read off its own runs of 0.5, 0.75 and all of the tokens. Beside them 4x64 alone, for as many FLOPs as the grown runs.
 """

@@ -2,6 +2,8 @@
 
     python -m analysis.growth_family --out=family.json --plot=dev/growth_family.png
 
+What mixing.py suggests growth is good for. Measured are final losses and the FLOPs of all stages.
+
 **Family**: 4x64 grows to 4x96 and 4x128 at a constant rate, and each size is finished by a branch in which the rates fall (as --grow-family does). It is compared with
 runs of its sizes alone, with schedules of the same kind and the same text; of a size's two losses the difference is told in nats. In the *short* family a size ends after as many
 tokens as alone, those of the smaller ones included; in the *long* one it sees more, so much that the smaller ones end below runs of their own (found with seed 42: a smaller one's token had been taken to be worth 0.4, which was not enough).

@@ -3,7 +3,7 @@
     NANOCHAT_BASE_DIR=few python -m nanochat.dataset --source=two_megabytes.txt     # and a tokenizer of 2,048
     NANOCHAT_BASE_DIR=few python -m analysis.growth_few_data --plot=dev/growth_few_data.png
 
-Trunks of 4x64 and 4x128 at a constant rate over some epochs, with branches that decay after so many; and 4x64 grown to 4x128 after half and most of the epochs. What growth must
+Repeated text is worth ever less (2305.16264), and to a small model less is to be learnt of it. Trunks of 4x64 and 4x128 at a constant rate over some epochs, with branches that decay after so many; and 4x64 grown to 4x128 after half and most of the epochs. What growth must
 beat is the best of all others: any size, any number of epochs.
 """
 import statistics

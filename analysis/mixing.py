@@ -3,7 +3,7 @@
     python -m nanochat.dataset --source='/usr/**/*.py' && python -m scripts.tok_train --vocab-size=2048
     python -m analysis.mixing --out=mixing.json --plot=dev/mixing.png
 
-The trunk is four layers of width 128 from scratch at a constant rate. Smaller trunks grow into it in the middle and go on at that rate. The loss of the grown
+The planner's question (scripts.plan --rho), for which no source is known. The trunk is four layers of width 128 from scratch at a constant rate. Smaller trunks grow into it in the middle and go on at that rate. The loss of the grown
 model is looked up on the trunk's own curve: it is worth as many tokens D_eff as the trunk needs for it. With D_large tokens since the growth and D_small before,
 
     rho = (D_eff - D_large) / D_small,

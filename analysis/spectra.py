@@ -8,10 +8,11 @@ A spectrum is taken in two parts. The largest singular values, which training pu
 the distribution of the others divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean squared difference of their quantiles: 0
 for equal shapes at any scale, and comparable at any size. The largest value of each matrix, over that root mean square, is told beside it.
 
-It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width) and without weight decay, which base_train would make another one
-for each width and which shrinks just the bulk; and set against what must be told apart from it: two seeds of one model, models trained differently (a quarter of the rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths
-by themselves (Marchenko and Pastur) wherever the sides keep their ratio. All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over the seeds;
-what is compared is compared seed by seed.
+It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width) and without weight decay, which base_train would make
+another one for each width and which shrinks just the bulk; and set against what must be told apart from it: two seeds of one model, models trained differently (a quarter of the
+rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths by themselves (Marchenko and Pastur) wherever the sides keep their ratio.
+All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over the seeds; what is compared is compared seed by seed (pairs of seeds share seeds, so
+the interval of "two seeds" is somewhat too narrow).
 """
 import itertools
 import math

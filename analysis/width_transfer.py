@@ -2,7 +2,8 @@
 
     python -m analysis.width_transfer --plot=width_transfer.png
 
-On the data and the tokenizer in NANOCHAT_BASE_DIR. A learning rate that transfers has its minimum at the same place for every width.
+That they do is what mu-parametrization gets by scaling (2203.03466), and what norms on every matrix suggest (nGPT, 2410.01131). On the data and the tokenizer in NANOCHAT_BASE_DIR.
+A learning rate that transfers has its minimum at the same place for every width.
 """
 import sys
 

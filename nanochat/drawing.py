@@ -10,6 +10,7 @@ from typing import Any
 from nanochat.files import atomic_path
 
 INK, COLORS = "#808890", ("#3b82f6", "#e8853d", "#10b981", "#a855f7", "#64748b", "#d946ef")
+DPI = 160
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -36,7 +37,7 @@ def as_png(figure: Any, panels: Iterable[Any], **ticks: Any) -> bytes:
         panel.spines[:].set_visible(False)
         panel.set_facecolor("none")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, transparent=True)
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
     return buffer.getvalue()
 
 
@@ -46,7 +47,7 @@ def pictures(path: Path, width: float, height: float, columns: int):
     figure = new_figure(width, height)
     yield figure.subplots(1, columns, squeeze=False)[0]
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI)
 
 
 @contextlib.contextmanager

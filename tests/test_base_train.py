@@ -58,16 +58,18 @@ def assert_refused(capsys, message: str, *flags: str) -> None:
 # A good run
 
 
-def test_the_loss_falls_and_the_run_repeats_itself(base):
-    flags = ("--num-iterations=30", "--eval-every=-1", "--save-every=-1", "--matrix-lr=0.2", "--embedding-lr=3")
-    for tag in ("one", "two"):
-        assert tiny.train(*flags, f"--model-tag={tag}") == 0
-    losses = train_losses(base, "one")
+def test_the_loss_falls(base):
+    assert tiny.train("--num-iterations=30", "--eval-every=-1", "--save-every=-1", "--matrix-lr=0.2", "--embedding-lr=3") == 0
+    losses = train_losses(base)
     assert len(losses) == 30 and sum(losses[-5:]) / 5 < losses[0] - 0.5
-    assert losses == train_losses(base, "two")
-    one, two = (torch.load(tiny.folder(base, tag) / "model_000030.pt", weights_only=True) for tag in ("one", "two"))
-    assert tiny.identical(one, two)
-    assert checkpoints.list_steps(tiny.folder(base, "one")) == [30]  # only at the end
+    assert checkpoints.list_steps(tiny.folder(base)) == [30]  # only at the end
+
+
+def test_a_run_repeats_itself(base, finished_run):
+    assert tiny.train() == 0
+    assert tiny.losses(base) == tiny.losses(finished_run)
+    again, first = (torch.load(tiny.folder(directory) / "model_000008.pt", weights_only=True) for directory in (base, finished_run))
+    assert tiny.identical(again, first)
 
 
 def test_the_log_is_complete(base, capsys):
@@ -146,7 +148,7 @@ def test_every_validation_reads_the_same_batches_which_are_drawn_once(base, monk
     assert tiny.losses(base) == tiny.losses(base, "drawn")
 
 
-@pytest.mark.parametrize("what", ["evaluate_bpb", "evaluate_core", "sample_prompts"])
+@pytest.mark.parametrize("what", ["evaluate_bpb", "evaluate_core", pytest.param("sample_prompts", marks=pytest.mark.slow)])
 def test_the_weights_come_before_the_evaluations(base, monkeypatch, what):
     """Whatever an evaluation of the last model dies of, the model is there and a resumed run does what is missing."""
     shutil.copytree(HERE / "core_bundle", base / "eval_bundle")

@@ -61,6 +61,14 @@ def chat(base_dir, capsys, monkeypatch):
     return run
 
 
+def test_a_conversation(base_dir, chat):
+    save(base_dir, "chatsft", "d2", special("assistant_start"), *letters("Hi, you!"), special("assistant_end"))
+    status, out, err = chat(typed="Hello\n\nclear\nOnce more\nQUIT\nnot read\n")
+    assert status == 0 and out.endswith("\nUser: \nAssistant: Hi, you!\n\nUser: \nUser: \nUser: \nAssistant: Hi, you!\n\nUser: ")
+    assert err.count("sft model d2 of step 20: ") == 1
+
+
+@pytest.mark.slow
 def test_a_conversation_through_pipes(base_dir):
     save(base_dir, "chatsft", "d2", special("assistant_start"), *letters("Hi, you!"), special("assistant_end"))
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}

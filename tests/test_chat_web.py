@@ -1,6 +1,7 @@
 """The chat server as its clients meet it: a real process, raw HTTP, and OpenAI's client."""
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -93,9 +94,14 @@ def said(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+@functools.cache
+def reference():
+    return build_model(CONFIG, seed=5)
+
+
 def expected(messages: list[dict], max_tokens: int, temperature: float = 0, **settings) -> str:
     """The answer of the engine itself."""
-    engine = Engine(build_model(CONFIG, seed=5), TOKENIZER)
+    engine = Engine(reference(), TOKENIZER)
     prompt = chat_prompt(TOKENIZER, [(message["role"], message["content"]) for message in messages], base=False)
     row = engine.generate_batch(prompt, 1, max_tokens, temperature=temperature, **settings)[0][0]
     return TOKENIZER.decode(row[len(prompt):])
@@ -334,8 +340,9 @@ def test_errors_have_openais_shape(http):
 
 
 def test_settings_that_change_nothing_are_taken(client):
-    client.chat.completions.create(model=MODEL, messages=said("a"), max_tokens=1, user="me", top_p=1, n=1, stop=None, stream=None, tools=[], logit_bias={},
-                                   response_format={"type": "text"}, tool_choice="none", store=False, metadata={"a": "b"}, extra_body={"min_p": 0, "foo": None})
+    ask = lambda **settings: client.chat.completions.create(model=MODEL, messages=said("a"), max_tokens=3, temperature=0, **settings).choices[0].message.content
+    assert ask() == ask(user="me", top_p=1, n=1, stop=None, stream=None, tools=[], logit_bias={},
+                        response_format={"type": "text"}, tool_choice="none", store=False, metadata={"a": "b"}, extra_body={"min_p": 0, "foo": None})
 
 
 def test_openai_takes_back_what_it_gave(client):
@@ -397,7 +404,7 @@ def test_bias_and_penalties(client):
     assert ask(logit_bias={letter: 100}) == ["x"] * 12
     assert len(set(ask(logit_bias={letter: 2}, frequency_penalty=2))) > 1
     for penalty in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 10}}):
-        assert len(set(ask(**penalty))) >= len(set(ask()))
+        assert ask(**penalty) != ask()
 
 
 def test_logprobs(client):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nanochat import cross_entropy
 from nanochat.cross_entropy import softcap_cross_entropy
+from tests.examples import examples
 
 CAP = 15.0
 
@@ -25,7 +26,7 @@ def problem(seed, rows, vocab, width=8, spread=1.0, ignored=0.2):
     return hidden, weight, targets
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(seed=st.integers(0, 1000), rows=st.integers(1, 300), vocab=st.integers(2, 200), spread=st.sampled_from([0.0, 1.0, 30.0]),
        reduction=st.sampled_from(["mean", "sum", "none"]))
 def test_equals_the_plain_loss(seed, rows, vocab, spread, reduction):

@@ -17,6 +17,7 @@ from nanochat.cli import UsageError
 from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader
 from nanochat.loss_eval import MOST_KEPT, FirstBatches
+from tests.examples import examples
 
 BOS = 0
 
@@ -143,7 +144,7 @@ def pack_naively(documents, B, T, buffer_size, slice_size, batches):
     return torch.tensor(out).view(batches, B, T + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(lengths, shapes)
 def test_best_fit_against_a_plain_search(sizes, shape):
     with base_directory() as directory:
@@ -155,7 +156,7 @@ def test_best_fit_against_a_plain_search(sizes, shape):
     assert torch.equal(torch.stack([targets for _, targets, _ in batches]), rows[:, :, 1:])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(lengths, shapes)
 def test_only_the_ends_of_cropped_documents_are_lost(sizes, shape):
     """Each document that was read is once in a row, from its start on and whole unless the row ends, or else in the buffer."""
@@ -185,7 +186,7 @@ def test_only_the_ends_of_cropped_documents_are_lost(sizes, shape):
 # Exact resume
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(lengths, lengths, shapes, st.integers(1, 9), st.integers(1, 3), st.data())
 def test_resume_is_exact(first, second, shape, row_group_size, num_streams, data):
     split_at = data.draw(st.integers(1, 12))

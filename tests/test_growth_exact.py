@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.cli import UsageError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.growth import grow, grown_config
@@ -14,6 +15,7 @@ from nanochat.growth.maps import angles, count_copies, head_index, shared
 from nanochat.growth.target import continued_layers, layered_config
 from nanochat.layered_gpt import LayeredGPT
 from nanochat.ngpt import NormalizedWeights
+from tests.examples import examples
 from tests.golden.byte_tokenizer import ByteTokenizer
 from tests.golden.fixtures import load
 from tests.growing import STOCK, difference, float64, mixed, random_model, tokens, uniform
@@ -50,7 +52,7 @@ def test_every_parameter_names_its_axes():
 # Maps
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(old=st.integers(1, 40), ratio=st.floats(1, 4), theta=st.floats(0, 45), total=st.floats(0.5, 4), spread=SPREADS, noise=st.floats(0, 3))
 def test_maps_keep_what_they_must(old, ratio, theta, total, spread, noise):
     normed = angles(old, int(old * ratio), theta, total)
@@ -62,13 +64,13 @@ def test_maps_keep_what_they_must(old, ratio, theta, total, spread, noise):
     torch.testing.assert_close(free.group_sum(free.write * free.read * free.column_noise), torch.zeros(old, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(kv=st.integers(1, 6), group=st.integers(1, 4), more_kv=st.integers(0, 12), new_group=st.integers(1, 8))
 def test_every_query_head_finds_its_key_head(kv, group, more_kv, new_group):
     heads, grown = (kv * group, kv), ((kv + more_kv) * new_group, kv + more_kv)
     try:
         query, key = head_index(heads, grown)
-    except Exception as error:
+    except UsageError as error:
         assert "places" in str(error) and (kv + more_kv) // kv * new_group < group
         return
     assert len(query) == grown[0] and set(query.tolist()) == set(range(heads[0])) and set(key.tolist()) == set(range(kv))
@@ -84,7 +86,7 @@ def test_copies_are_numbered_in_order():
 # Models
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(seed=st.integers(0, 10), width=st.floats(1, 4), layers=st.integers(3, 7), group=st.integers(2, 3), extra_kv=st.integers(0, 3), parameters=PARAMETERS,
        depth_mode=st.sampled_from(["identity", "append"]))
 def test_stock_models(seed, width, layers, group, extra_kv, parameters, depth_mode):
@@ -101,7 +103,7 @@ def test_stock_models(seed, width, layers, group, extra_kv, parameters, depth_mo
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(seed=st.integers(0, 10), block=st.sampled_from(BLOCKS), width=st.integers(32, 128), layers=st.integers(4, 8), parameters=PARAMETERS, head_rank=st.integers(10, 20))
 def test_mixed_layers(seed, block, width, layers, parameters, head_rank):
     """Any width whatever, with layers of every kind: low-rank, deep MLPs, SwiGLU, all orders, queries of another width than values."""
@@ -118,7 +120,7 @@ def test_mixed_layers(seed, block, width, layers, parameters, head_rank):
     assert_on_sphere(grown, 1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(seed=st.integers(0, 10), width=st.integers(32, 128), rank=st.sampled_from([0, 6]), parameters=PARAMETERS)
 def test_gelu(seed, width, rank, parameters):
     """Of which a multiple is no multiple: units are written as they were, or not at all."""

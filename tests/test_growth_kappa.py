@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from dev import bench_kappa
 from nanochat.growth.kappa import SEED_ERROR, GrowthTrigger, Prediction, earlier_runs, final_loss_of_earlier_runs, kappa_target
 from nanochat.run_log import RunLog
+from tests.examples import examples
 from tests.growing import STOCK, mixed
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(start=st.floats(1, 10), gain=st.floats(0.1, 5), kappa=st.floats(0, 1))
 def test_kappa_is_the_share_of_the_gain_that_is_left(start, gain, kappa):
     target = kappa_target(start, start - gain, kappa)
@@ -44,7 +45,7 @@ def run(trigger, validation, train, begin=0):
     return None, None
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(kappa=st.sampled_from([0.1, 0.2, 0.4]), p=st.floats(1.6, 2.1), b=st.floats(0.3, 0.8), t0=st.floats(15, 60), warmdown=st.sampled_from([0.0, 0.15, 0.65]),
        seed=st.integers(0, 99))
 def test_it_keeps_its_word_on_curves_that_follow_the_law(kappa, p, b, t0, warmdown, seed):
@@ -56,7 +57,7 @@ def test_it_keeps_its_word_on_curves_that_follow_the_law(kappa, p, b, t0, warmdo
     assert decision.left <= kappa and decision.predicted.error > 0
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(kappa=st.sampled_from([0.1, 0.2, 0.4]), p=st.floats(1.2, 2.1), b=st.floats(0.3, 0.8), seed=st.integers(0, 99))
 def test_with_p_known_it_grows_when_the_loss_is_there(kappa, p, b, seed):
     trigger, validation, train = stage(kappa, p=p, b=b, seed=seed, final=Prediction(p, "the user"))

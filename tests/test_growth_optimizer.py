@@ -62,7 +62,7 @@ def assert_equal_moments(transported, measured, keys):
 # Exact without noise, where no gate reads a channel that has copies (uniform: no value embeddings, and a smear of zero)
 
 
-@pytest.mark.parametrize("how", [CLONES, dict(theta=20.0, spread=0.4, noise=0.0)], ids=["clones", "unequal"])
+@pytest.mark.parametrize("how", [pytest.param(CLONES, marks=pytest.mark.slow), dict(theta=20.0, spread=0.4, noise=0.0)], ids=["clones", "unequal"])  # clones are a special case
 @pytest.mark.parametrize("config, width", [
     (uniform("prenorm"), 48), (uniform("ngpt"), 48), (uniform("prenorm", n_kv_head=2), 64), (uniform("prenorm", mlp_depth=2), 40),
     (uniform("ngpt", mlp_depth=2), 40), (uniform("ngpt", activation="swiglu"), 48), (uniform("prenorm", activation="gelu"), 48), (uniform("prenorm", attn_rank=6, mlp_rank=7), 48),
@@ -200,7 +200,7 @@ def shards(optimizer, world: int) -> list[dict]:
     return states
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("world", [2, 9, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 3))])
 @pytest.mark.parametrize("config", [STOCK, mixed("ngpt")], ids=["stock", "mixed"])
 def test_shards_make_a_whole_again(config, world):
     model, optimizer = trained(config)

@@ -115,20 +115,23 @@ def test_units_that_hardly_fire_are_no_twins():
     assert inside.quiet(values) == 0.5
 
 
-def test_pages_of_a_run(base_dir, tmp_path, monkeypatch, capsys):
-    tiny.prepare(base_dir)
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    assert tiny.train("--model-tag=inside") == 0
+def test_pages_of_a_run(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(finished_run))
     out = tmp_path / "pages"
     text = "--text=a <b>bold</b> & strange text"
-    assert inside.main(["inside@4", "inside", f"--out={out}", text, "--rows=2", "--length=16", "--neurons=2"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["inside@4.html", "inside@8.html"]
-    html = (out / "inside@8.html").read_text()
+    assert inside.main(["d3@4", "d3", f"--out={out}", text, "--rows=2", "--length=16", "--neurons=2"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["d3@4.html", "d3@8.html"]
+    html = (out / "d3@8.html").read_text()
     assert "<b>bold" not in html and "http" not in html and html.count("<svg") == 9, "no markup of the text, nothing loaded, a map for each head"
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert table[1].startswith("| inside@4 | ") and table[2].startswith("| inside@8 | ")
-    for flags, says in ((["missing"], "missing"), (["inside", "--text=a"], "too short"), (["inside", "--rows=100000"], "smaller --rows")):
+    assert table[1].startswith("| d3@4 | ") and table[2].startswith("| d3@8 | ")
+    for flags, says in ((["missing"], "missing"), (["d3", "--text=a"], "too short"), (["d3", "--rows=100000"], "smaller --rows")):
         assert inside.main([*flags, f"--out={tmp_path / 'none'}"]) == 2 and says in capsys.readouterr().err.splitlines()[-1]
-    assert tiny.train("--model-tag=masked", "--objective=mlm", "--num-iterations=1") == 0
-    assert inside.main(["masked", f"--out={tmp_path / 'none'}"]) == 2 and "tells no next token" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "none").glob("*.html"))
+
+
+def test_a_model_of_hidden_tokens_tells_no_next_one(base_dir, tmp_path, capsys):
+    tiny.prepare(base_dir)
+    assert tiny.train("--objective=mlm", "--num-iterations=1", "--eval-every=-1") == 0
+    assert inside.main(["d3", f"--out={tmp_path / 'none'}"]) == 2 and "tells no next token" in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "none").glob("*.html"))

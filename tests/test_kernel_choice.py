@@ -111,7 +111,7 @@ def test_the_variable_has_the_last_word(fresh, monkeypatch, caplog):
 @pytest.mark.parametrize("value", ["decode", "decode=", "decode=fast", "loss=torch", "attention=torch decode=torch", "=torch"])
 def test_a_bad_variable(fresh, monkeypatch, value):
     monkeypatch.setenv("NANOCHAT_KERNELS", value)
-    with pytest.raises(UsageError, match="NANOCHAT_KERNELS: there is no .*decode=torch|float32"):
+    with pytest.raises(UsageError, match=r"NANOCHAT_KERNELS: there is no .*decode=torch\|float32"):
         common.compute_init("cpu")
 
 

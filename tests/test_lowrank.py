@@ -13,9 +13,10 @@ from nanochat.engine import Engine
 from nanochat.gpt import Linear
 from nanochat.layered_gpt import LayeredGPT, LayeredGPTConfig, LayerSpec
 from nanochat.lowrank import DECODE_ROWS, RANK_SCHEDULES, LowRankLinear, break_even_rank, call_cost, schedule_ranks, spectral_factors
+from tests.examples import examples
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(seed=st.integers(0, 1000), rows=st.integers(1, 20), columns=st.integers(1, 20), data=st.data())
 def test_from_dense_is_the_best_approximation(seed, rows, columns, data):
     rank = data.draw(st.integers(1, min(rows, columns)))

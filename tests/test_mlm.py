@@ -77,7 +77,7 @@ def test_a_resumed_run_hides_the_same_tokens(base):
     assert tiny.identical(*states)
 
 
-@pytest.mark.parametrize("flags", [(), ("--block=ngpt",)], ids=str)
+@pytest.mark.parametrize("flags", [(), pytest.param(("--block=ngpt",), marks=pytest.mark.slow)], ids=str)
 def test_growth_is_lossless_for_a_model_that_looks_both_ways(base, flags):
     assert tiny.train(*MLM, "--grow-path=1x64,3x96", "--head-dim=32", "--grow-at=0.5", *flags) == 0
     (grow,) = [record for record in read_run_log(tiny.folder(base) / "log.jsonl") if record["kind"] == "grow"]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.optim import MuonAdamW, orthogonalize
+from tests.examples import examples
 
 MUON = dict(kind="muon", lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.0)
 
@@ -26,7 +27,7 @@ def test_adamw_equals_pytorchs(weight_decay):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 3), rows=st.integers(1, 40), columns=st.integers(1, 40))
 def test_orthogonalized_singular_values_are_near_one(seed, count, rows, columns):
     X = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat.optim import MuonAdamW
 from nanochat.optim_state import deal, kept_shapes, matrices, owner_of, owners, stacks
+from tests.examples import examples
 from tests.tiny import identical
 
 HYPER = dict(lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.1)
@@ -33,7 +34,7 @@ def busiest(groups: list[dict], world: int) -> int:
     return max(sum(work(group) * owners(group, world).count(rank) for group in groups) for rank in range(world))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20), world=st.integers(1, 8), dealt=st.booleans())
 def test_every_matrix_has_one_place_on_one_rank(shapes, world, dealt):
     groups = muon(*shapes)

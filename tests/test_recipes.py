@@ -425,7 +425,8 @@ def test_series_leave_tables_and_do_not_train_twice(toy):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-@pytest.mark.parametrize("recipe", ["speedrun.sh", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("miniseries.sh", "scaling_laws.sh"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["speedrun.sh", "miniseries.sh", "scaling_laws.sh"])
 def test_recipes_for_gpus_end_at_once_where_there_is_none(toy, recipe):
     done = toy(recipe)
     assert (done.returncode, done.stdout) == (1, "") and not toy.base.exists()

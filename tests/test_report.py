@@ -1,5 +1,4 @@
 import datetime
-import json
 import os
 import re
 from html.parser import HTMLParser
@@ -21,7 +20,8 @@ NASTY = "a ``` b <script>alert(1)</script> | ![x](http://example.com/x.png) [y](
 
 @pytest.fixture
 def here(base_dir, tmp_path_factory, monkeypatch):
-    """A fresh base directory, and another fresh folder as the current one."""
+    """A fresh base directory, and another fresh folder as the current one, of no repository."""
+    monkeypatch.setattr(report_module, "run_command", lambda cmd: None)
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     return base_dir
 
@@ -353,7 +353,7 @@ def test_sections_and_runs_together(here):
     path = report.generate()
     text = written(path)
     assert text.index("## Environment") < text.index("## Pretraining run d4") < text.index("## Tokenizer training") < text.index("## Summary")
-    assert json.dumps(text) and text.count("## Environment") == 1
+    assert text.count("## Environment") == 1
 
 
 def test_control_characters_are_shown(here):

@@ -65,6 +65,7 @@ def test_a_run_that_went_back_and_was_killed_before_its_first_save(finished):
     assert steps_of_last_run(tiny.folder(finished)) == [6] and 8 in checkpoints.list_steps(tiny.folder(finished)), "8 stays given up"
 
 
+@pytest.mark.slow
 def test_kill_9_between_saves(base, finished_run):
     process = tiny.start(base, "--save-every=2")
     for line in process.stdout:

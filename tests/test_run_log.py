@@ -56,7 +56,8 @@ def test_resuming_without_a_log_starts_one(tmp_path):
     assert [r["step"] for r in read_run_log(tmp_path / "log.jsonl") if r["kind"] == "train"] == [4, 5]
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     log = RunLog(None, resume_step=3)
     log.log("train", 0, loss=1.0)
     log.close()

@@ -1,8 +1,11 @@
 """A run that trains in a second: three layers of width 96 on the golden shards with 320 tokens."""
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,12 +32,23 @@ def prepare(base_dir, as_they_are: bool = False) -> None:
     The golden shards as they are serve three streams at most and make short batches of documents. Unless that is wanted,
     they are written anew with each document twice, in four row groups a file or more.
     """
-    folder = Path(base_dir) / "base_data_climbmix"
+    shutil.copytree(_prepared(as_they_are), base_dir, dirs_exist_ok=True)
+
+
+@functools.cache
+def _prepared(as_they_are: bool) -> Path:
+    """Made once by each process."""
+    base_dir = Path(tempfile.mkdtemp(prefix="nanochat-tests-data-"))
+    atexit.register(shutil.rmtree, base_dir, ignore_errors=True)
+    folder = base_dir / "base_data_climbmix"
     shutil.copytree(HERE / "shards", folder)
     for path in () if as_they_are else folder.glob("*.parquet"):
         table = pa.concat_tables([pq.read_table(path)] * 2)
         pq.write_table(table, path, row_group_size=len(table) // 4)
-    assert tok_train.main(["--vocab-size=320"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+        assert tok_train.main(["--vocab-size=320"]) == 0
+    return base_dir
 
 
 def train(*flags: str) -> int:
