@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.run import get_args_parser
 
 from nanochat import distributed, flash_attention
@@ -14,6 +13,7 @@ from nanochat.cli import UsageError, settings_parser
 from nanochat.optim import MuonAdamW
 from scripts.base_train import Settings
 from tests import tiny
+from tests.ranks import on_ranks
 
 STREAMS = ("--data-streams=4", "--device-batch-size=1")  # the same batches for 1, 2 and 4 ranks
 
@@ -147,19 +147,8 @@ def test_torchruns_own_parser_leaves_our_flags_alone():
 # Ranks that differ
 
 
-def on_two_ranks(work, tmp_path) -> None:
-    """Runs `work(rank)`, a function of this file, on two ranks."""
-    mp.spawn(_on_a_rank, args=(work, f"file://{tmp_path}/rendezvous"), nprocs=2)
-
-
-def _on_a_rank(rank: int, work, address: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    work(rank)
-    dist.destroy_process_group()
-
-
-def of_two_minds(rank: int) -> None:
+def of_two_minds() -> None:
+    rank = dist.get_rank()
     assert distributed.agreed({"grow": rank == 0}) == {"grow": True}
     distributed.check_agreement("nothing", {"a": 1}, "")
     with pytest.raises(UsageError, match=r"do not agree on the flags: rank 0 has \{'seed': 0\}, rank 1 has \{'seed': 1\}; start all nodes alike"):
@@ -185,7 +174,7 @@ def of_two_minds(rank: int) -> None:
 
 @pytest.mark.slow
 def test_rank_0_decides(tmp_path):
-    on_two_ranks(of_two_minds, tmp_path)
+    on_ranks(2, tmp_path, of_two_minds)
 
 
 # What a rank might see otherwise than rank 0, each put into rank 1 of a growing run that decides by kappa
@@ -238,8 +227,9 @@ def test_flags_of_one_rank_alone_are_an_error_not_a_hang(base, tmp_path_factory)
 # Collectives
 
 
-def padded_groups(rank: int) -> None:
+def padded_groups() -> None:
     """Three matrices for two ranks leave a place empty, whose content must not matter."""
+    rank = dist.get_rank()
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 6, 4), torch.randn(2, 3, 6, 4)
     group = dict(kind="muon", lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.1)
@@ -267,7 +257,7 @@ def reference_step(optimizer: MuonAdamW) -> None:
 
 @pytest.mark.slow
 def test_muon_groups_with_an_empty_place(tmp_path):
-    on_two_ranks(padded_groups, tmp_path)
+    on_ranks(2, tmp_path, padded_groups)
 
 
 @pytest.mark.parametrize("averages", [False, True])

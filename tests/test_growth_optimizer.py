@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nanochat.growth import grow, grown_config
 from nanochat.optim_state import SavedState
 from tests.growing import STOCK, float64, loss_and_gradients, mixed, random_model, uniform
+from tests.ranks import on_ranks
 from tests.tiny import identical
 
 CLONES = dict(theta=45.0, spread=0.0, noise=0.0)
@@ -229,8 +229,8 @@ def test_shards_of_another_model_are_refused():
         random_model(replace(STOCK, n_layer=5)).setup_optimizer().load_shards(parts)
 
 
-def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+def grow_on_a_rank(folder: str) -> None:
+    rank = dist.get_rank()
     model = random_model(STOCK)
     model.load_state_dict(torch.load(f"{folder}/model.pt"))
     optimizer = model.setup_optimizer()
@@ -238,7 +238,6 @@ def grow_on_a_rank(rank: int, world: int, address: str, folder: str) -> None:
     torch.manual_seed(rank)  # ranks may have drawn different numbers
     grown, grown_optimizer = grow(model, grown_config(STOCK, 5, 48), optimizer)
     torch.save((grown.state_dict(), grown_optimizer.state_dict(), dict(grown_optimizer.full_state_dict())), f"{folder}/grown{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -249,7 +248,7 @@ def test_two_ranks_grow_to_the_bits_of_one(tmp_path):
         torch.save(state, tmp_path / f"optim{rank}.pt")
     grown, grown_optimizer = grow(model, grown_config(STOCK, 5, 48), optimizer)
     expected = shards(grown_optimizer, 2)
-    mp.spawn(grow_on_a_rank, args=(2, f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_ranks(2, tmp_path, grow_on_a_rank, str(tmp_path))
     for rank in range(2):
         weights, state, whole = torch.load(tmp_path / f"grown{rank}.pt")
         assert identical(dict(weights), dict(grown.state_dict()))

@@ -1,7 +1,4 @@
 """Every matrix has one rank, ranks have equally much to do, and what they keep is everything, once."""
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from hypothesis import strategies as st
 from nanochat.optim import MuonAdamW
 from nanochat.optim_state import deal, kept_shapes, matrices, owner_of, owners, stacks
 from tests.examples import examples
+from tests.ranks import on_ranks
 from tests.tiny import identical
 
 HYPER = dict(lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.1)
@@ -117,21 +115,16 @@ def gradient(rank: int, step: int, i: int, p: torch.Tensor) -> torch.Tensor:
 
 
 def worker(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     optimizer, params = train(lambda *where: gradient(rank, *where))
     torch.save((params, dict(optimizer.full_state_dict()), optimizer.state_dict()), folder / f"{rank}.pt")
     optimizer.load_full_state_dict(optimizer.full_state_dict())
     assert identical(optimizer.state_dict(), torch.load(folder / f"{rank}.pt")[2])
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_dealt_matrices_on_several_ranks_are_those_of_one(world, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", __name__, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "NANOCHAT_DTYPE": "float32"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(world, tmp_path, worker, tmp_path)
     optimizer, params = train(lambda *where: torch.stack([gradient(rank, *where) for rank in range(world)]).mean(dim=0))
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for theirs, whole, _ in saved:
@@ -145,6 +138,3 @@ def test_dealt_matrices_on_several_ranks_are_those_of_one(world, tmp_path):
     optimizer.load_shards([shard for _, _, shard in saved])
     assert identical(dict(optimizer.full_state_dict()), saved[0][1])
 
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -1,5 +1,4 @@
 """A run that is killed and resumed gives the losses, weights, optimizer and random states of one that was not, bit for bit."""
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat.resume import steps_of_last_run
 from nanochat.run_log import read_run_log
 from tests import tiny
+from tests.ranks import PROCESSES
 
 
 @pytest.fixture
@@ -101,10 +101,6 @@ def test_kill_9_after_any_line(base, finished_run, line):
     process.communicate()
     assert tiny.train("--resume") == 0
     assert_same(base, finished_run)
-
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["scripts.base_train", "torch._dynamo"])  # PyTorch is imported once
 
 
 def killed_run(base, rename: int) -> None:

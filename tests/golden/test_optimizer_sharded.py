@@ -1,8 +1,4 @@
 """The sharded optimizer on real processes (gloo) against nanochat's parameters and the state each rank keeps."""
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +7,7 @@ import torch.distributed as dist
 from nanochat.optim import MuonAdamW
 from tests.golden import inputs
 from tests.golden.fixtures import arrays, load, tensor
+from tests.ranks import on_ranks
 
 GOLDEN = load("optimizer_sharded")
 CASES = {case["world_size"]: case for case in GOLDEN["cases"]}
@@ -40,8 +37,7 @@ def check_params(params: list, world_size: int) -> None:
 
 
 def worker() -> None:
-    """One rank under torchrun: its own gradients, then the fixture's parameters and its share of the state."""
-    dist.init_process_group("gloo")
+    """One rank: its own gradients, then the fixture's parameters and its share of the state."""
     rank, case = dist.get_rank(), CASES[dist.get_world_size()]
     params, optimizer = optimize(case, lambda step: gradients(case, step, rank))
     check_params(params, case["world_size"])
@@ -54,14 +50,11 @@ def worker() -> None:
                 np.testing.assert_allclose([value.norm(), value.sum()], [want["norm"], want["sum"]], rtol=0, atol=1e-5)
             else:
                 assert state[key] == want, (index, key)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in CASES if size > 2)])
-def test_ranks(world_size):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", "-m", __name__]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_ranks(world_size, tmp_path):
+    on_ranks(world_size, tmp_path, worker)
 
 
 @pytest.mark.parametrize("world_size", CASES)
@@ -71,6 +64,3 @@ def test_one_rank_fed_the_mean_gradient(world_size):
                                              for grads in zip(*(gradients(case, step, rank) for rank in range(world_size)), strict=True)])
     check_params(params, world_size)
 
-
-if __name__ == "__main__":
-    worker()
