@@ -10,10 +10,11 @@ grown runs had in the end. Some 70 minutes of one core for each seed, and twice 
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from analysis.estimates import Estimate
-from analysis.study import FLOPS_SHARE, LARGE, SMALL, UNIT, nats_per_bpb, run_by_seed, steps_of, study_parser
+from analysis.study import FLOPS_SHARE, LARGE, SMALL, UNIT, check_ended, nats_per_bpb, run_by_seed, steps_of, study_parser
 from analysis.trial import Result, Trial
 from nanochat.cli import command, positive_int
 from nanochat.drawing import pictures
@@ -76,7 +77,8 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--follow", type=positive_int, default=1, help="tokens per parameter of 4x128 after the growth")
     args = parser.parse_args(argv)
-    by_seed = run_by_seed(lambda seed: plan(seed, args.follow), args.seeds, args.jobs)
+    by_seed = run_by_seed(lambda seed: plan(seed, args.follow), args.seeds, args.jobs, all_must_end=False)
+    ended = operators_that_ended(by_seed)
     nats = nats_per_bpb()
     units = sorted({1, args.follow})
     print(f"Grown to 4x128 after {TRUNK} tokens per parameter. Bits per byte, mean of {args.seeds} seeds\n")
@@ -84,8 +86,8 @@ def main(argv=None) -> None:
     print(f"| start | operator | before | right after | {after} | nats per token above the first operator | by seed | FLOPs, of 4x128's |")
     print("|---|---|" + "---:|" * (5 + 2 * len(units)))
     mean = lambda function: statistics.mean(map(function, by_seed))
-    for start, operators in OPERATORS.items():
-        for label, name in finished_runs(start, args.follow):
+    for start, operators in ended.items():
+        for label, name in finished_runs(start, operators, args.follow):
             losses = [""] * (1 + 2 * len(units))
             if label in operators:
                 grown = f"{start}, {label}"
@@ -95,21 +97,33 @@ def main(argv=None) -> None:
             found = gaps(by_seed, start, name, args.follow, nats)
             cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", Estimate.of(found).shown(4), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
             print("| " + " | ".join(cells) + " |")
+    for start in OPERATORS:
+        for operator in OPERATORS[start].keys() - ended[start]:
+            print(f"\n{start}, {operator}: diverged with at least one of the seeds")
     if args.out:
         write_text_atomic(args.out, to_json(by_seed))
     if args.plot:
-        draw(by_seed, args.plot, args.follow, nats)
+        draw(by_seed, ended, args.plot, args.follow, nats)
 
 
-def finished_runs(start: str, follow: int) -> list[tuple[str, str]]:
+def operators_that_ended(by_seed: list[dict[str, Result]]) -> dict[str, list[str]]:
+    """By start those of which no run diverged. Raises UsageError where one did that the others are compared with: a start's first operator, or a run without growth."""
+    of = lambda name, start, operator: name == f"{start}, {operator}" or name.startswith(f"{start}, {operator}, decayed after ")
+    others = {(start, operator) for start, operators in OPERATORS.items() for operator in list(operators)[1:]}
+    check_ended((name, result) for runs in by_seed for name, result in runs.items() if not any(of(name, *one) for one in others))
+    broken = {one for one in others for runs in by_seed for name, result in runs.items() if of(name, *one) and not result.bpb}
+    return {start: [operator for operator in operators if (start, operator) not in broken] for start, operators in OPERATORS.items()}
+
+
+def finished_runs(start: str, operators: Iterable[str], follow: int) -> list[tuple[str, str]]:
     """(what to call it, its name in the plan) of all that began so and were finished for as many FLOPs, the first operator first."""
-    return [*((operator, f"{start}, {operator}, decayed after {follow}") for operator in OPERATORS[start]),
+    return [*((operator, f"{start}, {operator}, decayed after {follow}") for operator in operators),
             *((other, f"{start}, {other}") for other in ("goes on", "4x128 from scratch") if other != "goes on" or start in GOES_ON)]
 
 
 def gaps(by_seed: list[dict[str, Result]], start: str, name: str, follow: int, nats: float) -> list[float]:
     """Nats per token above the first operator, by seed."""
-    first = finished_runs(start, follow)[0][1]
+    first = finished_runs(start, OPERATORS[start], follow)[0][1]
     return [(runs[name].final - runs[first].final) * nats for runs in by_seed]
 
 
@@ -118,14 +132,14 @@ def at(result: Result, units: int) -> float:
     return result.bpb[result.steps.index(steps_of(units))]
 
 
-def draw(by_seed: list[dict[str, Result]], path: Path, follow: int, nats: float) -> None:
+def draw(by_seed: list[dict[str, Result]], ended: dict[str, list[str]], path: Path, follow: int, nats: float) -> None:
     """How far each run ended from the first operator of its start, a dot for each seed; those beyond FAR stand at the edge with their mean."""
-    with pictures(path, 15, 4, len(OPERATORS)) as panels:
-        for axes, start in zip(panels, OPERATORS):
-            names = finished_runs(start, follow)
+    with pictures(path, 15, 4, len(ended)) as panels:
+        for axes, (start, operators) in zip(panels, ended.items()):
+            names = finished_runs(start, operators, follow)
             for row, (label, name) in enumerate(names):
                 found = gaps(by_seed, start, name, follow, nats)
-                axes.plot([min(gap, FAR) for gap in found], [row] * len(found), "o", color="C0" if label in OPERATORS[start] else "#808890")
+                axes.plot([min(gap, FAR) for gap in found], [row] * len(found), "o", color="C0" if label in operators else "#808890")
                 if max(found) > FAR:
                     axes.text(0.93 * FAR, row, f"{statistics.mean(found):.2f} →", ha="right", va="center")
             axes.axvline(0, color="#808890", linewidth=1)

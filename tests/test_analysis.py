@@ -93,6 +93,33 @@ def test_studies_of_branches(one, tmp_path, base_dir, monkeypatch, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("broken, status", [("random", 0), ("lossless", 2)])
+def test_an_operator_that_diverges_is_said_to_and_costs_no_other(broken, status, tmp_path, base_dir, monkeypatch, capsys):
+    """Unless it is the one that all others are compared with."""
+    plan, diverged = operators.plan, set()
+
+    def planned(seed, follow):
+        found = plan(seed, follow)
+        diverged.update(trial for name, trial in found.items() if seed == 43 and (name == f"4x64, {broken}" or name.startswith(f"4x64, {broken}, decayed")))
+        return found
+
+    def run_trials(directory, wanted, jobs, places):
+        steps = [256 * i for i in range(1, 30)]
+        return [Result(trial.flags, [], [], [], 0.0, 0) if any(trial is one for one in diverged) else
+                Result(trial.flags, steps, [3.0 - 0.01 * i for i in range(29)], [1e9 * step for step in steps], 1.0, 1000, growths=[Growth(1e9, 1.0, 2.0, 2.1)]) for trial in wanted]
+
+    monkeypatch.setattr(Trial, "__hash__", lambda trial: hash(trial.name))
+    monkeypatch.setattr(operators, "plan", planned)
+    monkeypatch.setattr(study, "run_trials", run_trials)
+    monkeypatch.setattr(operators, "nats_per_bpb", lambda: 100.0)
+    assert operators.main([f"--plot={tmp_path / 'picture.png'}", "--seeds=2"]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert "the run '4x64, lossless' diverged" in err
+    else:
+        assert "4x64, random: diverged" in out and "| 4x64 | random |" not in out and "| 1x128 | random |" in out and "| 4x64 | clones |" in out and "nan" not in out
+
+
 def test_an_epoch_is_what_the_loader_makes_of_the_text(base_dir, monkeypatch):
     """It drops the ends of documents that no row has room for, so a pass takes fewer steps than the text has tokens for."""
     tiny.prepare(base_dir)
