@@ -1,7 +1,7 @@
 """The arms of a study that a sweep's file describes: its configurations, each with a learning rate of its own."""
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from analysis.rates import best_rate, rates_table, try_rates
 from analysis.runner import places_for
 from analysis.study import run_trials
 from analysis.sweep_config import check_runs, read_sweep, text_of
-from analysis.trial import Result, Trial
+from analysis.trial import Result, Trial, status_of
 from nanochat import evaluations
 from nanochat.cli import UsageError
 from nanochat.common import default_device, get_base_dir
@@ -80,12 +80,17 @@ def reported_seeds(arms: Sequence[Configuration], count: int) -> list[int]:
 
 def check_evaluations(arms: Sequence[Configuration]) -> None:
     """Raises UsageError where --eval-tasks lacks its data: the tuning does without, and the first reported run would say so hours later."""
+    known = set()
     for arm in arms:
         settings = base_train.parse(arm.tuning[0].arguments())
-        if settings.eval_tasks:
+        rows = max(1, settings.device_batch_size)
+        what = str([settings.eval_tasks, settings.objective, rows, settings.max_seq_len, settings.eval_tokens, *(getattr(settings, field.name) for field in fields(evaluations.EvaluationSettings))])
+        if settings.eval_tasks and what not in known:
+            known.add(what)
             tokenizer = get_tokenizer()
             model = empty_gpt(settings.config(tokenizer.get_vocab_size()))
-            evaluations.check(evaluations.choose(settings.eval_tasks, model), evaluations.Subject(model, tokenizer, model.get_device(), settings))
+            subject = evaluations.Subject(model, tokenizer, model.get_device(), settings, 0, rows, settings.eval_tokens, settings.core_metric_max_per_task)
+            evaluations.check(evaluations.choose(settings.eval_tasks, model), subject)
 
 
 def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Sequence[int], jobs: int | None) -> dict[tuple[int, float], tuple[float, list[Result]]]:
@@ -96,9 +101,10 @@ def run_arms(arms: Sequence[Configuration], units: Sequence[float], seeds: Seque
     def losses(asked: list[tuple[str, float]]) -> list[float]:
         runs = [arms[i].trial(unit * TUNING, **{RATE: rate}) for (i, unit), rate in ((keys[key], rate) for key, rate in asked)]
         runs = [Trial({flag: value for flag, value in run.flags.items() if flag != "eval-tasks"}) for run in runs]
+        if any(status_of(get_base_dir(), run) is None for run in runs):
+            check_evaluations(arms)
         return [result.final for result in run_trials(get_base_dir(), runs, len(places), places)]
 
-    check_evaluations(arms)
     tried = try_rates(list(keys), arms[0].rates(), losses)
     print(f"Bits per byte of the tuning, by {RATE}\n\n{rates_table(tried)}\n")
     rates = {keys[key]: best_rate(found) for key, found in tried.items()}

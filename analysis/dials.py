@@ -2,7 +2,8 @@
 
     python -m analysis.dials analysis/sweeps/dials/width.toml --flags="--blimp=FOLDER --nli=FOLDER" --plot=width.png         CPU size
     python -m analysis.dials analysis/sweeps/dials/width.toml --objective=mlm --flags="--blimp=FOLDER --nli=FOLDER"          masked models (BERT-like)
-    sed 's/= .*# 9M: /= /' analysis/sweeps/dials/width.toml | python -m analysis.dials - --plot=width_9m.png                 the real size, for a GPU
+    sed 's/= .*# 9M: /= /' analysis/sweeps/dials/width.toml | python -m analysis.dials - --plot=width_9m.png                 the real size, for a GPU,
+    with BLiMP and NLI in `blimp` and `nli` of the base directory
 
 The questions are those of small studies on "tiny transformers" of TinyStories (2305.07759). A file of analysis/sweeps/dials asks one question: to ask another, change a line of it. The learning rate of each configuration is tuned by one seed and half of the steps
 (rates.py), other seeds are reported, and compared with the first configuration, seed by seed. All read the same text in the same order, so they have equal tokens and not equal

@@ -26,7 +26,7 @@ class Estimate:
     def of(cls, values: Sequence[float], error: float = 0.0) -> "Estimate":
         """Of one value a seed. error: a standard error that more seeds would not lower, such as that of the rows of a test, and that comes on top of theirs."""
         n = len(values)
-        spread = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+        spread = statistics.stdev(values) / math.sqrt(n) if n > 1 and all(map(math.isfinite, values)) else math.inf
         row = min(max(n, 2) - 2, len(T95) - 1)
         return cls(statistics.mean(values), math.hypot(T95[row] * spread, 1.96 * error), math.hypot(T99[row] * spread, 2.58 * error))
 

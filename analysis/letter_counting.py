@@ -27,12 +27,13 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -76,7 +77,25 @@ def read(run: Run) -> Outcome:
 def begin_process(text: Text) -> None:
     import torch
     torch.set_num_threads(1)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: multiprocessing.connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()  # whatever it dies of
     use(text)
+
+
+@contextlib.contextmanager
+def processes(jobs: int, text: Text) -> Iterator[Callable]:
+    """Yields a `map` over so many, which end at once where this one is interrupted."""
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_process, (text,))
+    try:
+        yield pool.map
+    except BaseException:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def finish_and_keep(runs: Sequence[Run]) -> None:
@@ -124,9 +143,7 @@ def outcomes(runs: Sequence[Run], text: Text, jobs: int, label: str) -> list[Out
         each: Callable = map
         if missing and jobs > 1:
             os.environ["OMP_NUM_THREADS"] = "1"
-            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_process, (text,))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            each = pool.map
+            each = stack.enter_context(processes(jobs, text))
         else:
             begin_process(text)
         try:

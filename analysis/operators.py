@@ -98,8 +98,9 @@ def main(argv=None) -> None:
             cells = [start, label if label in operators else f"*{label}*", *losses, f"{mean(lambda runs: runs[name].final):.4f}", Estimate.of(found).shown(4), ", ".join(f"{gap:+.3f}" for gap in found), f"{cost:.2f}"]
             print("| " + " | ".join(cells) + " |")
     for start in OPERATORS:
-        for operator in OPERATORS[start].keys() - ended[start]:
-            print(f"\n{start}, {operator}: diverged with at least one of the seeds")
+        for operator in OPERATORS[start]:
+            if operator not in ended[start]:
+                print(f"\n{start}, {operator}: diverged with at least one of the seeds")
     if args.out:
         write_text_atomic(args.out, to_json(by_seed))
     if args.plot:

@@ -47,7 +47,7 @@ class Display:
         self.started = self.said = time.monotonic()
         self.known: dict[str, str] = {}  # by name the state that was told
         self.drawn = 0  # lines that will be drawn over
-        self.begun: dict[str, float] = {}  # by name the share that was done when a run was first seen to go on: of one that is resumed not 0
+        self.begun: dict[tuple[str, float], float] = {}  # by name and start the share that was done when a run was first seen to go on: of one that is resumed not 0
 
     def show(self, runner: Runner) -> None:
         lasting = []
@@ -104,9 +104,9 @@ class Display:
         """(share that is done, seconds since it was started here, seconds that the whole run takes or 0 while nothing is known)."""
         log = folder_of(runner.base_dir, running.trial) / FILENAME
         share, spent = share_done(log, last_record(log)), time.monotonic() - running.started
-        name = running.trial.name
-        self.begun[name] = min(self.begun.get(name, share), share)  # it falls where the log of another time is replaced
-        here = share - self.begun[name]
+        run = running.trial.name, running.started
+        self.begun[run] = min(self.begun.get(run, share), share)  # it falls where the log of another time is replaced
+        here = share - self.begun[run]
         return share, spent, spent / here if here else 0.0
 
     def eta(self, runner: Runner) -> float:

@@ -88,7 +88,7 @@ class Table:
         """trials: there may come more."""
         self.sweep, self.base_dir, self.trials = sweep, base_dir, trials
         self.path = folder_of_sweep(base_dir, sweep) / "results.csv"
-        self.flags = list(dict.fromkeys([*sweep.swept, *sweep.overrides]))
+        self.flags = [flag for flag in dict.fromkeys([*sweep.swept, *sweep.overrides]) if flag != "run"]  # wandb's name, and that of a column
         self._done: dict[str, dict[str, Any]] = {}  # by name; their logs are not read again
 
     def rows(self) -> list[dict[str, Any]]:
@@ -241,7 +241,7 @@ def main(argv=None) -> int:
             display.show(runner)
             if len(runner.seconds) != written:  # what is done is in the table, whatever happens next
                 written = len(runner.seconds)
-                with contextlib.suppress(OSError):  # a full disk ends no run that goes on; the last table tells
+                with contextlib.suppress(UsageError, OSError):  # a full disk or a damaged file ends no run that goes on; the last table tells
                     table.write()
 
         runner.run(tell)

@@ -74,16 +74,17 @@ class Values:
         """Values that show whether the flag takes such."""
         return list(self.choices) or [self.low, *([self.low + self.step] if self.step else []), self.high]
 
-    def steps(self) -> list:
-        """All that there are, where a step is given."""
+    @property
+    def last_step(self) -> int:
+        """How many there are above the lowest value, where a step is given."""
         assert self.step
-        return [self.rounded(self.low + self.step * i) for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+        return int((self.high - self.low) / self.step + 1e-9)
 
     def draw(self, rng: random.Random) -> Any:
         if self.choices:
             return rng.choice(self.choices)
         if self.step:
-            return rng.choice(self.steps())
+            return self.rounded(self.low + self.step * rng.randint(0, self.last_step))
         if self.log:
             return self.rounded(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return rng.randint(int(self.low), int(self.high)) if self.whole else self.rounded(rng.uniform(self.low, self.high))
@@ -347,6 +348,7 @@ def check_runs(sweep: Sweep, trials: list[Trial]) -> None:
 # For others
 
 
+MOST_STEPS = 1000  # in a list for wandb
 # wandb hands every parameter over as `--name=value`; that of a [[together]] is a list of flags
 WANDB_SHELL = ('for word; do shift; case $word in --together-*) eval "set -- \\"\\$@\\" ${word#*=}";; *) set -- "$@" "$word";; esac; done; '
                'exec "$0" %s -m scripts.base_train --model-tag="wandb-$WANDB_RUN_ID" "$@"')  # a folder for each run, by the number that wandb gives it
@@ -370,8 +372,12 @@ def as_wandb(sweep: Sweep) -> dict[str, Any]:
             name = f"together-{sum(parameter.startswith('together-') for parameter in parameters) + 1}"
             parameters[name] = {"values": list(dict.fromkeys(shlex.join(as_words(alternative)) for alternative in left))}
     for flag, values in sweep.search.items():
-        if values.choices or values.step:  # wandb counts steps from 0, and past the highest
-            parameters[flag] = {"values": list(values.choices) or values.steps()}
+        if values.choices:
+            parameters[flag] = {"values": list(values.choices)}
+        elif values.step:  # wandb would count them from 0, and past the highest
+            if values.last_step >= MOST_STEPS:
+                raise UsageError(f"{sweep.name}: {flag} has {values.last_step + 1:,} steps, and wandb gets a list of them; give it {MOST_STEPS:,} at most, or none")
+            parameters[flag] = {"values": [values.rounded(values.low + values.step * i) for i in range(values.last_step + 1)]}
         else:
             kind = ("log_uniform_values" if values.log else "uniform") if not values.whole else "q_log_uniform_values" if values.log else "int_uniform"
             parameters[flag] = {"distribution": kind, "min": values.low, "max": values.high}

@@ -27,8 +27,8 @@ def on_ranks(world: int, folder: Path, work: Callable, *args) -> None:
                 process.kill()
     for process in ranks:
         process.join()
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
-    assert all(process.exitcode == 0 for process in ranks), said
+    said = [path.read_text() for path in sorted(folder.glob("rank*.txt"))]
+    assert not any(process.exitcode for process in ranks), "\n".join([f"exit codes {[process.exitcode for process in ranks]}", *said])
 
 
 def _rank(rank: int, world: int, folder: str, work: Callable, args: tuple) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from analysis import arms, dials
 from analysis.trial import Result
+from nanochat.cli import UsageError
 from tests import tiny
 
 SWEEP = """
@@ -93,6 +94,19 @@ def test_one_that_diverges_is_said_to_and_the_others_are_told(asked, config, tmp
     out = capsys.readouterr().out
     assert len(json.loads((tmp_path / "numbers.json").read_text())["depth=6 aspect-ratio=16"]["runs"]) == 3, "nothing is lost"
     assert "depth=6 aspect-ratio=16: diverged with matrix-lr 1 for 1 of 3 seeds" in out and "+0.1000 ± 0.0000: worse" in out and "nan" not in out
+
+
+def test_evaluations_are_checked_as_the_runs_would(config, base_dir, monkeypatch):
+    """By their own rows a pass and tokens: 2 rows of 64 tokens make a batch that the default of 32 would not."""
+    tiny.prepare(base_dir)
+    asked = []
+    monkeypatch.setattr(arms.evaluations, "check", lambda chosen, subject: asked.append([one.evaluation.check(subject, one.limit) for one in chosen]))
+    config.write_text(SWEEP.replace('"blimp", "blimp:20"', '"bpb:256", "pll:20"').replace("seed = 41", "seed = 41\ndevice-batch-size = 2\nmax-seq-len = 64\nhead-dim = 32"))
+    arms.check_evaluations(arms.configurations(config, "", "next-token"))
+    assert len(asked) == 1, "once for all configurations"
+    config.write_text(config.read_text().replace("bpb:256", "bpb:100"))
+    with pytest.raises(UsageError, match="less than one batch of 128 tokens"):
+        arms.check_evaluations(arms.configurations(config, "", "next-token"))
 
 
 def test_what_an_evaluation_lacks_is_said_before_the_tuning(config, base_dir, monkeypatch, capsys):

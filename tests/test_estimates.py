@@ -27,3 +27,8 @@ def test_verdicts(spread, above, below, loss):
 def test_one_seed_tells_nothing():
     found = Estimate.of([5.0])
     assert found.verdict() == "not confirmed" and found.shown(1) == "+5.0" and math.isinf(found.half99)
+
+
+def test_a_value_that_nothing_tells_is_shown_as_such():
+    found = Estimate.of([math.nan, 1.0, 2.0])
+    assert found.shown(2) == "+nan" and found.verdict() == "not confirmed" and found.loss_verdict == "not told apart"

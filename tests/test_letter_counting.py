@@ -1,13 +1,20 @@
 """The study of letter counting: its labels, its alphabet, its growth and its verdicts."""
 import dataclasses
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +24,7 @@ from analysis import claims, letter_counting, letters
 from analysis.letters import ARMS, SYMBOLS, Run, Text, Training
 from nanochat.cli import UsageError
 from nanochat.growth import grow, grown_config
+from tests import tiny
 from tests.golden.fixtures import HERE
 
 TOY = ["--seeds=2", "--strings=16", "--epochs=5", "--rates=0.02", "--moments=0.4,1", "--jobs=1"]
@@ -133,6 +141,51 @@ def test_a_process_that_is_killed_ends_the_study_with_a_line(text, monkeypatch):
     monkeypatch.setattr(letter_counting, "finish_and_keep", killed)
     with pytest.raises(UsageError, match="was killed, perhaps for want of memory"):
         letter_counting.outcomes(runs, text, 2, "x")
+
+
+def pauses(runs):
+    Path(os.environ["NANOCHAT_BASE_DIR"], f"begun-{os.getpid()}").touch()
+    signal.pause()
+
+
+def two_pieces(text) -> list[Run]:
+    return [Run("counting", text.name, "plain", width, 0.02, 0, 64, 3, 3) for width in (32, 64)]
+
+
+def begun(base_dir, count: int) -> list[int]:
+    """Process numbers, once there are so many."""
+    while len(found := list(Path(base_dir).glob("begun-*"))) < count:
+        time.sleep(0.05)
+    return [int(path.name.removeprefix("begun-")) for path in found]
+
+
+def test_an_interrupted_study_ends_its_processes_at_once(text, monkeypatch):
+    others = multiprocessing.active_children()
+
+    def interrupted(*_):
+        begun(os.environ["NANOCHAT_BASE_DIR"], 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(letter_counting, "finish_and_keep", pauses)
+    monkeypatch.setattr(letter_counting, "with_progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        letter_counting.outcomes(two_pieces(text), text, 2, "x")
+    assert multiprocessing.active_children() == others
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_study_that_is_killed(text):
+    base_dir = os.environ["NANOCHAT_BASE_DIR"]
+    Path(base_dir, "text.pickle").write_bytes(pickle.dumps(text))
+    script = (f"import pickle\nfrom pathlib import Path\nfrom analysis import letter_counting\nfrom tests.test_letter_counting import pauses, two_pieces\n"
+              f"if __name__ == '__main__':\n    letter_counting.finish_and_keep = pauses\n    text = pickle.loads(Path({base_dir!r}, 'text.pickle').read_bytes())\n"
+              f"    letter_counting.outcomes(two_pieces(text), text, 2, 'x')\n")
+    Path(base_dir, "study.py").write_text(script)
+    study = subprocess.Popen([sys.executable, str(Path(base_dir, "study.py"))], env={**os.environ, "PYTHONPATH": str(tiny.ROOT)})
+    workers = [psutil.Process(number) for number in begun(base_dir, 2)]
+    study.kill()
+    study.wait()
+    assert not psutil.wait_procs(workers, timeout=600)[1]
 
 
 def test_models_side_by_side_are_what_each_would_be_alone(text):

@@ -137,4 +137,3 @@ def test_dealt_matrices_on_several_ranks_are_those_of_one(world, tmp_path):
     assert kept == sum(rows * columns for rows, columns in SHAPES), "each buffer is kept once"
     optimizer.load_shards([shard for _, _, shard in saved])
     assert identical(dict(optimizer.full_state_dict()), saved[0][1])
-

@@ -301,6 +301,8 @@ def test_wandb_does_the_same_runs(tmp_path, capsys):
     assert (settings.num_iterations, settings.grow_freeze, settings.seed, settings.depth, settings.run) == (10, True, 1, 2, "rates")
     with pytest.raises(UsageError, match="wandb cannot run each point of a .search. with every value of seed"):
         as_wandb(read_sweep("x.toml", path.read_text().replace("seed = [1]", "seed = [1, 2]")))
+    with pytest.raises(UsageError, match="10,001 steps"):
+        as_wandb(read_sweep("x.toml", "[search]\nmethod = 'random'\nruns = 1\n[search.flags]\nseed = {min = 0, max = 10000, step = 1}\n"))
     assert "torch.distributed.run --standalone --nproc_per_node=2 -m scripts.base_train" in str(as_wandb(read_sweep("x.toml", "ranks = 2\n[grid]\nseed = [1, 2]\n"))["command"])
     assert "save-every" not in as_wandb(read_sweep("x.toml", "tag = 'mine_{seed}'\n[grid]\nseed = [1, 2]\n"))["parameters"], "these runs keep what they make"
 
@@ -668,6 +670,32 @@ def test_evaluations_of_whole_sets_are_columns(fake, tmp_path):
     assert sweep.main([str(path)]) == 0
     assert [(row["seed"], row["blimp/pairs"], row["core"]) for row in rows(fake, "tasks")] == [("8", "0.625", "0.25"), ("9", "0.625", "0.25")]
     assert not any("field" in name for name in rows(fake, "tasks")[0])
+
+
+def test_a_damaged_file_ends_no_run_that_goes_on(fake, tmp_path, monkeypatch, capsys):
+    """It is told when there is nothing else to do."""
+    path = tmp_path / "mine.toml"
+    path.write_text("[grid]\nseed = [8, 9, 10]\n")
+    trials = [Trial({"seed": seed, "device-type": "cpu"}) for seed in (8, 9, 10)]
+    real, damaged = sweep.Table.write, []
+
+    def write(table):
+        done = folder_of(fake, trials[0]) / "done.json"
+        if done.exists() and not damaged:
+            damaged.append(done)
+            done.write_text("{")
+        return real(table)
+
+    monkeypatch.setattr(sweep.Table, "write", write)
+    assert sweep.main([str(path), "--jobs=1"]) == 2
+    assert "done.json is damaged" in capsys.readouterr().err.splitlines()[-1] and [status_of(fake, trial) for trial in trials[1:]] == [0, 0]
+
+
+def test_wandb_s_name_of_the_runs_is_no_column(fake, tmp_path):
+    path = tmp_path / "named.toml"
+    path.write_text("[grid]\nseed = [8, 9]\n")
+    assert sweep.main([str(path), "--flags=--run=mine"]) == 0
+    assert all(row["run"].startswith("trial-") for row in rows(fake, "named-*"))
 
 
 def test_a_growing_run_has_the_size_of_its_last_model(fake, tmp_path):

@@ -63,4 +63,3 @@ def test_one_rank_fed_the_mean_gradient(world_size):
     params, _ = optimize(case, lambda step: [np.mean(grads, axis=0, dtype=np.float32)
                                              for grads in zip(*(gradients(case, step, rank) for rank in range(world_size)), strict=True)])
     check_params(params, world_size)
-
