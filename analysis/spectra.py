@@ -5,14 +5,18 @@
 On the data and the tokenizer in NANOCHAT_BASE_DIR. A claim of drafts on growth by upscaling: the spectra of equally trained models of different widths agree, up to their scale.
 A spectrum is taken in two parts. The largest singular values, which training pulls out of the rest, are few at any width: one of 64 is a sixty-fourth of a distribution, one of
 256 a quarter of that, so a distance of whole distributions would tell widths apart that look alike. So a sixteenth of the values, the largest, is left out of the bulk, which is
-the distribution of the others divided by their root mean square. The distance of two is Wasserstein's of order 2, the root of the mean squared difference of their quantiles: 0
-for equal shapes at any scale, and comparable at any size. The largest value of each matrix, over that root mean square, is told beside it.
+the distribution of the others divided by their root mean square. The largest value of each matrix, over that root mean square, is told beside it.
+
+The distance of two is Wasserstein's of order 2, the root of the mean squared difference of their quantiles: 0 for equal shapes at any scale, and comparable at any size. A small matrix
+has few values, so its quantiles are noisy, and two small models of one shape are further from each other than two large ones. So the square is not that of one difference, but the
+product of the differences of two seeds, whose noise is independent: its mean is what the shapes differ by (the crossvalidated distance of Walther et al., 2016,
+doi:10.1016/j.neuroimage.2015.12.012), 0 in the mean for equal ones, and below 0 half of the time.
 
 It is measured between models of several widths, trained on the same tokens with the same rates (Muon's hold at any width) and without weight decay, which base_train would make
-another one for each width and which shrinks just the bulk; and set against what must be told apart from it: two seeds of one model, models trained differently (a quarter of the
+another one for each width and which shrinks just the bulk; and set against what must be told apart from it: models trained differently (a quarter of the
 rate, half of the steps), other layers, and matrices of random numbers, whose spectra agree across widths by themselves (Marchenko and Pastur) wherever the sides keep their ratio.
-All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over the seeds; what is compared is compared seed by seed (pairs of seeds share seeds, so
-the interval of "two seeds" is somewhat too narrow).
+All means over the attention's and the MLP's matrices of all layers, with 95 % intervals over pairs of seeds (which share seeds, so they are somewhat too narrow); what is compared is
+compared pair by pair.
 """
 import itertools
 import math
@@ -39,6 +43,7 @@ QUANTILES = (np.arange(64) + 0.5) / 64
 TOP = 1 / 16  # of the values are no part of the bulk
 MODES = ("lossless", "hyperclone", "bus")  # of growth
 Spectra = dict[str, np.ndarray]  # by "layer.kind"
+Twins = tuple[Spectra, Spectra]  # of two seeds
 
 
 def singular_values(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -71,15 +76,22 @@ def random_like(model: GPT, seed: int) -> Spectra:
             for layer, block in enumerate(model.transformer.h) for kind in KINDS}
 
 
-def distance(a: Spectra, b: Spectra) -> float:
-    """Mean over the matrices that both have."""
-    return statistics.mean(math.sqrt(np.mean((a[name] - b[name]) ** 2)) for name in a)
+def noisy_distance(a: Spectra, b: Spectra) -> float:
+    """Over the matrices that both have, what seeds differ by included."""
+    return math.sqrt(statistics.mean(float(np.mean((a[name] - b[name]) ** 2)) for name in a))
 
 
-def between_layers(found: Spectra) -> float:
-    """Mean over pairs of layers of one model, kind by kind."""
-    layers = sorted({name.split(".")[0] for name in found})
-    return statistics.mean(math.sqrt(np.mean((found[f"{i}.{kind}"] - found[f"{j}.{kind}"]) ** 2)) for kind in KINDS for i, j in itertools.combinations(layers, 2))
+def distance(*pairs: tuple[Twins, Twins]) -> float:
+    """Over all pairs and the matrices that both of a pair have; a negative square has a negative root."""
+    square = statistics.mean(float(np.mean((a[0][name] - b[0][name]) * (a[1][name] - b[1][name]))) for a, b in pairs for name in a[0])
+    return math.copysign(math.sqrt(abs(square)), square)
+
+
+def layer_pairs(twins: Twins) -> list[tuple[Twins, Twins]]:
+    """Of one model, kind by kind."""
+    layers = [tuple({name.partition(".")[2]: spectrum for name, spectrum in found.items() if name.startswith(f"{layer}.")} for found in twins)
+              for layer in sorted({name.partition(".")[0] for name in twins[0]})]
+    return list(itertools.combinations(layers, 2))  # type: ignore[arg-type]
 
 
 def trials(widths: list[int], steps: int, seed: int) -> dict[str, Trial]:
@@ -100,31 +112,30 @@ def load(trial: Trial) -> GPT:
 
 def distances(widths: list[int], models: dict[str, GPT], other: dict[str, GPT], seed: int) -> dict[str, float]:
     """Of one seed, and another one's models."""
-    found = {name: spectra_of(model) for name, model in models.items()}
-    random = {w: random_like(models[f"4x{w}"], seed) for w in widths}
+    twins = {name: (spectra_of(models[name]), spectra_of(other[name])) for name in models}
+    random = {w: (random_like(models[f"4x{w}"], seed), random_like(models[f"4x{w}"], seed + 1000)) for w in widths}
     small, large = f"4x{widths[0]}", f"4x{widths[1]}"
-    mean = lambda function, over: statistics.mean(itertools.starmap(function, over))
     pairs = list(itertools.combinations(widths, 2))
-    grown = {mode: spectra_of(grow(models[small], grown_config(models[small].config, n_layer=4, n_embd=widths[1]), mode=mode)[0])
-             for mode in MODES if mode != "hyperclone" or widths[1] % widths[0] == 0}
+    widened = lambda model, mode: spectra_of(grow(model, grown_config(model.config, n_layer=4, n_embd=widths[1]), mode=mode)[0])
+    grown = {mode: (widened(models[small], mode), widened(other[small], mode)) for mode in MODES if mode != "hyperclone" or widths[1] % widths[0] == 0}
     return {
-        "across widths": mean(lambda a, b: distance(found[f"4x{a}"], found[f"4x{b}"]), pairs),
-        "two seeds": mean(lambda w: distance(found[f"4x{w}"], spectra_of(other[f"4x{w}"])), [(w,) for w in widths]),
-        "random matrices across widths": mean(lambda a, b: distance(random[a], random[b]), pairs),
-        "trained and random": mean(lambda w: distance(found[f"4x{w}"], random[w]), [(w,) for w in widths]),
-        "a quarter of the rate": distance(found[large], found["a quarter of the rate"]),
-        "half of the steps": distance(found[large], found["half of the steps"]),
-        "two layers of a model": mean(lambda w: between_layers(found[f"4x{w}"]), [(w,) for w in widths]),
-        f"{small} to {large} from scratch": distance(found[small], found[large]),
-        **{f"{small} grown to {large}, {mode}, untrained": distance(spectra, found[large]) for mode, spectra in grown.items()},
-        f"{small} grown to {large} at half of the tokens, trained": distance(found["grown"], found[large]),
+        "across widths": distance(*((twins[f"4x{a}"], twins[f"4x{b}"]) for a, b in pairs)),
+        **{f"{a} and {b}": distance((twins[f"4x{a}"], twins[f"4x{b}"])) for a, b in pairs if len(pairs) > 1},
+        "random matrices across widths": distance(*((random[a], random[b]) for a, b in pairs)),
+        "trained and random": distance(*((twins[f"4x{w}"], random[w]) for w in widths)),
+        "a quarter of the rate": distance((twins[large], twins["a quarter of the rate"])),
+        "half of the steps": distance((twins[large], twins["half of the steps"])),
+        "two layers of a model": distance(*(pair for w in widths for pair in layer_pairs(twins[f"4x{w}"]))),
+        **{f"{small} grown to {large}, {mode}, untrained": distance((spectra, twins[large])) for mode, spectra in grown.items()},
+        f"{small} grown to {large} at half of the tokens, trained": distance((twins["grown"], twins[large])),
+        **{f"two seeds of 4x{w}, noise included": noisy_distance(*twins[f"4x{w}"]) for w in widths},
     }
 
 
 def claims(rows: dict[str, list[float]]) -> str:
     """That widths are nearer to each other than what must be told apart from them."""
     lines = ["| models of several widths are nearer to each other than | by | verdict |", "|---|---:|---|"]
-    for name in ("two seeds", "a quarter of the rate", "half of the steps", "two layers of a model", "trained and random"):
+    for name in ("a quarter of the rate", "half of the steps", "two layers of a model", "trained and random"):
         gap = Estimate.of([b - a for a, b in zip(rows["across widths"], rows[name])])
         lines.append(f"| {name} | {gap.shown(4)} | {gap.verdict()} |")
     return "\n".join(lines)
@@ -141,9 +152,12 @@ def draw(models: dict[str, GPT], widths: list[int], rows: dict[str, list[float]]
             axes.legend(frameon=False, fontsize=8)
         panels[0].set_ylabel("singular value of the bulk over its root mean square")
         means = {name: Estimate.of(values) for name, values in reversed(rows.items())}
-        panels[2].barh(list(means), [mean.value for mean in means.values()], xerr=[mean.half for mean in means.values()], color="C0")
+        panels[2].errorbar([mean.value for mean in means.values()], list(means), xerr=[mean.half for mean in means.values()], fmt="o", color="C0", markersize=4)
+        panels[2].set_xscale("symlog", linthresh=0.01)
+        panels[2].axvline(0, color="#c0c8d0", linewidth=1)
+        panels[2].grid(axis="x", alpha=0.3)
         panels[2].tick_params(labelsize=8)
-        panels[2].set_xlabel("distance")
+        panels[2].set_xlabel("distance (linear up to 0.01)")
 
 
 @command

@@ -4,6 +4,7 @@ base directory of its own.
 Tests of other dtypes, of torch.compile and of torchrun start real processes with their own environment.
 """
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -52,8 +53,11 @@ def pytest_collection_modifyitems(items):
 def quick():
     """Runs in this process leave the garbage collector alone. To them the process is theirs, but here it holds all of pytest and every test's modules: each of
     their collections takes half a second, and a run that ends early leaves the collector off. Runs in processes of their own do it all."""
+    gc.collect()
+    gc.freeze()  # what is here now stays: Python's own collections need not look at it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat.train_loop.collect_garbage_rarely", lambda step, first_step: None)
+        patch.setattr("nanochat.train_loop.gc", SimpleNamespace(unfreeze=lambda: None, enable=lambda: None))
         patch.setattr("nanochat.growth.controller.gc", SimpleNamespace(collect=lambda: 0, unfreeze=lambda: None))
         patch.setattr("nanochat.accumulation.gc", SimpleNamespace(collect=lambda: 0))
         patch.setattr("nanochat.drawing.DPI", 40)  # nobody looks at them
