@@ -1,7 +1,7 @@
 #!/bin/bash
 # Sets up the environment and checks everything: ruff, mypy, pytest.
 #
-#   bash runs/test.sh           the fast tests, some 5 to 8 minutes on 2 cores
+#   bash runs/test.sh           the fast tests, some 6 minutes on 2 old cores
 #   bash runs/test.sh --slow    all tests, and the golden and property tests once more as another CPU would round
 set -euo pipefail
 case "${1:-}" in
