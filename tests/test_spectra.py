@@ -8,6 +8,7 @@ from analysis import spectra, study
 from analysis.trial import Result
 from nanochat.gpt import GPTConfig
 from nanochat.layered_gpt import build_gpt
+from scripts import base_train
 
 
 def model_of(width, seed, rank=None):
@@ -50,6 +51,12 @@ def test_random_matrices_agree_across_widths_and_those_of_low_rank_do_not_agree_
     noise = spectra.noisy_distance(*small[:2])
     assert abs(spectra.distance(*pairs(small, large))) < noise / 3 and noise > 0.03
     assert spectra.distance(*pairs(large, thin)) > 0.5 and abs(spectra.distance(*(pair for i in range(0, 12, 2) for pair in spectra.layer_pairs((large[i], large[i + 1]))))) < 0.01
+
+
+def test_all_are_trained_without_weight_decay():
+    """base_train would make another one for each width, and it shrinks what is compared."""
+    runs = {name: base_train.parse(trial.arguments()) for name, trial in spectra.trials([64, 128, 256], 250, 1).items()}
+    assert len(runs) == 6 and {run.weight_decay for run in runs.values()} == {0.0}
 
 
 def test_claims_are_about_pairs_of_seeds():
